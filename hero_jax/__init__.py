@@ -1,0 +1,44 @@
+"""hero_jax: train networks with low curvature, measure it, and quantize them.
+
+    hero_jax.transform     hero, sam, grad_l1: Optax gradient transformations
+    hero_jax.perturbation  where the second gradient is taken (SAM, ASAM)
+    hero_jax.penalty       the curvature penalties and their exact gradients
+    hero_jax.curvature     Hessian-vector products
+    hero_jax.spectrum      eigenvalues with residuals
+    hero_jax.quantize      post-training weight quantization and its evaluation
+    hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
+    hero_jax.models        Flax Linen networks (needs flax; imported on first use)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hero_jax import curvature, parallel, penalty, perturbation, quantize, spectrum, transform
+from hero_jax.transform import HeroState, Metrics, grad_l1, hero, sam
+
+if TYPE_CHECKING:
+    from hero_jax import models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HeroState",
+    "Metrics",
+    "curvature",
+    "grad_l1",
+    "hero",
+    "models",
+    "parallel",
+    "penalty",
+    "perturbation",
+    "quantize",
+    "sam",
+    "spectrum",
+    "transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("hero_jax.models")
+    raise AttributeError(f"module 'hero_jax' has no attribute {name!r}")

@@ -1,0 +1,147 @@
+"""Argument errors: one line each, naming the argument, the rule and the value.
+
+Python and NumPy values (and concrete JAX scalars) are checked when a function is called; tracers pass unchecked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+
+
+def non_negative(argument: str, value: Any) -> None:
+    """Raises unless `value` is a finite scalar >= 0, a tracer, or a schedule."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    _require_number(argument, value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{argument}` must be non-negative and finite; got {_show(value)}.")
+
+
+def positive(argument: str, value: Any) -> None:
+    """Raises unless `value` is a finite scalar > 0 or a tracer."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    _require_number(argument, value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{argument}` must be positive and finite; got {_show(value)}.")
+
+
+def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
+    """Raises unless `value` is an integer in [low, high] or a tracer."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    rule = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | np.ndarray | jax.Array):
+        raise TypeError(f"`{argument}` must be {rule}; got {value!r}.")
+    if not isinstance(value, numbers.Integral):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"`{argument}` must be {rule}; got {value!r}.")
+        value = int(value)
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"`{argument}` must be {rule}; got {value}.")
+
+
+def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
+    """Raises unless `value` is one of the `known` names; suggests the nearest."""
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+
+
+def matching_tree(argument: str, tree: PyTree, params: PyTree) -> None:
+    """Raises unless `tree` has the structure and the shapes of `params`; names the first path that differs."""
+    found, structure = jax.tree_util.tree_flatten_with_path(tree)
+    wanted, params_structure = jax.tree_util.tree_flatten_with_path(params)
+    for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
+        if path != params_path:
+            raise ValueError(
+                f"`{argument}` must have the structure of `params`; it has {_path(path)} where `params` has"
+                f" {_path(params_path)}."
+            )
+        if jnp.shape(leaf) != jnp.shape(params_leaf):
+            raise ValueError(
+                f"`{argument}` must have the shapes of `params`; at {_path(path)} it is {jnp.shape(leaf)} and `params`"
+                f" is {jnp.shape(params_leaf)}."
+            )
+    if len(found) != len(wanted):
+        longer, name = (found, f"`{argument}`") if len(found) > len(wanted) else (wanted, "`params`")
+        path = longer[min(len(found), len(wanted))][0]
+        raise ValueError(f"`{argument}` must have the structure of `params`; only {name} has {_path(path)}.")
+    if structure != params_structure:
+        raise ValueError(
+            f"`{argument}` must have the structure of `params`; got {structure} against {params_structure}."
+        )
+
+
+def floating_tree(argument: str, tree: PyTree) -> None:
+    """Raises unless `tree` has leaves and every one is a real floating-point array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"`{argument}` must have at least one array; got {tree!r}.")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"`{argument}` must have floating-point leaves; at {_path(path)} it has {jnp.result_type(leaf)}."
+            )
+
+
+def no_masked_nodes(argument: str, tree: PyTree) -> None:
+    """Raises when `tree` went through `optax.masked` or `optax.partition`, which hide leaves from `grad_fn`."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked):
+        if is_masked(node):
+            raise ValueError(
+                f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at {_path(path)} it is masked."
+                " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition."
+            )
+
+
+def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """Returns `mask` (a bool tree, a prefix of one, or a callable giving either) as a tree of Python bools.
+
+    Raises when it does not match `params`, holds anything but bools, or selects no leaf.
+    """
+    mask = mask(params) if callable(mask) else mask
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(f"`{argument}` must hold Python bools; at {_path(path)} it has {leaf!r}.")
+    try:
+        full = jax.tree.broadcast(mask, params)
+    except ValueError:
+        # Not a prefix: broadcast the shapes away and name the first path that differs.
+        matching_tree(argument, mask, jax.tree.map(lambda _: True, params))
+        raise
+    if not any(jax.tree.leaves(full)):
+        raise ValueError(f"`{argument}` must select at least one leaf; got none of {len(jax.tree.leaves(full))} leaves.")
+    return jax.tree.map(bool, full)
+
+
+def _require_number(argument: str, value: Any) -> None:
+    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
+        raise TypeError(f"`{argument}` must be a real scalar; got {value!r}.")
+
+
+def _show(value: Any) -> str:
+    return repr(float(value))
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return f"params{jax.tree_util.keystr(path)}"

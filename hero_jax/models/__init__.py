@@ -1,0 +1,39 @@
+"""Flax Linen networks: a model is a pure function of a parameter tree.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model = create("resnet20", num_classes=10)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    272474
+"""
+
+from typing import Any
+
+from flax import linen as nn
+
+from hero_jax import _check
+from hero_jax.models.mlp import MLP, mlp
+from hero_jax.models.resnet import CifarResNet, resnet20, resnet32, resnet56
+
+__all__ = ["MLP", "MODELS", "CifarResNet", "create", "mlp", "resnet20", "resnet32", "resnet56"]
+
+MODELS = {"mlp": mlp, "resnet20": resnet20, "resnet32": resnet32, "resnet56": resnet56}
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Builds a model by name: `MODELS[name](num_classes=num_classes, **options)`.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: size of the output.
+      **options: fields of the model, such as `dtype` (the type of computation; parameters stay float32).
+
+    Returns:
+      A Linen module, called as `model.apply(variables, images, train=...)`.
+
+    Raises:
+      ValueError: unknown `name` (suggests the nearest), `num_classes` < 1.
+    """
+    _check.one_of("create(name=...)", name, MODELS)
+    _check.integer("create(num_classes=...)", num_classes, low=1)
+    return MODELS[name](num_classes=num_classes, **options)

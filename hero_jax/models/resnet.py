@@ -1,0 +1,67 @@
+"""CIFAR residual networks (He et al., CVPR 2016, section 4.2) with projection shortcuts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# He initialisation by fan-out, as the reference implementations of CIFAR ResNets use.
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class ResidualBlock(nn.Module):
+    """`relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`, both convolutions 3x3.
+
+    The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+
+        y = conv(self.width, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y))
+        y = conv(self.width, (3, 3), 1, padding=1, name="conv2")(y)
+        y = norm(name="bn2")(y)
+        if x.shape != y.shape:
+            x = conv(self.width, (1, 1), self.stride, name="shortcut_conv")(x)
+            x = norm(name="shortcut_bn")(x)
+        return nn.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """Residual network of depth `6 * blocks + 2` for small images: widths 16, 32, 64.
+
+    Call `apply(variables, images, train=...)` with float images (N, H, W, C); gives logits (N, num_classes).
+    With `train=True` BatchNorm normalises with the statistics of the batch and the collection `batch_stats` must be
+    mutable; with `train=False` it uses the running ones. `dtype` is the compute type, parameters stay float32.
+    """
+
+    blocks: int
+    num_classes: int = 10
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=self.dtype)
+        x = conv(16, (3, 3), padding=1, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="bn")(x))
+        for stage, width in enumerate((16, 32, 64)):
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = ResidualBlock(width, stride, self.dtype, name=f"stage{stage + 1}_block{block + 1}")(x, train=train)
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+
+
+resnet20 = partial(CifarResNet, 3)
+resnet32 = partial(CifarResNet, 5)
+resnet56 = partial(CifarResNet, 9)

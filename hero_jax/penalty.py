@@ -1,0 +1,138 @@
+"""The curvature penalties G of HERO and their exact gradients.
+
+With g = grad L(w), e the perturbation, w* = w + e, g* = grad L(w*), d = g* - g, H the Hessian, T the third derivative,
+R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") or 1 ("sum") on leaf i of R and 0 elsewhere:
+
+    detached      G = sum_R mean_i(d^2), g constant      grad G = 2 H(w*) D d             the authors' released code
+    difference    G = sum_R mean_i(d^2)                  grad G = 2 [H(w*) - H(w)] D d
+    hvp           G = sum_R mean_i((H(w) e)^2)           grad G = 2 T(w)[e, D H(w) e]
+    eigenvalue    G = |v^T H(w*) v|                      grad G = s T(w*)[v, v], s = sign(v^T H(w*) v)
+    gradient_l1   G = sum_R ||g||_1                      grad G = H(w) sign(g) on R       GRAD L1, with e = 0
+
+In each of them e (and v) is constant when differentiating. Products are `jax.jvp` of the gradient function, nested once
+for the third derivative. `jax.experimental.jet` would be the other way to a third derivative; it cannot trace a Flax
+BatchNorm network (jax 0.10: leaked tracer), so there is nothing to measure.
+
+Source: Yang et al., HERO, DAC 2022 (arXiv 2111.11986); Alizadeh et al., Gradient l1 regularization for quantization
+robustness, ICLR 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hero_jax import _tree, curvature
+
+PyTree = Any
+GradFn = Callable[[PyTree], PyTree]
+
+
+class Point(NamedTuple):
+    """Where a step stands: w, g = grad L(w), e and w* = w + e (in the types of w)."""
+
+    params: PyTree
+    grads: PyTree
+    perturbation: PyTree
+    perturbed: PyTree
+
+
+class Penalty(NamedTuple):
+    """What a penalty gives: g*, G, grad G (wide), and H(w*) v for the penalty that follows an eigenvector."""
+
+    perturbed_grads: PyTree
+    value: jax.Array
+    grads: PyTree
+    product: PyTree | None = None
+
+
+def selection(mask: PyTree, params: PyTree, reduction: str) -> PyTree:
+    """The diagonal of D, one Python float a leaf: 1/n_i or 1 where `mask` is True, 0.0 elsewhere."""
+
+    def weight(selected: bool, x: jax.Array) -> float:
+        if not selected:
+            return 0.0
+        return 1.0 / max(x.size, 1) if reduction == "mean" else 1.0
+
+    return jax.tree.map(weight, mask, params)
+
+
+def none(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """G = 0: SAM or ASAM, at their cost of 2 gradients a step."""
+    del diagonal, eigenvector
+    zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
+    return Penalty(grad_fn(point.perturbed), jnp.zeros((), jnp.float32), zeros)
+
+
+def detached(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """grad G = 2 H(w*) D d; 4 gradients a step with g and g*."""
+    del eigenvector
+    perturbed_grads, d, scaled = _difference(grad_fn, point, diagonal)
+    grads = _tree.scale(2.0, _product(grad_fn, point.perturbed, scaled))
+    return Penalty(perturbed_grads, _tree.dot(d, scaled), grads)
+
+
+def difference(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """grad G = 2 [H(w*) - H(w)] D d; 6 gradients a step with g and g*."""
+    del eigenvector
+    perturbed_grads, d, scaled = _difference(grad_fn, point, diagonal)
+    at_perturbed = _product(grad_fn, point.perturbed, scaled)
+    at_params = _product(grad_fn, point.params, scaled)
+    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2.0, _tree.subtract(at_perturbed, at_params)))
+
+
+def hvp(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """grad G = 2 T(w)[e, D H(w) e], the derivative of w -> H(w) e along D H(w) e."""
+    del eigenvector
+
+    def product(params: PyTree) -> PyTree:
+        return curvature.grad_product(grad_fn, params, point.perturbation)
+
+    curved = product(point.params)
+    scaled = _times(diagonal, curved)
+    grads = _tree.scale(2.0, _product(product, point.params, scaled))
+    return Penalty(grad_fn(point.perturbed), _tree.dot(curved, scaled), grads)
+
+
+def eigenvalue(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """grad G = s T(w*)[v, v]; g*, H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
+    v = _tree.cast_like(eigenvector, point.params)
+
+    def grads_and_product(params: PyTree) -> tuple[PyTree, PyTree]:
+        return jax.jvp(grad_fn, (params,), (v,))
+
+    (perturbed_grads, product), (_, third) = jax.jvp(grads_and_product, (point.perturbed,), (v,))
+    restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), product)
+    rayleigh = _tree.dot(v, restricted)
+    return Penalty(perturbed_grads, jnp.abs(rayleigh), _tree.scale(jnp.sign(rayleigh), third), restricted)
+
+
+def gradient_l1(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """grad G = H(w) sign(g) on R; 3 gradients a step with g."""
+    del eigenvector
+    signs = _times(diagonal, jax.tree.map(jnp.sign, point.grads))
+    return Penalty(point.grads, _tree.dot(point.grads, signs), _product(grad_fn, point.params, signs))
+
+
+PENALTIES = {"detached": detached, "difference": difference, "hvp": hvp, "eigenvalue": eigenvalue}
+
+
+def _difference(grad_fn: GradFn, point: Point, diagonal: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """g*, d = g* - g and D d."""
+    perturbed_grads = grad_fn(point.perturbed)
+    d = _tree.subtract(perturbed_grads, point.grads)
+    return perturbed_grads, d, _times(diagonal, d)
+
+
+def _times(diagonal: PyTree, tree: PyTree) -> PyTree:
+    """D u, wide. Multiplies by 0.0 rather than making zeros, which would lose the device axis that u varies over."""
+    return jax.tree.map(lambda c, x: c * _tree.wide(x), diagonal, tree)
+
+
+def _product(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
+    """The product along `vector`, wide, taken along its unit vector: 1/n_i times a small d underflows in float16."""
+    unit, length = _tree.normalize(vector)
+    return _tree.scale(length, curvature.grad_product(grad_fn, params, unit))

@@ -1,0 +1,412 @@
+"""HERO, SAM, ASAM and GRAD L1 as Optax gradient transformations."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hero_jax import _check, _tree, parallel
+from hero_jax import penalty as penalties
+from hero_jax.perturbation import SCOPES, perturbation
+
+PyTree = Any
+Scalar = jax.typing.ArrayLike | optax.Schedule
+Mask = PyTree | Callable[[PyTree], PyTree]
+
+
+class Metrics(NamedTuple):
+    """What the last step saw, as float32 scalars.
+
+    grad_norm: ||g||, the gradient at the weights.
+    perturbed_grad_norm: ||g*||, the gradient at the perturbed weights.
+    perturbation_norm: ||e||.
+    penalty: G, without gamma.
+    penalty_grad_norm: ||gamma grad G||, the norm of what the penalty added to g*.
+
+    Norms are global, over all leaves. With `sync=False` each is the mean over devices of the local value.
+    """
+
+    grad_norm: jax.Array
+    perturbed_grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    penalty: jax.Array
+    penalty_grad_norm: jax.Array
+
+
+class HeroState(NamedTuple):
+    """State of `hero`, `sam` and `grad_l1`.
+
+    count: int32 scalar, steps taken; schedules are evaluated at it.
+    metrics: `Metrics` of the last step, zeros before the first.
+    eigenvector: for penalty "eigenvalue" the unit tree v (float32 or wider, zero outside R); zeros before the first
+      step, which starts it from the gradient. None for the other penalties.
+    """
+
+    count: jax.Array
+    metrics: Metrics
+    eigenvector: PyTree | None
+
+
+def hero(
+    rho: Scalar,
+    gamma: Scalar,
+    *,
+    adaptive: bool = True,
+    scope: str = "global",
+    penalty: str = "detached",
+    reduction: str = "mean",
+    mask: Mask | None = None,
+    axis_name: parallel.AxisName | None = None,
+    sync: bool = True,
+    eps: jax.typing.ArrayLike = 1e-12,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces a gradient by the HERO direction, which lowers the loss, its sharpness and its curvature.
+
+        g  = grad L(w)                            the incoming updates
+        e  = rho w^2 g / (|| |w| g || + eps)      adaptive=True; rho g / (||g|| + eps) otherwise
+        g* = grad L(w + e)
+        direction = g* + gamma grad G
+
+    with the penalty G, in which e and v are constant when differentiating, d = g* - g, R the leaves in `mask`:
+
+        "detached"     G = sum_R mean_i(d^2), g constant too          4 gradients a step
+        "difference"   G = sum_R mean_i(d^2)                          6
+        "hvp"          G = sum_R mean_i((H(w) e)^2)                   measured in the README
+        "eigenvalue"   G = |v^T H(w + e) v|, v the tracked            measured in the README
+                       dominant eigenvector of H restricted to R
+
+    Chain it first: it needs the raw gradient. Weight decay, momentum and the learning rate come after it. L is the mean
+    loss of the batch in `grad_fn`, and `updates` must be its gradient at `params` on that same batch.
+
+    Args:
+      rho: radius of the perturbation, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
+        The paper's h, the authors' `--step_size`.
+      gamma: strength of the penalty, >= 0, likewise. The Python number 0 leaves SAM or ASAM, at their cost.
+      adaptive: scale the perturbation with the weights (ASAM) or not (SAM). Static, as all that follows but `eps`.
+      scope: "global" takes the norm in e over the whole tree, "leaf" over each leaf.
+      penalty: "detached" (the authors' released code), "difference", "hvp" or "eigenvalue".
+      reduction: "mean" (the authors' code) or "sum" over the entries of each leaf in G; "eigenvalue" has none.
+      mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2. All
+        leaves are perturbed and updated, whatever the mask.
+      axis_name: name (or tuple of names) of the mapped axis under `vmap`, `pmap` or `shard_map`: `updates` and
+        `grad_fn` are then per device, and this transformation averages. None under plain `jit`, sharded inputs included.
+      sync: True perturbs with the averaged gradient: the result is that of one device with the whole batch, for three
+        parameter-sized all-reduces a step. False perturbs with the local one (m-sharpness): the mean over devices of
+        the HERO direction of each, for one all-reduce ("eigenvalue": one more, for v). Needs `axis_name`.
+      eps: guards the norm in e. A zero gradient gives e = 0.
+
+    Returns:
+      A transformation with state `HeroState`. `update(updates, state, params, grad_fn=...)` needs `params` and, by
+      keyword, `grad_fn: params -> grads` (or `value_fn: params -> scalar`, whose gradient is taken); it ignores other
+      extra arguments. It emits trees in the types of `params`; norms, dots and differences are float32 or wider.
+
+    Raises:
+      ValueError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at update
+        no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects nothing.
+      TypeError: an argument or a parameter of the wrong kind.
+
+    Cost: as listed, counting g, which the caller computes; under `jit`. Memory about 2.5 times that of a gradient.
+    Model state stays with the caller: `grad_fn` closes over BatchNorm statistics and drops the updated ones.
+    `optax.MultiSteps` around it is wrong (the perturbed gradient would see the last microbatch only); accumulate inside
+    `grad_fn` instead, with `optax.microbatching`.
+
+    >>> import hero_jax, jax, jax.numpy as jnp, optax
+    >>> def loss_fn(params, batch):
+    ...     return jnp.mean((batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2)
+    >>> batch = {"x": jnp.array([[1.0, 2.0], [3.0, 5.0]]), "y": jnp.array([[1.0], [2.0]])}
+    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros(1)}
+    >>> tx = optax.chain(hero_jax.hero(rho=0.1, gamma=1e-3), optax.sgd(0.01, momentum=0.9))
+    >>> @jax.jit
+    ... def step(params, opt_state, batch):
+    ...     grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+    ...     updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+    ...     return optax.apply_updates(params, updates), opt_state
+    >>> opt_state = tx.init(params)
+    >>> for _ in range(50):
+    ...     params, opt_state = step(params, opt_state, batch)
+    >>> bool(loss_fn(params, batch) < 0.1)
+    True
+
+    Source: Yang, Yang, Gong, Chen, HERO, DAC 2022 (arXiv 2111.11986), with the authors' released defaults: ASAM
+    perturbation, clean gradient detached, mean over each tensor. Departures: the penalty leaves out every vector leaf
+    (theirs leaks in the scales of shortcut BatchNorms), and a zero gradient is no NaN.
+    """
+    _check.non_negative("hero(rho=...)", rho)
+    _check.non_negative("hero(gamma=...)", gamma)
+    _check.one_of("hero(scope=...)", scope, SCOPES)
+    _check.one_of("hero(penalty=...)", penalty, penalties.PENALTIES)
+    _check.one_of("hero(reduction=...)", reduction, ("mean", "sum"))
+    _check.positive("hero(eps=...)", eps)
+    is_off = isinstance(gamma, numbers.Real) and gamma == 0
+    return _transformation(
+        "hero",
+        functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
+        None if is_off else penalty,
+        rho=rho,
+        gamma=gamma,
+        reduction=reduction,
+        mask=mask,
+        axis_name=axis_name,
+        sync=sync,
+    )
+
+
+def sam(
+    rho: Scalar,
+    *,
+    adaptive: bool = False,
+    scope: str = "global",
+    axis_name: parallel.AxisName | None = None,
+    sync: bool = True,
+    eps: jax.typing.ArrayLike = 1e-12,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces a gradient by the one at the perturbed weights: SAM, or ASAM with `adaptive=True`.
+
+        e = rho g / (||g|| + eps)                    adaptive=False, SAM
+        e = rho w^2 g / (|| |w| g || + eps)          adaptive=True, ASAM
+        direction = grad L(w + e)
+
+    `hero` with gamma = 0: see there for the update call, the arguments, what is averaged and what is raised.
+
+    Args:
+      rho: radius, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
+      adaptive: False for SAM, True for ASAM.
+      scope: "global" or "leaf", where the norm in e is taken.
+      axis_name: the mapped axis, as in `hero`.
+      sync: False perturbs with the gradient of the device (m-sharpness) and needs `axis_name`.
+      eps: guards the norm in e.
+
+    Returns:
+      A transformation with state `HeroState`; `metrics.penalty` and `metrics.penalty_grad_norm` are 0.
+
+    Cost: 2 gradients a step.
+
+    >>> import hero_jax, jax, jax.numpy as jnp
+    >>> tx = hero_jax.sam(0.5)
+    >>> grad_fn = jax.grad(lambda w: jnp.sum(w**2))
+    >>> w = jnp.array([3.0, 4.0])
+    >>> tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+    Array([6.6, 8.8], dtype=float32)
+
+    Source: Foret et al., ICLR 2021; Kwon et al., ICML 2021.
+    """
+    _check.non_negative("sam(rho=...)", rho)
+    _check.one_of("sam(scope=...)", scope, SCOPES)
+    _check.positive("sam(eps=...)", eps)
+    return _transformation(
+        "sam",
+        functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
+        None,
+        rho=rho,
+        gamma=0.0,
+        reduction="mean",
+        mask=None,
+        axis_name=axis_name,
+        sync=sync,
+    )
+
+
+def grad_l1(
+    gamma: Scalar,
+    *,
+    mask: Mask | None = None,
+    axis_name: parallel.AxisName | None = None,
+    sync: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of the gradient's l1 norm: GRAD L1, the paper's quantization baseline.
+
+        G = sum_R ||g_i||_1,   direction = g + gamma H(w) sign(g)       (sign on R, 0 elsewhere)
+
+    See `hero` for the update call, the arguments, what is averaged and what is raised.
+
+    Args:
+      gamma: strength, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
+      mask: names R; default the leaves with ndim >= 2.
+      axis_name: the mapped axis, as in `hero`.
+      sync: False takes the sign of each device's own gradient and needs `axis_name`.
+
+    Returns:
+      A transformation with state `HeroState`; there is no perturbation, so `metrics.perturbed_grad_norm` is that of g.
+
+    Cost: 3 gradients a step.
+
+    >>> import hero_jax, jax, jax.numpy as jnp
+    >>> tx = hero_jax.grad_l1(0.1)
+    >>> grad_fn = jax.grad(lambda w: jnp.sum(w**3))
+    >>> w = jnp.array([[1.0, -2.0]])
+    >>> tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+    Array([[ 3.6, 10.8]], dtype=float32)
+
+    Source: Alizadeh et al., Gradient l1 regularization for quantization robustness, ICLR 2020.
+    """
+    _check.non_negative("grad_l1(gamma=...)", gamma)
+    return _transformation(
+        "grad_l1",
+        lambda params, grads, rho: jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), grads),
+        "gradient_l1",
+        rho=0.0,
+        gamma=gamma,
+        reduction="sum",
+        mask=mask,
+        axis_name=axis_name,
+        sync=sync,
+    )
+
+
+def _transformation(
+    name: str,
+    perturb: Callable[[PyTree, PyTree, jax.typing.ArrayLike], PyTree],
+    penalty: str | None,
+    *,
+    rho: Scalar,
+    gamma: Scalar,
+    reduction: str,
+    mask: Mask | None,
+    axis_name: parallel.AxisName | None,
+    sync: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """The one transformation behind the public ones: perturb, penalise, average, record."""
+    if not sync and axis_name is None:
+        raise ValueError(f"`{name}(sync=False)` needs `axis_name`: without one there is no device to be local to.")
+    penalize = {None: penalties.none, "gradient_l1": penalties.gradient_l1, **penalties.PENALTIES}[penalty]
+    follows_eigenvector = penalty == "eigenvalue"
+
+    def init_fn(params: PyTree) -> HeroState:
+        return HeroState(
+            count=jnp.zeros((), jnp.int32),
+            metrics=Metrics(*(jnp.zeros((), jnp.float32) for _ in Metrics._fields)),
+            eigenvector=jax.tree.map(lambda w: jnp.zeros_like(_tree.wide(w)), params) if follows_eigenvector else None,
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: HeroState,
+        params: PyTree | None = None,
+        *,
+        grad_fn: Callable[[PyTree], PyTree] | None = None,
+        value_fn: Callable[[PyTree], jax.Array] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, HeroState]:
+        del extra_args
+        grad_fn = _required_grad_fn(name, updates, params, grad_fn, value_fn)
+        device_grads, mean_grads = _grad_fns(grad_fn, axis_name)
+        grads = _device_updates(updates, params, device_grads, axis_name)
+        eigenvector = state.eigenvector
+        if sync:
+            grad_fn, grads = mean_grads, parallel.mean(grads, axis_name)
+        else:
+            assert axis_name is not None
+            grad_fn, params, eigenvector = device_grads, *parallel.vary((params, eigenvector), axis_name)
+
+        diagonal = None
+        if penalty is not None:
+            chosen = _check.bool_tree(f"{name}(mask=...)", _tree.kernels if mask is None else mask, params)
+            diagonal = penalties.selection(chosen, params, reduction)
+        if follows_eigenvector:
+            eigenvector = _started(eigenvector, grads, diagonal)
+
+        e = perturb(params, grads, _at(rho, state.count))
+        perturbed = _tree.cast_like(_tree.add(params, e), params)
+        result = penalize(grad_fn, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
+        added = _tree.scale(_at(gamma, state.count), result.grads)
+        direction = _tree.cast_like(_tree.add(result.perturbed_grads, added), params)
+        metrics = Metrics(
+            grad_norm=_tree.norm(grads),
+            perturbed_grad_norm=_tree.norm(result.perturbed_grads),
+            perturbation_norm=_tree.norm(e),
+            penalty=result.value,
+            penalty_grad_norm=_tree.norm(added),
+        )
+        metrics = Metrics(*(m.astype(jnp.float32) for m in metrics))
+        product = result.product
+        if not sync:
+            direction, metrics, product = parallel.mean((direction, metrics, product), axis_name)
+        if follows_eigenvector:
+            eigenvector = _followed(state.eigenvector, product)
+        return direction, HeroState(optax.safe_increment(state.count), metrics, eigenvector)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _required_grad_fn(
+    name: str,
+    updates: PyTree,
+    params: PyTree | None,
+    grad_fn: Callable[[PyTree], PyTree] | None,
+    value_fn: Callable[[PyTree], jax.Array] | None,
+) -> Callable[[PyTree], PyTree]:
+    """Checks what an update was given; returns `grad_fn`, which checks what it returns."""
+    if params is None:
+        raise ValueError(f"`{name}` needs `params`: call `tx.update(grads, state, params, grad_fn=grad_fn)`; got None.")
+    if grad_fn is None and value_fn is None:
+        raise ValueError(
+            f"`{name}` needs `grad_fn` (params -> grads on the same batch) or `value_fn`: call"
+            " `tx.update(grads, state, params, grad_fn=grad_fn)`; got None."
+        )
+    given = grad_fn if grad_fn is not None else value_fn
+    if not callable(given):
+        raise TypeError(f"`{name}` needs a callable `grad_fn` or `value_fn`; got {given!r}.")
+    _check.no_masked_nodes("updates", updates)
+    _check.floating_tree("params", params)
+    _check.matching_tree("updates", updates, params)
+    compute = given if grad_fn is not None else jax.grad(given)
+
+    def checked_grad_fn(params: PyTree) -> PyTree:
+        grads = compute(params)
+        _check.matching_tree("grad_fn(params)", grads, params)
+        return grads
+
+    return checked_grad_fn
+
+
+def _grad_fns(
+    grad_fn: Callable[[PyTree], PyTree], axis_name: parallel.AxisName | None
+) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """The gradient of this device alone, and its mean over devices; a jvp of either is right in every mode."""
+    device_grads = parallel.local_grad_fn(grad_fn, axis_name)
+    return device_grads, lambda params: parallel.mean(device_grads(params), axis_name)
+
+
+def _device_updates(
+    updates: PyTree,
+    params: PyTree,
+    device_grads: Callable[[PyTree], PyTree],
+    axis_name: parallel.AxisName | None,
+) -> PyTree:
+    """The incoming gradient, made per-device where shard_map has summed it already.
+
+    Under `check_vma=True` a gradient that does not vary was summed by autodiff, or averaged by the caller: one cannot
+    tell. `device_grads(params)` is right in both cases, and costs nothing under `jit`, where it shares the caller's
+    local gradient and leaves the caller's sum unused.
+    """
+    if axis_name is None or not parallel.tracks_varying(axis_name):
+        return updates
+    if all(parallel.varies(g, axis_name) for g in jax.tree.leaves(updates)):
+        return updates
+    return device_grads(params)
+
+
+def _at(value: Scalar, count: jax.Array) -> jax.typing.ArrayLike:
+    """The value of a hyper-parameter at this step."""
+    return value(count) if callable(value) else value
+
+
+def _started(eigenvector: PyTree, grads: PyTree, diagonal: PyTree) -> PyTree:
+    """v, or before the first product the unit gradient on R: a start with no hidden random key."""
+    restricted = jax.tree.map(lambda weight, g: float(weight > 0) * _tree.wide(g), diagonal, grads)
+    start, _ = _tree.normalize(restricted)
+    is_new = _tree.norm(eigenvector) == 0
+    return jax.tree.map(lambda s, v: jnp.where(is_new, s, v), start, eigenvector)
+
+
+def _followed(eigenvector: PyTree, product: PyTree) -> PyTree:
+    """H v / ||H v||, the next v; the present one where the product is zero or not finite."""
+    unit, length = _tree.normalize(product)
+    is_usable = (length > 0) & jnp.isfinite(length)
+    return jax.tree.map(lambda u, v: jnp.where(is_usable, u, v), unit, eigenvector)
