@@ -1,0 +1,92 @@
+"""Small problems that tests share: no leaf is square, no value is zero, one or symmetric unless that is the point."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def random_like(key, tree):
+    """Standard normal tree with the shapes and types of `tree`."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+    )
+
+
+def convnet_params(dtype=jnp.float64):
+    """A strided convolution, a channel-wise scale (a vector, as in BatchNorm) and a dense head: 3 x 2 inputs channels."""
+    shapes = {
+        "conv": {"kernel": (3, 2, 2, 5), "bias": (5,)},
+        "norm": {"scale": (5,)},
+        "head": [(5, 3), (3,)],
+    }
+    zeros = jax.tree.map(lambda s: jnp.zeros(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.map(lambda x: 0.4 * x + 0.1, random_like(jax.random.key(1), zeros))
+
+
+def convnet_batch(size=8, dtype=jnp.float64):
+    """Images (size, 7, 6, 2) and labels in 0..2."""
+    key_x, key_y = jax.random.split(jax.random.key(2))
+    return jax.random.normal(key_x, (size, 7, 6, 2), dtype), jax.random.randint(key_y, (size,), 0, 3)
+
+
+def convnet_loss(params, batch):
+    """Mean cross-entropy of a smooth convolutional network: its third derivative is nowhere zero."""
+    images, labels = batch
+    x = jax.lax.conv_general_dilated(
+        images, params["conv"]["kernel"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jnp.tanh(x + params["conv"]["bias"])
+    x = x * params["norm"]["scale"] / jnp.sqrt(jnp.mean(x**2) + 0.1)
+    kernel, bias = params["head"]
+    logits = x.mean(axis=(1, 2)) @ kernel + bias
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+
+
+def separable_loss(params, batch):
+    """As `convnet_loss` without the batch-wide normaliser: the mean over devices is then the mean over the batch."""
+    images, labels = batch
+    x = jax.lax.conv_general_dilated(
+        images, params["conv"]["kernel"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jnp.tanh(x + params["conv"]["bias"]) * params["norm"]["scale"]
+    kernel, bias = params["head"]
+    logits = x.mean(axis=(1, 2)) @ kernel + bias
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+
+
+def kernels_mask(params):
+    """The default R, written out."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def symmetric(eigenvalues, seed=0, dtype=np.float64):
+    """A dense symmetric matrix with the given spectrum, and its orthonormal eigenvectors as columns."""
+    eigenvalues = np.asarray(eigenvalues, dtype)
+    n = len(eigenvalues)
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+    return (basis * eigenvalues) @ basis.T, basis
+
+
+def quadratic(dtype=jnp.float64):
+    """L = w^T A w / 2 + b^T w on a tree with a (4, 3) kernel and a vector of 2; A indefinite and dense."""
+    matrix, _ = symmetric(np.linspace(-2.0, 5.0, 14), seed=3)
+    matrix = jnp.asarray(matrix, dtype)
+    linear = jnp.linspace(-1.0, 2.0, 14, dtype=dtype)
+    params = {"kernel": jnp.linspace(0.5, 2.0, 12, dtype=dtype).reshape(4, 3), "bias": jnp.array([0.7, -1.1], dtype)}
+
+    def loss_fn(params):
+        flat = jax.flatten_util.ravel_pytree(params)[0]
+        return flat @ matrix @ flat / 2 + linear @ flat
+
+    return loss_fn, params, matrix
+
+
+def assert_close(actual, expected, rtol=1e-10):
+    """Trees agree to `rtol` relative to the largest entry of each leaf; also compares structure, shapes and types."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,206 @@
+"""One answer on every device layout: vmap axis, pmap, both shard_maps, sharded jit; and m-sharpness."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import hero_jax
+from hero_jax import parallel
+from tests import problems, reference
+
+DEVICES = 4
+LAYOUTS = ("vmap", "pmap", "shard_map", "shard_map_unchecked")
+# Every penalty that `hero` knows, and the other two transformations.
+TRANSFORMATIONS = {
+    **{
+        penalty: functools.partial(hero_jax.hero, 0.3, 20.0, penalty=penalty)
+        for penalty in ("detached", "difference", "hvp", "eigenvalue")
+    },
+    "sam": functools.partial(hero_jax.sam, 0.3),
+    "grad_l1": functools.partial(hero_jax.grad_l1, 0.3),
+}
+
+
+@pytest.fixture
+def mesh():
+    return jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+
+
+def shards(batch):
+    """The batch with a leading device axis."""
+    return jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
+
+
+def mapped(layout, step, mesh):
+    """`step(params, state, batch)` of one device, mapped over the leading axis of `shards(batch)`.
+
+    Returns direction and state of every device, stacked.
+    """
+    spec = PartitionSpec
+    if layout == "vmap":
+        return jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data", axis_size=DEVICES))
+    if layout == "pmap":
+        return jax.pmap(step, in_axes=(None, None, 0), axis_name="data", devices=jax.devices()[:DEVICES])
+
+    def one_shard(params, state, batch):
+        result = step(params, state, jax.tree.map(lambda x: x[0], batch))
+        return jax.tree.map(lambda x: x[None], result)
+
+    check_vma = layout == "shard_map"
+    in_specs = (spec(), spec(), spec("data"))
+    return jax.jit(jax.shard_map(one_shard, mesh=mesh, in_specs=in_specs, out_specs=spec("data"), check_vma=check_vma))
+
+
+def run(layout, name, mesh, updates="local", **options):
+    """Two steps at fixed parameters on 4 devices: (direction, state) of every device, stacked."""
+    tx = TRANSFORMATIONS[name](axis_name="data", **options)
+    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+
+    def step(params, state, batch):
+        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        grads = grad_fn(parallel.vary(params, "data")) if updates == "local" else grad_fn(params)
+        return tx.update(grads, state, params, grad_fn=grad_fn)
+
+    step = mapped(layout, step, mesh)
+    _, state = step(params, tx.init(params), shards(batch))
+    for leaf in jax.tree.leaves(state):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # identical on every device
+    return step(params, jax.tree.map(lambda x: x[0], state), shards(batch))
+
+
+def run_one(name, batch, **options):
+    """The same two steps on one device."""
+    tx = TRANSFORMATIONS[name](**options)
+    params = problems.convnet_params()
+    grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+    update = jax.jit(lambda state: tx.update(grad_fn(params), state, params, grad_fn=grad_fn))
+    _, state = update(tx.init(params))
+    return update(state)
+
+
+def assert_everywhere(stacked, expected, rtol=1e-10):
+    for device in range(DEVICES):
+        problems.assert_close(jax.tree.map(lambda x, i=device: x[i], stacked), expected, rtol)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_layout_equals_one_device_with_the_whole_batch(x64, mesh, layout, name):
+    direction, state = run(layout, name, mesh)
+    expected, expected_state = run_one(name, problems.convnet_batch(8))
+    assert_everywhere(direction, expected)
+    assert_everywhere(state, expected_state, rtol=1e-5)  # metrics are float32
+
+
+@pytest.mark.parametrize("name", ["detached", "eigenvalue"])
+def test_gradient_that_shard_map_has_summed_is_not_mistaken_for_a_local_one(x64, mesh, name):
+    direction, _ = run("shard_map", name, mesh, updates="summed")
+    assert_everywhere(direction, run_one(name, problems.convnet_batch(8))[0])
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_sharded_jit_equals_one_device(x64, mesh, name):
+    batch = jax.device_put(problems.convnet_batch(8), NamedSharding(mesh, PartitionSpec("data")))
+    direction, state = run_one(name, batch)
+    expected, expected_state = run_one(name, problems.convnet_batch(8))
+    problems.assert_close(direction, expected)
+    problems.assert_close(state, expected_state, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [n for n in TRANSFORMATIONS if n != "eigenvalue"])
+def test_without_sync_the_direction_is_the_mean_of_per_device_ones(x64, mesh, layout, name):
+    direction, state = run(layout, name, mesh, sync=False)
+    batches = shards(problems.convnet_batch(8))
+    local = [run_one(name, jax.tree.map(lambda x, i=i: x[i], batches)) for i in range(DEVICES)]
+    assert_everywhere(direction, jax.tree.map(lambda *x: sum(x) / DEVICES, *[d for d, _ in local]))
+    metrics = jax.tree.map(lambda *x: sum(x) / DEVICES, *[s.metrics for _, s in local])
+    assert_everywhere(state.metrics, metrics, rtol=1e-5)
+    synced, _ = run(layout, name, mesh)
+    assert reference.norm(reference.subtract(synced, direction)) > 1e-4 * reference.norm(direction)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_sync_the_eigenvector_follows_the_mean_product(x64, mesh, layout):
+    params, batches = problems.convnet_params(), shards(problems.convnet_batch(8))
+    mask = problems.kernels_mask(params)
+    v = reference.restrict(problems.random_like(jax.random.key(5), params), mask)
+    v = reference.scale(1 / reference.norm(v), v)
+    tx = TRANSFORMATIONS["eigenvalue"](axis_name="data", sync=False)
+    state = tx.init(params)._replace(eigenvector=v)
+
+    def step(params, state, batch):
+        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        return tx.update(grad_fn(parallel.vary(params, "data")), state, params, grad_fn=grad_fn)
+
+    direction, state = mapped(layout, step, mesh)(params, state, batches)
+    directions, products = [], []
+    for i in range(DEVICES):
+        loss_fn = functools.partial(problems.separable_loss, batch=jax.tree.map(lambda x, i=i: x[i], batches))
+        options = {"penalty": "eigenvalue", "adaptive": True, "mask": mask, "eigenvector": v}
+        directions.append(reference.direction(loss_fn, params, 0.3, 20.0, **options))
+        e = reference.perturbation(params, jax.grad(loss_fn)(params), 0.3, adaptive=True)
+        products.append(reference.restrict(reference.hessian_vector(loss_fn, reference.add(params, e), v), mask))
+    assert_everywhere(direction, jax.tree.map(lambda *x: sum(x) / DEVICES, *directions))
+    product = jax.tree.map(lambda *x: sum(x), *products)
+    assert_everywhere(state.eigenvector, reference.scale(1 / reference.norm(product), product))
+
+
+def test_vary_is_the_identity_and_keeps_gradients_local(mesh):
+    batch = jnp.arange(8.0)
+
+    def step(w, x):
+        varied = parallel.vary(w, "data")
+        again = parallel.vary(varied, "data")
+        return jax.grad(lambda w: w * x.mean())(again)[None], (again - w)[None]
+
+    spec = PartitionSpec
+    for check_vma in (True, False):
+        grads, change = jax.shard_map(
+            step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"), check_vma=check_vma
+        )(jnp.float32(3.0), batch)
+        np.testing.assert_allclose(grads, batch.reshape(DEVICES, -1).mean(axis=1))
+        np.testing.assert_array_equal(change, 0)
+
+
+def test_several_axis_names(x64):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("host", "chip"))
+    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+    tx = hero_jax.hero(0.3, 20.0, axis_name=("host", "chip"))
+
+    def step(params, batch):
+        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    spec = PartitionSpec
+    step = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec(("host", "chip"))), out_specs=spec())
+    grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+    one = hero_jax.hero(0.3, 20.0)
+    expected, _ = one.update(grad_fn(params), one.init(params), params, grad_fn=grad_fn)
+    chex.assert_trees_all_close(jax.jit(step)(params, batch), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_state_does_not_vary_so_it_can_be_scanned_inside_shard_map(x64, mesh):
+    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+    tx = hero_jax.hero(0.3, 0.1, penalty="eigenvalue", axis_name="data")
+
+    def train(params, batch):
+        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+
+        def body(carry, _):
+            params, state = carry
+            updates, state = tx.update(grad_fn(parallel.vary(params, "data")), state, params, grad_fn=grad_fn)
+            return (jax.tree.map(lambda p, u: p - 0.1 * u, params, updates), state), state.metrics.penalty
+
+        return jax.lax.scan(body, (params, tx.init(params)), length=5)
+
+    spec = PartitionSpec
+    train = jax.shard_map(train, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    (_, state), penalties = jax.jit(train)(params, batch)
+    assert int(state.count) == 5
+    assert np.isfinite(penalties).all()

@@ -1,0 +1,504 @@
+"""hero, sam and grad_l1 against independent definitions, in float64; then dtypes, structures, edges and errors."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import hero_jax
+from hero_jax import perturbation
+from tests import problems, reference
+
+PENALTIES = ("detached", "difference", "hvp", "eigenvalue")
+
+
+def updated(tx, params, loss_fn, state=None):
+    """One jitted update of `tx` at `params`: (direction, new state)."""
+    grad_fn = jax.grad(loss_fn)
+    state = tx.init(params) if state is None else state
+    return jax.jit(lambda p, s: tx.update(grad_fn(p), s, p, grad_fn=grad_fn))(params, state)
+
+
+@pytest.fixture
+def net(x64):
+    batch = problems.convnet_batch()
+    return problems.convnet_params(), lambda params: problems.convnet_loss(params, batch)
+
+
+class TestExactness:
+    @pytest.mark.parametrize(
+        ("penalty", "scope", "reduction", "adaptive"),
+        [
+            *itertools.product(("detached", "difference", "hvp"), ("global",), ("mean", "sum"), (True, False)),
+            ("detached", "leaf", "mean", True),
+            ("hvp", "leaf", "sum", False),
+        ],
+    )
+    def test_direction_is_autodiff_of_the_penalty(self, net, penalty, scope, reduction, adaptive):
+        params, loss_fn = net
+        options = {"penalty": penalty, "scope": scope, "reduction": reduction, "adaptive": adaptive}
+        direction, state = updated(hero_jax.hero(0.3, 700.0, **options), params, loss_fn)
+        expected = reference.direction(loss_fn, params, 0.3, 700.0, mask=problems.kernels_mask(params), **options)
+        problems.assert_close(direction, expected)
+        # The penalty must matter here, or the comparison says nothing of it.
+        assert state.metrics.penalty_grad_norm > 0.01 * state.metrics.perturbed_grad_norm
+
+    @pytest.mark.parametrize("adaptive", [True, False])
+    def test_eigenvalue_direction_is_autodiff_of_the_rayleigh_quotient(self, net, adaptive):
+        params, loss_fn = net
+        mask = problems.kernels_mask(params)
+        tx = hero_jax.hero(0.3, 0.7, penalty="eigenvalue", adaptive=adaptive)
+        v = reference.restrict(problems.random_like(jax.random.key(5), params), mask)
+        v = reference.scale(1 / reference.norm(v), v)
+        direction, state = updated(tx, params, loss_fn, tx.init(params)._replace(eigenvector=v))
+        expected = reference.direction(
+            loss_fn, params, 0.3, 0.7, adaptive=adaptive, penalty="eigenvalue", mask=mask, eigenvector=v
+        )
+        problems.assert_close(direction, expected)
+        assert state.metrics.penalty_grad_norm > 0.01 * state.metrics.perturbed_grad_norm
+        e = reference.perturbation(params, jax.grad(loss_fn)(params), 0.3, adaptive=adaptive)
+        follows = reference.next_eigenvector(loss_fn, params, e, v, mask)
+        sign = jnp.sign(reference.dot(follows, state.eigenvector))
+        problems.assert_close(reference.scale(sign, state.eigenvector), follows)
+
+    def test_eigenvalue_penalty_of_a_negative_eigenvalue_has_the_other_sign(self, net):
+        params, loss_fn = net
+        tx = hero_jax.hero(0.0, 1.0, penalty="eigenvalue")
+        state = tx.init(params)._replace(eigenvector=problems.random_like(jax.random.key(5), params))
+        positive, _ = updated(tx, params, loss_fn, state)
+        negative, _ = updated(tx, params, lambda p: -loss_fn(p), state)
+        g = jax.grad(loss_fn)(params)
+        added = reference.subtract(positive, g)
+        problems.assert_close(reference.subtract(negative, reference.scale(-1, g)), added)
+
+    @pytest.mark.parametrize("rho", [0.0, 0.4])
+    def test_tracked_vector_converges_to_the_dominant_eigenvector(self, net, rho):
+        params, loss_fn = net
+        mask = problems.kernels_mask(params)
+        tx = hero_jax.hero(rho, 0.1, penalty="eigenvalue")
+        grad_fn = jax.grad(loss_fn)
+        state = tx.init(params)
+        step = jax.jit(lambda s: tx.update(grad_fn(params), s, params, grad_fn=grad_fn)[1])
+        for _ in range(400):
+            state = step(state)
+        e = reference.perturbation(params, grad_fn(params), rho, adaptive=True)
+        hessian = reference.restricted_hessian(loss_fn, reference.add(params, e), mask)
+        eigenvalues, eigenvectors = np.linalg.eigh(hessian)
+        dominant = np.argmax(np.abs(eigenvalues))
+        v, _ = jax.flatten_util.ravel_pytree(state.eigenvector)
+        assert abs(abs(v @ eigenvectors[:, dominant]) - 1) < 1e-8
+        assert abs(float(state.metrics.penalty) - abs(eigenvalues[dominant])) < 1e-5 * abs(eigenvalues[dominant])
+
+    def test_grad_l1_is_autodiff_of_the_gradient_l1_norm(self, net):
+        params, loss_fn = net
+        direction, state = updated(hero_jax.grad_l1(0.3), params, loss_fn)
+        problems.assert_close(
+            direction, reference.grad_l1_direction(loss_fn, params, 0.3, mask=problems.kernels_mask(params))
+        )
+        expected = sum(jnp.abs(g).sum() for g in jax.tree.leaves(jax.grad(loss_fn)(params)) if g.ndim > 1)
+        np.testing.assert_allclose(state.metrics.penalty, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("penalty", PENALTIES[1:])
+    def test_quadratic_adds_exactly_nothing(self, x64, penalty):
+        loss_fn, params, _ = problems.quadratic()
+        direction, _ = updated(hero_jax.hero(0.3, 700.0, penalty=penalty), params, loss_fn)
+        plain, _ = updated(hero_jax.hero(0.3, 0.0), params, loss_fn)
+        problems.assert_close(direction, plain, rtol=1e-13)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_quadratic_detached_adds_two_gamma_h_d_h_e(self, x64, reduction):
+        loss_fn, params, hessian = problems.quadratic()
+        direction, _ = updated(hero_jax.hero(0.3, 700.0, reduction=reduction), params, loss_fn)
+        plain, _ = updated(hero_jax.hero(0.3, 0.0), params, loss_fn)
+        e, unravel = jax.flatten_util.ravel_pytree(perturbation.perturbation(
+            params, jax.grad(loss_fn)(params), 0.3, adaptive=True
+        ))  # fmt: skip
+        # Tree order: bias (2 entries, not penalised), then kernel (12).
+        diagonal = jnp.array([0.0] * 2 + [1 / 12 if reduction == "mean" else 1.0] * 12)
+        expected = unravel(2 * 700.0 * hessian @ (diagonal * (hessian @ e)))
+        problems.assert_close(reference.subtract(direction, plain), expected, rtol=1e-12)
+
+    def test_metrics_are_the_stated_quantities(self, net):
+        params, loss_fn = net
+        mask = problems.kernels_mask(params)
+        direction, state = updated(hero_jax.hero(0.3, 700.0), params, loss_fn)
+        g = jax.grad(loss_fn)(params)
+        e = reference.perturbation(params, g, 0.3, adaptive=True)
+        perturbed = jax.grad(loss_fn)(reference.add(params, e))
+        g_value = reference.penalty_value(loss_fn, params, e, penalty="detached", reduction="mean", mask=mask)
+        expected = hero_jax.Metrics(
+            grad_norm=reference.norm(g),
+            perturbed_grad_norm=reference.norm(perturbed),
+            perturbation_norm=reference.norm(e),
+            penalty=g_value,
+            penalty_grad_norm=reference.norm(reference.subtract(direction, perturbed)),
+        )
+        for name in hero_jax.Metrics._fields:
+            np.testing.assert_allclose(getattr(state.metrics, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+            assert getattr(state.metrics, name).dtype == jnp.float32
+
+    @pytest.mark.parametrize("batch_axis", [None, "batch"])
+    def test_sam_equals_optax_over_ten_steps(self, x64, batch_axis):
+        batch = problems.convnet_batch()
+        grad_fn = jax.grad(lambda p: problems.convnet_loss(p, batch))
+        ours = optax.chain(hero_jax.hero(rho=0.2, gamma=0, adaptive=False), optax.sgd(0.1, momentum=0.9))
+        theirs = optax.contrib.sam(
+            optax.sgd(0.1, momentum=0.9),
+            optax.chain(optax.contrib.normalize(), optax.sgd(0.2)),
+            sync_period=2,
+            opaque_mode=True,
+        )
+        p = q = problems.convnet_params()
+        s, t = ours.init(p), theirs.init(q)
+        for _ in range(10):
+            u, s = ours.update(grad_fn(p), s, p, grad_fn=grad_fn)
+            p = optax.apply_updates(p, u)
+            u, t = theirs.update(grad_fn(q), t, q, grad_fn=lambda x, _: grad_fn(x))
+            q = optax.apply_updates(q, u)
+        problems.assert_close(p, q)
+        assert reference.norm(reference.subtract(p, problems.convnet_params())) > 0.1
+
+    def test_sam_and_asam_are_hero_without_penalty(self, net):
+        params, loss_fn = net
+        for adaptive, scope in itertools.product((True, False), ("global", "leaf")):
+            ours, _ = updated(hero_jax.sam(0.2, adaptive=adaptive, scope=scope), params, loss_fn)
+            same, _ = updated(hero_jax.hero(0.2, 0.0, adaptive=adaptive, scope=scope), params, loss_fn)
+            chex.assert_trees_all_equal(ours, same)
+            expected = reference.direction(
+                loss_fn, params, 0.2, 0, adaptive=adaptive, scope=scope, mask=problems.kernels_mask(params)
+            )
+            problems.assert_close(ours, expected)
+
+    def test_mask_names_the_penalised_leaves(self, net):
+        params, loss_fn = net
+        mask = {"conv": {"kernel": False, "bias": True}, "norm": {"scale": False}, "head": [True, False]}
+        expected = reference.direction(loss_fn, params, 0.3, 700.0, adaptive=True, mask=mask)
+        prefix = {"conv": {"kernel": False, "bias": True}, "norm": False, "head": [True, False]}
+        for given in (mask, prefix, lambda p: mask):
+            direction, _ = updated(hero_jax.hero(0.3, 700.0, mask=given), params, loss_fn)
+            problems.assert_close(direction, expected)
+        default, _ = updated(hero_jax.hero(0.3, 700.0), params, loss_fn)
+        assert reference.norm(reference.subtract(direction, default)) > 1e-3
+
+    def test_value_fn_takes_the_place_of_grad_fn(self, net):
+        params, loss_fn = net
+        tx = hero_jax.hero(0.3, 700.0)
+        direction, _ = tx.update(jax.grad(loss_fn)(params), tx.init(params), params, value_fn=loss_fn)
+        problems.assert_close(direction, updated(tx, params, loss_fn)[0])
+
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    def test_microbatched_grad_fn_gives_the_full_batch_direction(self, x64, penalty):
+        images, labels = problems.convnet_batch(8)
+        params = problems.convnet_params()
+
+        def accumulated(p):
+            def body(total, batch):
+                return jax.tree.map(jnp.add, total, jax.grad(problems.separable_loss)(p, batch)), None
+
+            batches = (images.reshape(4, 2, *images.shape[1:]), labels.reshape(4, 2))
+            total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, p), batches)
+            return jax.tree.map(lambda g: g / 4, total)
+
+        tx = hero_jax.hero(0.3, 2.0, penalty=penalty)
+        direction, _ = tx.update(accumulated(params), tx.init(params), params, grad_fn=accumulated)
+        whole, _ = updated(tx, params, lambda p: problems.separable_loss(p, (images, labels)))
+        problems.assert_close(direction, whole)
+
+
+class TestCost:
+    """Operations as compiled, by XLA's own count, in units of one gradient."""
+
+    @staticmethod
+    def gradients(tx):
+        """The compiled floating-point operations of one step of `tx`, over those of one gradient."""
+        x = jax.random.normal(jax.random.key(0), (64, 32))
+        params = [jax.random.normal(jax.random.key(i), (32, 32)) / 6 for i in range(1, 7)]
+
+        def loss_fn(params, x):
+            return jnp.mean(functools.reduce(lambda h, w: jnp.tanh(h @ w), params, x) ** 2)
+
+        def step(params, x):
+            grad_fn = functools.partial(jax.grad(loss_fn), x=x)
+            return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+
+        def operations(fn):
+            return jax.jit(fn).lower(params, x).compile().cost_analysis()["flops"]
+
+        return operations(step) / operations(jax.grad(loss_fn))
+
+    @pytest.mark.parametrize(
+        ("tx", "low", "high"),
+        [
+            (hero_jax.sam(0.1), 1.9, 2.2),
+            (hero_jax.hero(0.1, 0), 1.9, 2.2),
+            (hero_jax.grad_l1(0.1), 2.8, 3.2),
+            (hero_jax.hero(0.1, 1.0), 3.8, 4.3),
+            (hero_jax.hero(0.1, 1.0, penalty="difference"), 5.5, 6.4),
+            (hero_jax.hero(0.1, 1.0, penalty="eigenvalue"), 4.0, 8.2),
+            (hero_jax.hero(0.1, 1.0, penalty="hvp"), 4.0, 11.2),
+        ],
+    )
+    def test_step_costs_its_floor(self, tx, low, high):
+        assert low < self.gradients(tx) < high
+
+
+class TestSchedules:
+    def test_rho_and_gamma_follow_the_steps_of_the_transformation(self, net):
+        params, loss_fn = net
+        rho = optax.linear_schedule(0.1, 0.4, 2)
+        gamma = optax.linear_schedule(0.0, 800.0, 2)
+        tx = hero_jax.hero(rho, gamma)
+        state = tx.init(params)
+        for step in range(4):
+            direction, state = updated(tx, params, loss_fn, state)
+            expected, _ = updated(hero_jax.hero(float(rho(step)), float(gamma(step))), params, loss_fn)
+            problems.assert_close(direction, expected, rtol=1e-6)  # the schedules are float32
+            assert int(state.count) == step + 1
+
+    def test_traced_hyperparameters(self, net):
+        params, loss_fn = net
+        traced = jax.jit(lambda rho, gamma: updated(hero_jax.hero(rho, gamma), params, loss_fn)[0])
+        problems.assert_close(traced(0.3, 700.0), updated(hero_jax.hero(0.3, 700.0), params, loss_fn)[0])
+        problems.assert_close(traced(0.3, 0.0), updated(hero_jax.hero(0.3, 0), params, loss_fn)[0])
+
+
+class TestTypesAndStructures:
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    def test_emits_the_type_of_the_parameters_and_stays_finite(self, dtype, penalty):
+        batch = problems.convnet_batch(dtype=dtype)
+        params = problems.convnet_params(dtype)
+        tx = hero_jax.hero(0.3, 0.5, penalty=penalty)
+        direction, state = updated(tx, params, lambda p: problems.convnet_loss(p, batch))
+        chex.assert_trees_all_equal_dtypes(direction, params)
+        chex.assert_tree_all_finite((direction, state))
+        assert all(m.dtype == jnp.float32 for m in state.metrics)
+
+    @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.2)])
+    @pytest.mark.parametrize("penalty", ["detached", "eigenvalue"])
+    def test_sixteen_bits_are_close_to_float64(self, x64, dtype, rtol, penalty):
+        def direction(dtype):
+            # The 16-bit parameters are the truth in both runs: only the arithmetic differs.
+            params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), problems.convnet_params())
+            images, labels = problems.convnet_batch()
+            batch = images.astype(jnp.bfloat16).astype(dtype), labels
+            return updated(hero_jax.hero(0.3, 0.5, penalty=penalty), params, lambda p: problems.convnet_loss(p, batch))[0]
+
+        exact, low = direction(jnp.float64), direction(dtype)
+        error = reference.norm(reference.subtract(exact, jax.tree.map(lambda x: x.astype(jnp.float64), low)))
+        assert error < rtol * reference.norm(exact)
+
+    def test_float16_penalty_does_not_underflow(self):
+        # D d is 1e-9 here, below the smallest float16 number.
+        def loss_fn(w):
+            return jnp.sum(jnp.sin(w)) * w.dtype.type(1e-3)
+
+        def added(dtype):
+            params = jnp.full((100, 90), 0.5, dtype)
+            tx = hero_jax.hero(0.1, 1e6, adaptive=False)
+            return float(updated(tx, params, loss_fn)[1].metrics.penalty_grad_norm)
+
+        assert added(jnp.float32) > 0
+        np.testing.assert_allclose(added(jnp.float16), added(jnp.float32), rtol=0.1)
+
+    def test_float16_norm_does_not_overflow(self):
+        params = jnp.full((1000, 1), 20.0, jnp.float16)
+        _, state = updated(hero_jax.sam(0.1), params, lambda w: jnp.sum(w.astype(jnp.float32) ** 2) / 2)
+        np.testing.assert_allclose(state.metrics.grad_norm, 20 * np.sqrt(1000), rtol=1e-3)
+
+    def test_structure_does_not_matter(self, x64):
+        kernels = [jax.random.normal(jax.random.key(i), (3, 4)) for i in range(3)]
+        x = jax.random.normal(jax.random.key(7), (5, 3))
+
+        def value(a, b, c):
+            return jnp.mean(jnp.tanh(x @ a) * jnp.sin(x @ b) + (x @ c) ** 3)
+
+        pack = {
+            "tuple": lambda a, b, c: (a, (b, c)),
+            "list": lambda a, b, c: [a, [b], c],
+            "dict": lambda a, b, c: {"z": a, "y": {"x": b}, "w": c},
+            "none": lambda a, b, c: {"z": a, "y": [None, b], "w": c},
+            "nnx": lambda a, b, c: nnx.State({"z": nnx.Param(a), "y": nnx.Param(b), "w": nnx.Param(c)}),
+        }
+        results = {}
+        for name, build in pack.items():
+            order = jax.tree.leaves(build(0, 1, 2))
+
+            def loss_fn(params, order=order):
+                leaves = jax.tree.leaves(params)
+                return value(*(leaves[order.index(i)] for i in range(3)))
+
+            direction, _ = updated(hero_jax.hero(0.3, 5.0), build(*kernels), loss_fn)
+            assert jax.tree.structure(direction) == jax.tree.structure(build(*kernels))
+            leaves = jax.tree.leaves(direction)
+            results[name] = [leaves[order.index(i)] for i in range(3)]
+        for result in results.values():
+            problems.assert_close(result, results["tuple"], rtol=1e-13)
+
+    def test_trains_a_linen_network(self):
+        model = linen.Sequential([linen.Dense(8), jnp.tanh, linen.Dense(3)])
+        x, y = jax.random.normal(jax.random.key(0), (20, 5)), jnp.arange(20) % 3
+        params = model.init(jax.random.key(1), x)
+
+        def loss_fn(params):
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+
+        tx = optax.chain(hero_jax.hero(0.1, 0.1), optax.adam(0.05))
+        state, before = tx.init(params), loss_fn(params)
+        for _ in range(30):
+            updates, state = updated(tx, params, loss_fn, state)
+            params = optax.apply_updates(params, updates)
+        assert loss_fn(params) < 0.6 * before
+
+    def test_trains_an_nnx_network_through_its_optimizer(self):
+        model = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.chain(hero_jax.hero(0.1, 0.1), optax.sgd(0.3)), wrt=nnx.Param)
+        x, y = jax.random.normal(jax.random.key(0), (20, 5)), jnp.arange(20) % 3
+        graph, _, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss_fn(params):
+            logits = nnx.merge(graph, params, rest)(x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        params = nnx.state(model, nnx.Param)
+        before = loss_fn(params)
+        for _ in range(20):
+            params = nnx.state(model, nnx.Param)
+            optimizer.update(model, jax.grad(loss_fn)(params), grad_fn=jax.grad(loss_fn))
+        assert loss_fn(nnx.state(model, nnx.Param)) < 0.9 * before
+
+
+class TestEdges:
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    @pytest.mark.parametrize("adaptive", [True, False])
+    @pytest.mark.parametrize("scope", ["global", "leaf"])
+    def test_zero_gradient_gives_zero_not_nan(self, penalty, adaptive, scope):
+        params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+        tx = hero_jax.hero(0.5, 5.0, penalty=penalty, adaptive=adaptive, scope=scope)
+        direction, state = updated(tx, params, lambda p: 0.0 * sum(x.sum() for x in jax.tree.leaves(p)))
+        chex.assert_trees_all_equal(direction, jax.tree.map(jnp.zeros_like, params))
+        assert state.metrics.perturbation_norm == 0
+
+    def test_eigenvector_survives_a_product_that_is_not_finite(self):
+        params = jnp.ones((2, 3))
+        tx = hero_jax.hero(0.0, 1.0, penalty="eigenvalue")
+        v = jnp.eye(2, 3)
+        state = tx.init(params)._replace(eigenvector=v)
+        _, state = updated(tx, params, lambda w: jnp.sum(w**2) * jnp.nan, state)
+        chex.assert_trees_all_equal(state.eigenvector, v)
+
+    def test_one_by_one_parameter(self):
+        params = jnp.array([[2.0]])
+        direction, _ = updated(hero_jax.hero(0.5, 1.0, adaptive=False), params, lambda w: jnp.sum(w**3))
+        # w* = 2.5, g* = 18.75, d = 6.75, H(w*) = 15, added 2 * 15 * 6.75.
+        np.testing.assert_allclose(direction, [[18.75 + 202.5]], rtol=1e-6)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: hero_jax.hero(-0.1, 1.0), r"`hero\(rho=...\)` must be non-negative and finite; got -0.1"),
+            (lambda: hero_jax.hero(0.1, float("nan")), r"`hero\(gamma=...\)` must be non-negative and finite; got nan"),
+            (lambda: hero_jax.hero(0.1, np.float32("inf")), r"`hero\(gamma=...\)` .* got inf"),
+            (lambda: hero_jax.hero(0.1, 1.0, penalty="detach"), r"`hero\(penalty=...\)` .* Did you mean 'detached'"),
+            (lambda: hero_jax.hero(0.1, 1.0, scope="layer"), r"`hero\(scope=...\)` must be one of 'global', 'leaf'"),
+            (lambda: hero_jax.hero(0.1, 1.0, reduction="avg"), r"`hero\(reduction=...\)` must be one of"),
+            (lambda: hero_jax.hero(0.1, 1.0, eps=0.0), r"`hero\(eps=...\)` must be positive and finite; got 0.0"),
+            (lambda: hero_jax.hero(0.1, 1.0, sync=False), r"`hero\(sync=False\)` needs `axis_name`"),
+            (lambda: hero_jax.sam(float("inf")), r"`sam\(rho=...\)` must be non-negative and finite; got inf"),
+            (lambda: hero_jax.sam(0.1, scope="x"), r"`sam\(scope=...\)` must be one of"),
+            (lambda: hero_jax.grad_l1(-1), r"`grad_l1\(gamma=...\)` must be non-negative and finite; got -1.0"),
+        ],
+    )
+    def test_bad_hyperparameters(self, build, message):
+        with pytest.raises(ValueError, match=message):
+            build()
+
+    @pytest.mark.parametrize("value", ["0.1", True, None, [0.1]])
+    def test_hyperparameters_of_the_wrong_kind(self, value):
+        with pytest.raises(TypeError, match=r"`hero\(rho=...\)` must be a real scalar; got"):
+            hero_jax.hero(value, 1.0)
+
+    @pytest.fixture
+    def case(self):
+        params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+        return params, jax.grad(lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["b"] ** 2))
+
+    def test_no_grad_fn(self, case):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(ValueError, match=r"`hero` needs `grad_fn` .* got None"):
+            tx.update(grad_fn(params), tx.init(params), params)
+
+    def test_no_params(self, case):
+        params, grad_fn = case
+        tx = hero_jax.grad_l1(0.1)
+        with pytest.raises(ValueError, match=r"`grad_l1` needs `params`.* got None"):
+            tx.update(grad_fn(params), tx.init(params), grad_fn=grad_fn)
+
+    def test_grad_fn_that_is_not_callable(self, case):
+        params, grad_fn = case
+        tx = hero_jax.sam(0.1)
+        with pytest.raises(TypeError, match="`sam` needs a callable `grad_fn`"):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn(params))
+
+    @pytest.mark.parametrize(
+        ("mask", "kind", "message"),
+        [
+            ({"w": True, "c": True}, ValueError, r"it has params\['c'\] where `params` has params\['b'\]"),
+            ({"w": True}, ValueError, r"only `params` has params\['w'\]|it has params\['w'\] where"),
+            ({"w": True, "b": "yes"}, TypeError, r"must hold Python bools; at params\['b'\] it has 'yes'"),
+            ({"w": False, "b": False}, ValueError, r"must select at least one leaf; got none of 2"),
+        ],
+    )
+    def test_bad_masks(self, case, mask, kind, message):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0, mask=mask)
+        with pytest.raises(kind, match=message):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+
+    def test_default_mask_that_selects_nothing(self):
+        tx = hero_jax.hero(0.1, 1.0)
+        params = jnp.ones(3)
+        with pytest.raises(ValueError, match=r"`hero\(mask=...\)` must select at least one leaf"):
+            tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+
+    @pytest.mark.parametrize(
+        ("grads", "message"),
+        [
+            ({"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, r"`updates` .* at params\['w'\] it is \(3, 2\) .* \(2, 3\)"),
+            ({"w": jnp.ones((2, 3))}, r"`updates` must have the structure of `params`; it has params\['w'\]"),
+            ({"w": jnp.ones((2, 3)), "b": jnp.ones(3), "c": 1.0}, r"`updates` .* it has params\['c'\]"),
+            ([jnp.ones(3), jnp.ones((2, 3))], r"`updates` .* it has params\[0\] where `params` has params\['b'\]"),
+        ],
+    )
+    def test_updates_that_do_not_match(self, case, grads, message):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(ValueError, match=message):
+            tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+
+    def test_grad_fn_that_returns_more_than_the_gradient(self, case):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(ValueError, match=r"`grad_fn\(params\)` must have the structure of `params`"):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=lambda p: (grad_fn(p), {"accuracy": 1.0}))
+
+    def test_integer_parameters(self):
+        tx = hero_jax.hero(0.1, 1.0)
+        params = {"w": jnp.ones((2, 3)), "n": jnp.arange(3)}
+        with pytest.raises(TypeError, match=r"floating-point leaves; at params\['n'\] it has int32"):
+            tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+
+    def test_optax_masked_is_refused(self, case):
+        params, grad_fn = case
+        tx = optax.masked(hero_jax.hero(0.1, 1.0), {"w": True, "b": False})
+        with pytest.raises(ValueError, match=r"at params\['b'\] it is masked. Give the transformation a `mask`"):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
