@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 PyTree = Any
 
 
 def non_negative(argument: str, value: Any) -> None:
     """Raises unless `value` is a finite scalar >= 0, a tracer, or a schedule."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return
     _require_number(argument, value)
     if not (math.isfinite(value) and value >= 0):
@@ -30,7 +30,7 @@ def non_negative(argument: str, value: Any) -> None:
 
 def positive(argument: str, value: Any) -> None:
     """Raises unless `value` is a finite scalar > 0 or a tracer."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     _require_number(argument, value)
     if not (math.isfinite(value) and value > 0):
@@ -39,15 +39,12 @@ def positive(argument: str, value: Any) -> None:
 
 def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
     """Raises unless `value` is an integer in [low, high] or a tracer."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     rule = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral | np.ndarray | jax.Array):
+    if not _is_scalar(value, jnp.integer):
         raise TypeError(f"`{argument}` must be {rule}; got {value!r}.")
-    if not isinstance(value, numbers.Integral):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
-            raise TypeError(f"`{argument}` must be {rule}; got {value!r}.")
-        value = int(value)
+    value = int(value)
     if value < low or (high is not None and value > high):
         raise ValueError(f"`{argument}` must be {rule}; got {value}.")
 
@@ -129,14 +126,21 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
         matching_tree(argument, mask, jax.tree.map(lambda _: True, params))
         raise
     if not any(jax.tree.leaves(full)):
-        raise ValueError(f"`{argument}` must select at least one leaf; got none of {len(jax.tree.leaves(full))} leaves.")
+        raise ValueError(
+            f"`{argument}` must select at least one leaf; got none of {len(jax.tree.leaves(full))} leaves."
+        )
     return jax.tree.map(bool, full)
 
 
 def _require_number(argument: str, value: Any) -> None:
-    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_array):
+    if not (_is_scalar(value, jnp.floating) or _is_scalar(value, jnp.integer)):
         raise TypeError(f"`{argument}` must be a real scalar; got {value!r}.")
+
+
+def _is_scalar(value: Any, kind: Any) -> bool:
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+        return False
+    return np.ndim(value) == 0 and bool(jnp.issubdtype(np.asarray(value).dtype, kind))
 
 
 def _show(value: Any) -> str:

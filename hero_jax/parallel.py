@@ -46,7 +46,9 @@ def vary(tree: PyTree, axis_name: AxisName) -> PyTree:
     for name in _names(axis_name):
         # pcast exists only inside shard_map (jax 0.12 raises elsewhere), and refuses what varies already.
         if name in jax.sharding.get_abstract_mesh().manual_axes:
-            tree = jax.tree.map(lambda x, name=name: x if varies(x, name) else jax.lax.pcast(x, name, to="varying"), tree)
+            tree = jax.tree.map(
+                lambda x, name=name: x if varies(x, name) else jax.lax.pcast(x, name, to="varying"), tree
+            )
     return tree
 
 

@@ -1,7 +1,7 @@
 """The curvature penalties G of HERO and their exact gradients.
 
 With g = grad L(w), e the perturbation, w* = w + e, g* = grad L(w*), d = g* - g, H the Hessian, T the third derivative,
-R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") or 1 ("sum") on leaf i of R and 0 elsewhere:
+R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") or 1 ("sum") on leaf i of R, 0 elsewhere:
 
     detached      G = sum_R mean_i(d^2), g constant      grad G = 2 H(w*) D d             the authors' released code
     difference    G = sum_R mean_i(d^2)                  grad G = 2 [H(w*) - H(w)] D d

@@ -124,8 +124,8 @@ def quantize_and_evaluate(
         rows = [eval_fn(w)] + [eval_fn(fake_quantize(w, b)) for b in bits]
 
     Args:
-      eval_fn: `params -> {name: scalar}`, or one scalar, which is named "value". It may loop over a data set on the host;
-        hand it a jitted forward pass that takes the data as an argument, and that compiles once for the whole sweep.
+      eval_fn: `params -> {name: scalar}`, or one scalar, which is named "value". It may loop over a data set on the
+        host; give it a jitted forward pass that takes the data as an argument: that compiles once for the whole sweep.
       params: pytree of floating-point arrays; model state, such as BatchNorm statistics, is closed over by `eval_fn`.
       bits: bit widths in 2..16, in the order of the rows.
       spec: granularity and grid.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from hero_jax import _check, _tree
 
@@ -18,8 +19,8 @@ class EigenResult(NamedTuple):
 
     eigenvalue: the Rayleigh quotient of `eigenvector`, sign kept; float32 or wider.
     eigenvector: unit pytree, in the types of the start vector.
-    residual: ||H v - lambda v|| / |lambda|: relative, so a distance from the spectrum of at most |lambda| residual. 0 for
-      the zero operator, inf where lambda is 0 and H v is not, NaN where a product was NaN.
+    residual: ||H v - lambda v|| / |lambda|: some eigenvalue lies within |lambda| residual of `eigenvalue`. 0 for the
+      zero operator, inf where lambda is 0 and H v is not, NaN where a product was NaN.
     converged: residual <= rtol.
     num_matvecs: int32, products taken.
     """
@@ -77,7 +78,7 @@ def power_iteration(
     _check.positive("power_iteration(rtol=...)", rtol)
     _check.floating_tree("v0", v0)
     start, length = _tree.normalize(v0)
-    if not isinstance(length, jax.core.Tracer) and not (jnp.isfinite(length) and length > 0):
+    if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ValueError(f"`power_iteration(v0=...)` must be finite and not zero; its norm is {length}.")
 
     def is_running(carry: tuple[PyTree, EigenResult]) -> jax.Array:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hero_jax import _check, _tree, parallel
@@ -18,6 +18,8 @@ from hero_jax.perturbation import SCOPES, perturbation
 PyTree = Any
 Scalar = jax.typing.ArrayLike | optax.Schedule
 Mask = PyTree | Callable[[PyTree], PyTree]
+# optax types a state as a tree of arrays, which is narrower than the NamedTuples it is used with.
+OptState = Any
 
 
 class Metrics(NamedTuple):
@@ -48,7 +50,7 @@ class HeroState(NamedTuple):
       step, which starts it from the gradient. None for the other penalties.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     metrics: Metrics
     eigenvector: PyTree | None
 
@@ -95,11 +97,11 @@ def hero(
       mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2. All
         leaves are perturbed and updated, whatever the mask.
       axis_name: name (or tuple of names) of the mapped axis under `vmap`, `pmap` or `shard_map`: `updates` and
-        `grad_fn` are then per device, and this transformation averages. None under plain `jit`, sharded inputs included.
+        `grad_fn` are then per device, and this transformation averages. None under plain `jit`, also with sharded data.
       sync: True perturbs with the averaged gradient: the result is that of one device with the whole batch, for three
         parameter-sized all-reduces a step. False perturbs with the local one (m-sharpness): the mean over devices of
         the HERO direction of each, for one all-reduce ("eigenvalue": one more, for v). Needs `axis_name`.
-      eps: guards the norm in e. A zero gradient gives e = 0.
+      eps: added to the norm in e, >= 0. A zero gradient gives e = 0, whatever `eps`.
 
     Returns:
       A transformation with state `HeroState`. `update(updates, state, params, grad_fn=...)` needs `params` and, by
@@ -107,8 +109,8 @@ def hero(
       extra arguments. It emits trees in the types of `params`; norms, dots and differences are float32 or wider.
 
     Raises:
-      ValueError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at update
-        no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects nothing.
+      ValueError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at
+        update no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects nothing.
       TypeError: an argument or a parameter of the wrong kind.
 
     Cost: as listed, counting g, which the caller computes; under `jit`. Memory about 2.5 times that of a gradient.
@@ -142,8 +144,8 @@ def hero(
     _check.one_of("hero(scope=...)", scope, SCOPES)
     _check.one_of("hero(penalty=...)", penalty, penalties.PENALTIES)
     _check.one_of("hero(reduction=...)", reduction, ("mean", "sum"))
-    _check.positive("hero(eps=...)", eps)
-    is_off = isinstance(gamma, numbers.Real) and gamma == 0
+    _check.non_negative("hero(eps=...)", eps)
+    is_off = isinstance(gamma, int | float | np.number) and gamma == 0
     return _transformation(
         "hero",
         functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
@@ -198,7 +200,7 @@ def sam(
     """
     _check.non_negative("sam(rho=...)", rho)
     _check.one_of("sam(scope=...)", scope, SCOPES)
-    _check.positive("sam(eps=...)", eps)
+    _check.non_negative("sam(eps=...)", eps)
     return _transformation(
         "sam",
         functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
@@ -277,7 +279,7 @@ def _transformation(
     penalize = {None: penalties.none, "gradient_l1": penalties.gradient_l1, **penalties.PENALTIES}[penalty]
     follows_eigenvector = penalty == "eigenvalue"
 
-    def init_fn(params: PyTree) -> HeroState:
+    def init_fn(params: PyTree) -> OptState:
         return HeroState(
             count=jnp.zeros((), jnp.int32),
             metrics=Metrics(*(jnp.zeros((), jnp.float32) for _ in Metrics._fields)),
@@ -286,13 +288,13 @@ def _transformation(
 
     def update_fn(
         updates: PyTree,
-        state: HeroState,
+        state: OptState,
         params: PyTree | None = None,
         *,
         grad_fn: Callable[[PyTree], PyTree] | None = None,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, HeroState]:
+    ) -> tuple[PyTree, OptState]:
         del extra_args
         grad_fn = _required_grad_fn(name, updates, params, grad_fn, value_fn)
         device_grads, mean_grads = _grad_fns(grad_fn, axis_name)
@@ -329,7 +331,7 @@ def _transformation(
             direction, metrics, product = parallel.mean((direction, metrics, product), axis_name)
         if follows_eigenvector:
             eigenvector = _followed(state.eigenvector, product)
-        return direction, HeroState(optax.safe_increment(state.count), metrics, eigenvector)
+        return direction, HeroState(jnp.asarray(optax.safe_increment(state.count)), metrics, eigenvector)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -15,7 +15,7 @@ def random_like(key, tree):
 
 
 def convnet_params(dtype=jnp.float64):
-    """A strided convolution, a channel-wise scale (a vector, as in BatchNorm) and a dense head: 3 x 2 inputs channels."""
+    """A strided convolution, a channel-wise scale (a vector, as in BatchNorm) and a dense head; 2 input channels."""
     shapes = {
         "conv": {"kernel": (3, 2, 2, 5), "bias": (5,)},
         "norm": {"scale": (5,)},

@@ -73,14 +73,25 @@ def run(layout, name, mesh, updates="local", **options):
     return step(params, jax.tree.map(lambda x: x[0], state), shards(batch))
 
 
-def run_one(name, batch, **options):
-    """The same two steps on one device."""
+@functools.cache
+def one_device_update(name, **options):
+    """The jitted update of one device, compiled once for each batch shape: `(state, batch) -> (direction, state)`."""
     tx = TRANSFORMATIONS[name](**options)
     params = problems.convnet_params()
-    grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
-    update = jax.jit(lambda state: tx.update(grad_fn(params), state, params, grad_fn=grad_fn))
-    _, state = update(tx.init(params))
-    return update(state)
+
+    @jax.jit
+    def update(state, batch):
+        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+    return tx.init(params), update
+
+
+def run_one(name, batch):
+    """The same two steps on one device."""
+    state, update = one_device_update(name)
+    _, state = update(state, batch)
+    return update(state, batch)
 
 
 def assert_everywhere(stacked, expected, rtol=1e-10):

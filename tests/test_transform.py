@@ -288,7 +288,9 @@ class TestTypesAndStructures:
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), problems.convnet_params())
             images, labels = problems.convnet_batch()
             batch = images.astype(jnp.bfloat16).astype(dtype), labels
-            return updated(hero_jax.hero(0.3, 0.5, penalty=penalty), params, lambda p: problems.convnet_loss(p, batch))[0]
+            return updated(hero_jax.hero(0.3, 0.5, penalty=penalty), params, lambda p: problems.convnet_loss(p, batch))[
+                0
+            ]
 
         exact, low = direction(jnp.float64), direction(dtype)
         error = reference.norm(reference.subtract(exact, jax.tree.map(lambda x: x.astype(jnp.float64), low)))
@@ -410,7 +412,7 @@ class TestErrors:
             (lambda: hero_jax.hero(0.1, 1.0, penalty="detach"), r"`hero\(penalty=...\)` .* Did you mean 'detached'"),
             (lambda: hero_jax.hero(0.1, 1.0, scope="layer"), r"`hero\(scope=...\)` must be one of 'global', 'leaf'"),
             (lambda: hero_jax.hero(0.1, 1.0, reduction="avg"), r"`hero\(reduction=...\)` must be one of"),
-            (lambda: hero_jax.hero(0.1, 1.0, eps=0.0), r"`hero\(eps=...\)` must be positive and finite; got 0.0"),
+            (lambda: hero_jax.hero(0.1, 1.0, eps=-1.0), r"`hero\(eps=...\)` must be non-negative and finite; got -1.0"),
             (lambda: hero_jax.hero(0.1, 1.0, sync=False), r"`hero\(sync=False\)` needs `axis_name`"),
             (lambda: hero_jax.sam(float("inf")), r"`sam\(rho=...\)` must be non-negative and finite; got inf"),
             (lambda: hero_jax.sam(0.1, scope="x"), r"`sam\(scope=...\)` must be one of"),

@@ -1,10 +1,10 @@
 """Flax Linen networks: a model is a pure function of a parameter tree.
 
-    >>> import jax, jax.numpy as jnp
-    >>> model = create("resnet20", num_classes=10)
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    272474
+>>> import jax, jax.numpy as jnp
+>>> model = create("resnet20", num_classes=10)
+>>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+>>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+272474
 """
 
 from typing import Any

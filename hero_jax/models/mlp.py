@@ -25,7 +25,9 @@ class MLP(nn.Module):
         del train
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden):
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.he_normal(), dtype=self.dtype, name=f"dense{i + 1}")(x))
+            x = nn.relu(
+                nn.Dense(width, kernel_init=nn.initializers.he_normal(), dtype=self.dtype, name=f"dense{i + 1}")(x)
+            )
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
