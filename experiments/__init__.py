@@ -1,10 +1,10 @@
 """Experiment scripts: `python -m experiments.train` for one run, `python -m experiments.compare` for the main job.
 
-    config    what a run is, and the presets of each data set
-    data      images and labels in memory; augmentation
-    methods   the methods compared, as Optax pipelines
-    train     the trainer
-    runs      run folders: config, environment, metrics, checkpoint
-    compare   methods x seeds: train, quantize, measure curvature, one table
-    plots     its figures
+config    what a run is, and the presets of each data set
+data      images and labels in memory; augmentation
+methods   the methods compared, as Optax pipelines
+train     the trainer
+runs      run folders: config, environment, metrics, checkpoint
+compare   methods x seeds: train, quantize, measure curvature, one table
+plots     its figures
 """

@@ -17,18 +17,20 @@ class Failed(RuntimeError):
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Calls `main` with the command line; a user's mistake or a failed run prints one line and exits with 2 or 1."""
+    """Calls `main` with the command line; a mistake in it exits with 2 and a failed run with 1, each with one line.
+
+    An error about an argument begins with its name in backquotes (`hero_jax._check`); any other keeps its traceback.
+    """
     try:
         tyro.cli(main)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        if error.__traceback__ is None or _is_internal(error):
+    except (ValueError, TypeError, OSError) as error:
+        if not str(error).startswith("`"):
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except Failed as error:
-        sys.exit(f"stopped: {error}")
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-def _is_internal(error: BaseException) -> bool:
-    return False
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

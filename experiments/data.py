@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,13 +114,13 @@ def epoch_order(seed: int, epoch: int, size: int, batch_size: int) -> np.ndarray
 
 
 def _digits(data_dir: Path | None, report: Report | None) -> Dataset:
-    """scikit-learn's digits, 1,437 for training and 360 for testing: every fifth image of each class is a test image."""
+    """scikit-learn's digits; every fifth image of each class is a test image: 1,433 for training, 364 for testing."""
     del data_dir, report
     from sklearn.datasets import load_digits
 
-    loaded = load_digits()
-    images = loaded.images.astype(np.uint8)[..., None]
-    labels = loaded.target.astype(np.int32)
+    flat, target = load_digits(return_X_y=True)
+    images = np.asarray(flat, np.uint8).reshape(-1, 8, 8, 1)
+    labels = np.asarray(target, np.int32)
     by_class = np.concatenate([np.flatnonzero(labels == c)[::5] for c in range(10)])
     is_test = np.zeros(len(labels), bool)
     is_test[by_class] = True
@@ -149,14 +149,14 @@ def _decoded(name: str, split: str, data_dir: Path | None, report: Report | None
     """A split of a prepared data set, from the cache or decoded into it."""
     import tensorflow_datasets as tfds
 
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
+    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     if not (Path(builder.data_path) / "dataset_info.json").exists():
         raise FileNotFoundError(
-            f"`data_dir` must hold {name} prepared as array_record; nothing is at {builder.data_path}. With a network and"
-            f" TensorFlow, `tfds build {name} --file_format=array_record --data_dir={folder}` prepares it."
+            f"`data_dir` must hold {name} prepared as array_record; nothing is at {builder.data_path}. With a network"
+            f" and TensorFlow, `tfds build {name} --file_format=array_record --data_dir={folder}` prepares it."
         )
-    source = tfds.data_source(name, split=split, data_dir=folder, download=False)
+    source: Any = tfds.data_source(name, split=split, data_dir=folder, download=False)
     # The size in bytes of the source tells another preparation of the same version apart.
     num_bytes = builder.info.splits[split].num_bytes
     cache = _cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
 import hero_jax
@@ -22,7 +23,7 @@ def optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransf
     return optax.chain(
         direction(config, steps_per_epoch),
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(lambda step: cosine(step // steps_per_epoch), momentum=0.9),
+        optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
 
 

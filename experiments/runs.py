@@ -1,10 +1,10 @@
 """Run folders: what a run was, what it measured, and its weights.
 
-    config.json        the resolved configuration
-    environment.json   versions, device, commit, command
-    metrics.jsonl      one JSON line an evaluation
-    status.json        running, done, diverged or interrupted; with a message
-    checkpoint/STEP/   orbax: params, batch_stats, opt_state (the last two evaluated states that were saved)
+config.json        the resolved configuration
+environment.json   versions, device, commit, command
+metrics.jsonl      one JSON line an evaluation
+status.json        running, done, diverged or interrupted; with a message
+checkpoint/STEP/   orbax: params, batch_stats, opt_state (the last two evaluated states that were saved)
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-
 
 PyTree = Any
 

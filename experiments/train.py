@@ -48,7 +48,7 @@ class Trainer(NamedTuple):
     loss: Callable[..., jax.Array]
 
 
-class Diverged(RuntimeError):
+class Diverged(cli.Failed):
     """The loss stopped being finite."""
 
 
@@ -68,6 +68,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     if size < config.batch_size:
         raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
     model = models.create(config.model, dataset.num_classes)
+    apply: Callable[..., Any] = model.apply
     tx = methods.optimizer(config, size // config.batch_size)
     pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
 
@@ -85,7 +86,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 
         def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            logits, mutated = apply(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits, y), mutated.get("batch_stats", {})
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -97,12 +98,12 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
 
     def loss(params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params, "batch_stats": batch_stats}, data.normalize(images, pixels))
+        logits = apply({"params": params, "batch_stats": batch_stats}, data.normalize(images, pixels))
         return _cross_entropy(logits, labels)
 
     @jax.jit
     def score(variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(variables, data.normalize(images, pixels))
+        logits = apply(variables, data.normalize(images, pixels))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(mask * (logits.argmax(-1) == labels)), jnp.sum(mask * losses)
 
@@ -235,6 +236,7 @@ def main(
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
     config = config.resolved()
+    assert config.epochs is not None
     out = out or config.default_folder()
     console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
     with progress.bar() as bar:
@@ -246,7 +248,7 @@ def main(
     where = "validation" if config.validation_size else "test"
     console.print(
         f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
-        f" (n = 1 run, {len(dataset.test.labels)} images; {result.seconds:.0f} s of training without the first epoch)"
+        f" (n = 1 run, {len(dataset.test.labels)} images)"
     )
 
 

@@ -1,0 +1,1 @@
+"""Timings. Never imported by tests: a timing is no test."""

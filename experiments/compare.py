@@ -1,0 +1,277 @@
+"""Trains every method with several seeds, quantizes each network, measures its curvature, and prints one table.
+
+`python -m experiments.compare` is the main job: SGD, SAM, ASAM, GRAD L1 and HERO on the embedded digits images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import tyro
+from rich import box
+from rich.table import Table
+
+from experiments import cli, data, plots, progress, runs
+from experiments import train as training
+from experiments.config import LABELS, METHODS, TrainConfig
+from hero_jax import _check, curvature, quantize, spectrum
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """What to compare. Everything else of a run is the preset of its data set and method."""
+
+    dataset: str = "digits"
+    """digits (embedded) or cifar10 (prepared for tensorflow-datasets)."""
+    methods: tuple[str, ...] = METHODS
+    """Methods, in the order of the table."""
+    seeds: int = 10
+    """Runs of each method, with seeds 0, 1, ..."""
+    model: str | None = None
+    """A name in hero_jax.models; default the preset."""
+    epochs: int | None = None
+    """Passes over the training images; default the preset."""
+    train_size: int | None = None
+    """Train on this many images; default all."""
+    validation_size: int = 0
+    """Hold this many training images out and evaluate on them in place of the test set."""
+    bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
+    """Bit widths of the weights."""
+    granularity: str = "channel"
+    """Scale of the quantizer: channel or tensor."""
+    grid: str = "narrow"
+    """Grid of the quantizer: narrow, full or stretched."""
+    curvature_size: int = 2000
+    """Training images (at most) whose mean loss the eigenvalue is taken of."""
+    curvature_products: int = 200
+    """Most Hessian-vector products of the power iteration."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("`methods` must name at least one method; got none.")
+        for method in self.methods:
+            _check.one_of("methods", method, METHODS)
+        for name in ("seeds", "curvature_size", "curvature_products"):
+            _check.integer(name, getattr(self, name), low=1)
+        for width in self.bits:
+            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        self.spec  # noqa: B018  (raises on an unknown name)
+        self.run("sgd", 0)
+
+    @property
+    def spec(self) -> quantize.QuantSpec:
+        """The quantizer."""
+        return quantize.QuantSpec(self.granularity, self.grid)
+
+    def run(self, method: str, seed: int) -> TrainConfig:
+        """The resolved configuration of one run."""
+        return TrainConfig(
+            method=method,
+            dataset=self.dataset,
+            model=self.model,
+            epochs=self.epochs,
+            seed=seed,
+            train_size=self.train_size,
+            validation_size=self.validation_size,
+        ).resolved()
+
+
+class Measured(NamedTuple):
+    """One run: accuracy in percent by bit width (None is full precision), and the top Hessian eigenvalue."""
+
+    method: str
+    seed: int
+    accuracy: dict[int | None, float]
+    eigenvalue: float
+    eigenvalue_residual: float
+    eigenvalue_converged: bool
+
+
+def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: Any) -> list[Measured]:
+    """Trains, quantizes and measures every method and seed; each run leaves its folder under `out`/runs."""
+    total = display.add_task("all runs", total=len(config.methods) * config.seeds, figures="")
+    results = []
+    for method in config.methods:
+        trainer = training.build(config.run(method, 0), dataset)
+        for seed in range(config.seeds):
+            run = config.run(method, seed)
+            assert run.epochs is not None
+            report = progress.epochs(display, f"{LABELS[method]}, seed {seed}", run.epochs)
+            with runs.RunFolder(out / "runs" / f"{method}-s{seed}", run) as folder:
+                trained = training.train(run, dataset, folder, report, trainer)
+            results.append(measure(config, run, trainer, trained.variables, dataset))
+            display.update(total, advance=1)
+    return results
+
+
+def measure(
+    config: CompareConfig, run: TrainConfig, trainer: training.Trainer, variables: PyTree, dataset: data.Dataset
+) -> Measured:
+    """Accuracy at every bit width, and the eigenvalue of largest magnitude of the Hessian of the mean training loss.
+
+    BatchNorm uses its running statistics in both; the loss is the mean cross-entropy of the first `curvature_size`
+    training images, without weight decay or augmentation.
+    """
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    def eval_fn(params: PyTree) -> dict[str, float]:
+        return trainer.evaluate({"params": params, "batch_stats": batch_stats}, dataset.test)
+
+    rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, config.spec)
+    result = top_eigenvalue(trainer, variables, dataset.train, config.curvature_size, config.curvature_products)
+    return Measured(
+        method=run.method,
+        seed=run.seed,
+        accuracy={row.bits: 100 * row.metrics["accuracy"] for row in rows},
+        eigenvalue=float(result.eigenvalue),
+        eigenvalue_residual=float(result.residual),
+        eigenvalue_converged=bool(result.converged),
+    )
+
+
+def top_eigenvalue(
+    trainer: training.Trainer, variables: PyTree, split: data.Split, size: int, max_products: int
+) -> spectrum.EigenResult:
+    """Power iteration on the Hessian of the mean loss over the first `size` images, from a fixed random start."""
+    leaves, structure = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    start = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    images, labels = (x[:size] for x in split)
+    return _power_iteration(trainer.loss, max_products, start, variables, images, labels)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "max_products"))
+def _power_iteration(
+    loss_fn: Any, max_products: int, start: PyTree, variables: PyTree, images: jax.Array, labels: jax.Array
+) -> spectrum.EigenResult:
+    rest = (variables["batch_stats"], images, labels)
+    return spectrum.power_iteration(
+        lambda v: curvature.hvp(loss_fn, variables["params"], v, *rest), start, max_iters=max_products
+    )
+
+
+class Row(NamedTuple):
+    """A method over its seeds: (mean, standard deviation) of the accuracy by bit width and of the eigenvalue."""
+
+    method: str
+    n: int
+    accuracy: dict[int | None, tuple[float, float]]
+    eigenvalue: tuple[float, float]
+    all_converged: bool
+
+
+def summarize(results: list[Measured]) -> list[Row]:
+    """One row a method, in the order in which they were measured."""
+    rows = []
+    for method in dict.fromkeys(result.method for result in results):
+        runs_of = [result for result in results if result.method == method]
+        rows.append(
+            Row(
+                method=method,
+                n=len(runs_of),
+                accuracy={bits: _spread([r.accuracy[bits] for r in runs_of]) for bits in runs_of[0].accuracy},
+                eigenvalue=_spread([r.eigenvalue for r in runs_of]),
+                all_converged=all(r.eigenvalue_converged for r in runs_of),
+            )
+        )
+    return rows
+
+
+def terminal_table(rows: list[Row]) -> Table:
+    """The table for a terminal of 80 columns, standard deviations under the means."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    header, cells = _cells(rows, separator="\n\u00b1")
+    for name in header:
+        table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    return table
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The same table in Markdown."""
+    header, cells = _cells(rows, separator=" \u00b1 ")
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def caption(config: CompareConfig, dataset: data.Dataset) -> str:
+    """What the numbers are, in words: nothing in the table means anything without it."""
+    run, where = config.run("sgd", 0), "validation" if config.validation_size else "test"
+    trained, tested = len(dataset.train.labels), len(dataset.test.labels)
+    measured = min(config.curvature_size, trained)
+    return (
+        f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images, last epoch: accuracy in percent on"
+        f" {tested:,} {where} images, mean and standard deviation over {config.seeds} seeds. Bits: weights rounded"
+        f" after training, grid {config.spec.name}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
+        f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
+        " some run did not reach it)."
+    )
+
+
+def _cells(rows: list[Row], separator: str) -> tuple[list[str], list[list[str]]]:
+    widths = [bits for bits in rows[0].accuracy if bits is not None]
+    header = ["method", "n", "full", *(f"{bits} bit" for bits in widths), "top eig."]
+    cells = []
+    for row in rows:
+        accuracies = [f"{mean:.2f}{separator}{deviation:.2f}" for mean, deviation in row.accuracy.values()]
+        mean, deviation = row.eigenvalue
+        star = "" if row.all_converged else "*"
+        cells.append([LABELS[row.method], str(row.n), *accuracies, f"{mean:.3g}{separator}{deviation:.2g}{star}"])
+    return header, cells
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1; NaN for one value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def main(
+    config: Annotated[CompareConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Compares training methods: accuracy, accuracy at low bit widths, top Hessian eigenvalue; one table and plots.
+
+    Args:
+        config: The comparison.
+        out: Folder for everything, new or empty; default runs/compare-DATASET.
+        data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+    """
+    out = out or Path("runs") / f"compare-{config.dataset}"
+    runs.claim(out)
+    started = time.monotonic()
+    with progress.bar() as display:
+        dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        dataset = data.subset(dataset, config.train_size, config.validation_size)
+        results = compare(config, dataset, out, display)
+    rows = summarize(results)
+    text = caption(config, dataset)
+    record = {
+        "config": runs.to_json(config),
+        "environment": runs.environment(),
+        "results": [r._asdict() | {"accuracy": {str(b or "full"): a for b, a in r.accuracy.items()}} for r in results],
+    }
+    runs.write_json(out / "results.json", record)
+    (out / "table.md").write_text(f"{markdown_table(rows)}\n{text}\n")
+    plots.accuracy_over_bits(rows, config.spec.name, out / "bits.png")
+    plots.eigenvalues(results, out / "eigenvalues.png")
+    plots.training(
+        {m: [out / "runs" / f"{m}-s{s}" for s in range(config.seeds)] for m in config.methods}, out / "training.png"
+    )
+    cli.console.print(terminal_table(rows))
+    cli.console.print(text)
+    cli.console.print(f"{time.monotonic() - started:.0f} s. Table, plots and runs are in {out}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
