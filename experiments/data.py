@@ -6,6 +6,7 @@ tensorflow-datasets has prepared as array_record, without TensorFlow, decoded on
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -158,19 +159,23 @@ def _decoded(name: str, split: str, data_dir: Path | None, report: Report | None
         )
     source: Any = tfds.data_source(name, split=split, data_dir=folder, download=False)
     # The size in bytes of the source tells another preparation of the same version apart.
-    num_bytes = builder.info.splits[split].num_bytes
+    num_bytes = int(builder.info.splits[split].num_bytes)
     cache = _cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
     cached = _read_cache(cache, len(source))
     if cached is not None:
         return cached
     images, labels = [], []
     chunk = 500
+    # tensorflow-datasets logs that OpenCV would decode faster; this happens once.
+    absl_level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)
     for start in range(0, len(source), chunk):
         for example in source.__getitems__(list(range(start, min(start + chunk, len(source))))):
             images.append(example["image"])
             labels.append(example["label"])
         if report is not None:
             report(len(images), len(source))
+    logging.getLogger("absl").setLevel(absl_level)
     decoded = Split(np.stack(images), np.asarray(labels, np.int32))
     _write_cache(cache, decoded)
     return decoded
@@ -186,7 +191,7 @@ def _read_cache(path: Path, size: int) -> Split | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             split = Split(arrays["images"], arrays["labels"])
         if len(split.images) != size or len(split.labels) != size:
             raise ValueError(f"it holds {len(split.images)} images and {len(split.labels)} labels, not {size}")

@@ -1,0 +1,155 @@
+"""The main job end to end at a small size, its arithmetic, and the command lines as a user types them."""
+
+import io
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, compare
+from experiments import train as training
+from experiments.compare import CompareConfig, Measured
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison of two methods with two seeds: its folder."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    config = CompareConfig(methods=("sgd", "hero"), seeds=2, epochs=3, train_size=256, bits=(8, 2), curvature_size=100)
+    compare.main(config, out)
+    return out
+
+
+def test_leaves_a_table_plots_results_and_runs(finished):
+    record = json.loads((finished / "results.json").read_text())
+    assert len(record["results"]) == 4
+    for result in record["results"]:
+        assert set(result["accuracy"]) == {"full", "8", "2"}
+        assert result["eigenvalue_converged"] == (result["eigenvalue_residual"] <= 1e-3)
+    assert record["environment"]["commit"]
+    for method in ("sgd", "hero"):
+        for seed in (0, 1):
+            assert (finished / "runs" / f"{method}-s{seed}" / "metrics.jsonl").exists()
+    for name in ("bits.png", "eigenvalues.png", "training.png"):
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
+
+
+def test_table_shows_the_mean_and_deviation_of_the_results(finished):
+    record = json.loads((finished / "results.json").read_text())
+    table = (finished / "table.md").read_text()
+    for method, label in (("sgd", "SGD"), ("hero", "HERO")):
+        values = [r["accuracy"]["2"] for r in record["results"] if r["method"] == method]
+        line = next(line for line in table.splitlines() if line.startswith(f"| {label} |"))
+        assert f"{np.mean(values):.2f} \u00b1 {np.std(values, ddof=1):.2f}" in line
+    assert "364 test images" in table
+    assert "channel-narrow" in table
+
+
+def test_full_precision_row_is_the_accuracy_of_the_run(finished):
+    record = json.loads((finished / "results.json").read_text())
+    for result in record["results"]:
+        lines = (finished / "runs" / f"{result['method']}-s{result['seed']}" / "metrics.jsonl").read_text().splitlines()
+        assert math.isclose(result["accuracy"]["full"], 100 * json.loads(lines[-1])["accuracy"])
+
+
+def test_folder_is_never_overwritten(finished):
+    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder"):
+        compare.main(CompareConfig(), finished)
+
+
+def test_summary_marks_a_method_with_a_run_that_did_not_converge():
+    results = [
+        Measured("sgd", 0, {None: 90.0, 2: 50.0}, 3.0, 1e-4, True),
+        Measured("sgd", 1, {None: 92.0, 2: 58.0}, 5.0, 1e-1, False),
+    ]
+    (row,) = compare.summarize(results)
+    assert row.n == 2
+    assert row.accuracy[None] == (91.0, pytest.approx(2**0.5))
+    assert row.eigenvalue == (4.0, pytest.approx(2**0.5))
+    assert "4 \u00b1 1.4*" in compare.markdown_table([row])
+
+
+def test_table_fits_a_terminal_of_eighty_columns():
+    spread = dict.fromkeys((None, 8, 6, 5, 4, 3, 2), (100.0, 10.0))
+    row = compare.Row("grad_l1", 10, spread, (0.123456, 0.0123), False)
+    output = io.StringIO()
+    cli.Console(width=80, file=output).print(compare.terminal_table([row]))
+    text = output.getvalue()
+    assert "\u2026" not in text
+    assert "GRAD L1" in text
+    assert "\u00b10.012*" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"methods": ("sgd", "adam")}, ValueError, r"`methods` must be one of .*; got 'adam'"),
+        ({"methods": ()}, ValueError, "`methods` must name at least one method"),
+        ({"seeds": 0}, ValueError, "`seeds` must be an integer >= 1; got 0"),
+        ({"bits": (8, 1)}, ValueError, "`bits` must be an integer in 2..16; got 1"),
+        ({"grid": "wide"}, ValueError, r"`QuantSpec\(grid=...\)` must be one of"),
+        ({"dataset": "mnist"}, ValueError, "`dataset` must be one of"),
+    ],
+)
+def test_bad_comparisons(options, kind, message):
+    with pytest.raises(kind, match=message):
+        CompareConfig(**options)
+
+
+class TestCommandLine:
+    def run(self, *arguments, **options):
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+        )
+
+    def test_train(self, tmp_path):
+        arguments = ("experiments.train", "--method", "sgd", "--epochs", "2", "--train-size", "128")
+        done = self.run(*arguments, "--out", str(tmp_path / "run"))
+        assert done.returncode == 0, done.stderr
+        assert "test accuracy" in done.stdout
+        again = self.run(*arguments, "--out", str(tmp_path / "run"))
+        assert again.returncode == 2
+        assert re.fullmatch(r"error: `out` must be a new or empty folder; .* exists\. .*\n", again.stderr)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--method heroo", "error: `method` must be one of .* Did you mean 'hero'"),
+            ("--dataset cifar10 --data-dir /nonexistent", "error: `data_dir` must hold cifar10 prepared"),
+        ],
+    )
+    def test_errors_are_one_line(self, arguments, message, tmp_path):
+        done = self.run("experiments.train", *shlex.split(arguments), "--out", str(tmp_path / "run"))
+        assert done.returncode == 2
+        assert re.match(message, done.stderr)
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_failed_run_exits_with_one(self, monkeypatch, capsys):
+        def main():
+            raise training.Diverged("The loss stopped.")
+
+        monkeypatch.setattr(sys, "argv", ["train"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main)
+        assert stopped.value.code == 1
+        assert capsys.readouterr().err == "stopped: The loss stopped.\n"
+
+    def test_fault_of_the_program_keeps_its_traceback(self, monkeypatch):
+        def main():
+            raise ValueError("not about an argument")
+
+        monkeypatch.setattr(sys, "argv", ["train"])
+        with pytest.raises(ValueError, match="not about an argument"):
+            cli.run(main)
