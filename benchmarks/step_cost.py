@@ -12,17 +12,17 @@ import functools
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 import hero_jax
-from experiments import runs
+from experiments import cli, runs
 from hero_jax import models, penalty
 
 PyTree = Any
@@ -118,29 +118,30 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints the cost of a step of every method; with `--out`, writes the record too."""
     rows, environment = measure(arguments), runs.environment()
-    table = Table(title=f"one training step, {arguments.model}, batch {arguments.batch_size}", box=None, pad_edge=False)
-    for name in ("method", "median s", "quartiles s", "x SGD", "x SGD operations", "temporary MiB", "compile s"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("method", "median s", "quartiles", "x SGD", "operations", "MiB", "compile s"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         low, high = row["quartiles"]
         table.add_row(
             row["method"],
             f"{row['seconds']:.4f}",
-            f"{low:.4f} {high:.4f}",
+            f"{low:.3f}-{high:.3f}",
             f"{row['ratio']:.2f}",
             f"{row['flop_ratio']:.2f}",
             f"{row['temporary_mib']:.0f}",
             f"{row['compile_seconds']:.1f}",
         )
-    console = Console(highlight=False)
-    console.print(table)
+    cli.console.print(table)
     versions, device = environment["versions"], environment["device"]
-    console.print(
-        f"{device['kind']} x {device['count']}, {environment['machine']['cores']} cores; jax {versions['jax']}, python"
-        f" {versions['python']}; median of {arguments.repeats} interleaved repeats"
+    where = f"{device['kind']} x {device['count']}, {environment['machine']['cores']} cores"
+    cli.console.print(
+        f"One training step of {arguments.model}, batch {arguments.batch_size}; operations in SGD steps and temporary"
+        f" MiB, both as XLA counts them. {where}; jax {versions['jax']}, python {versions['python']}; median of"
+        f" {arguments.repeats} interleaved repeats."
     )
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,4 +149,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    cli.run(main)

@@ -50,8 +50,8 @@ class CompareConfig:
     """Scale of the quantizer: channel or tensor."""
     grid: str = "narrow"
     """Grid of the quantizer: narrow, full or stretched."""
-    curvature_size: int = 2000
-    """Training images (at most) whose mean loss the eigenvalue is taken of."""
+    curvature_size: int | None = None
+    """Training images for the Hessian, in one batch; default all of digits, 500 of cifar10."""
     curvature_products: int = 200
     """Most Hessian-vector products of the power iteration."""
 
@@ -61,7 +61,8 @@ class CompareConfig:
         for method in self.methods:
             _check.one_of("methods", method, METHODS)
         for name in ("seeds", "curvature_size", "curvature_products"):
-            _check.integer(name, getattr(self, name), low=1)
+            if getattr(self, name) is not None:
+                _check.integer(name, getattr(self, name), low=1)
         for width in self.bits:
             _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         self.spec  # noqa: B018  (raises on an unknown name)
@@ -71,6 +72,11 @@ class CompareConfig:
     def spec(self) -> quantize.QuantSpec:
         """The quantizer."""
         return quantize.QuantSpec(self.granularity, self.grid)
+
+    @property
+    def curvature_images(self) -> int:
+        """`curvature_size`, or its default: a product over more images than this at once needs too much memory."""
+        return self.curvature_size or {"digits": 1433, "cifar10": 500}[self.dataset]
 
     def run(self, method: str, seed: int) -> TrainConfig:
         """The resolved configuration of one run."""
@@ -118,7 +124,7 @@ def measure(
 ) -> Measured:
     """Accuracy at every bit width, and the eigenvalue of largest magnitude of the Hessian of the mean training loss.
 
-    BatchNorm uses its running statistics in both; the loss is the mean cross-entropy of the first `curvature_size`
+    BatchNorm uses its running statistics in both; the loss is the mean cross-entropy of the first `curvature_images`
     training images, without weight decay or augmentation.
     """
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -127,7 +133,7 @@ def measure(
         return trainer.evaluate({"params": params, "batch_stats": batch_stats}, dataset.test)
 
     rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, config.spec)
-    result = top_eigenvalue(trainer, variables, dataset.train, config.curvature_size, config.curvature_products)
+    result = top_eigenvalue(trainer, variables, dataset.train, config.curvature_images, config.curvature_products)
     return Measured(
         method=run.method,
         seed=run.seed,
@@ -208,7 +214,7 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     """What the numbers are, in words: nothing in the table means anything without it."""
     run, where = config.run("sgd", 0), "validation" if config.validation_size else "test"
     trained, tested = len(dataset.train.labels), len(dataset.test.labels)
-    measured = min(config.curvature_size, trained)
+    measured = min(config.curvature_images, trained)
     return (
         f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images, last epoch: accuracy in percent on"
         f" {tested:,} {where} images, mean and standard deviation over {config.seeds} seeds. Bits: weights rounded"
