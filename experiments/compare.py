@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from rich.table import Table
 from experiments import cli, data, plots, progress, runs
 from experiments import train as training
 from experiments.config import LABELS, METHODS, TrainConfig
-from hero_jax import _check, curvature, quantize, spectrum
+from hero_jax import _check, quantize, spectrum
 
 PyTree = Any
 
@@ -152,17 +151,9 @@ def top_eigenvalue(
     keys = jax.random.split(jax.random.key(0), len(leaves))
     start = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
     images, labels = (x[:size] for x in split)
-    return _power_iteration(trainer.loss, max_products, start, variables, images, labels)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "max_products"))
-def _power_iteration(
-    loss_fn: Any, max_products: int, start: PyTree, variables: PyTree, images: jax.Array, labels: jax.Array
-) -> spectrum.EigenResult:
-    rest = (variables["batch_stats"], images, labels)
-    return spectrum.power_iteration(
-        lambda v: curvature.hvp(loss_fn, variables["params"], v, *rest), start, max_iters=max_products
-    )
+    # A Partial keeps the arrays out of the program: it is compiled once for all seeds.
+    matvec = jax.tree_util.Partial(trainer.product, variables["params"], variables["batch_stats"], images, labels)
+    return spectrum.power_iteration(matvec, start, max_iters=max_products)
 
 
 class Row(NamedTuple):
@@ -212,13 +203,14 @@ def markdown_table(rows: list[Row]) -> str:
 
 def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     """What the numbers are, in words: nothing in the table means anything without it."""
+    spread = f"mean and standard deviation over {config.seeds} seeds" if config.seeds > 1 else "one seed"
     run, where = config.run("sgd", 0), "validation" if config.validation_size else "test"
     trained, tested = len(dataset.train.labels), len(dataset.test.labels)
     measured = min(config.curvature_images, trained)
     return (
         f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images, last epoch: accuracy in percent on"
-        f" {tested:,} {where} images, mean and standard deviation over {config.seeds} seeds. Bits: weights rounded"
-        f" after training, grid {config.spec.name}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
+        f" {tested:,} {where} images, {spread}. Bits: weights rounded after training,"
+        f" grid {config.spec.name}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."
     )
@@ -229,11 +221,16 @@ def _cells(rows: list[Row], separator: str) -> tuple[list[str], list[list[str]]]
     header = ["method", "n", "full", *(f"{bits} bit" for bits in widths), "top eig."]
     cells = []
     for row in rows:
-        accuracies = [f"{mean:.2f}{separator}{deviation:.2f}" for mean, deviation in row.accuracy.values()]
-        mean, deviation = row.eigenvalue
-        star = "" if row.all_converged else "*"
-        cells.append([LABELS[row.method], str(row.n), *accuracies, f"{mean:.3g}{separator}{deviation:.2g}{star}"])
+        accuracies = [_cell(spread, separator, (".2f", ".2f")) for spread in row.accuracy.values()]
+        eigenvalue = _cell(row.eigenvalue, separator, (".3g", ".2g")) + ("" if row.all_converged else "*")
+        cells.append([LABELS[row.method], str(row.n), *accuracies, eigenvalue])
     return header, cells
+
+
+def _cell(spread: tuple[float, float], separator: str, formats: tuple[str, str]) -> str:
+    """Mean and deviation; the mean alone where one run has no deviation."""
+    mean, deviation = spread
+    return f"{mean:{formats[0]}}" + ("" if math.isnan(deviation) else f"{separator}{deviation:{formats[1]}}")
 
 
 def _spread(values: list[float]) -> tuple[float, float]:

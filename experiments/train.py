@@ -16,7 +16,7 @@ import tyro
 
 from experiments import cli, data, methods, progress, runs
 from experiments.config import TrainConfig
-from hero_jax import models
+from hero_jax import curvature, models
 
 PyTree = Any
 EVAL_BATCH = 500
@@ -39,13 +39,14 @@ class Trainer(NamedTuple):
     init: `seed -> TrainState`.
     step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
-    loss: `(params, batch_stats, images, labels) -> mean cross-entropy`, running BatchNorm statistics, for curvature.
+    product: `(params, batch_stats, images, labels, vector) -> H vector`, H the Hessian of the mean cross-entropy over
+      these images, normalised by the running BatchNorm statistics, without augmentation or weight decay.
     """
 
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split], dict[str, float]]
-    loss: Callable[..., jax.Array]
+    product: Callable[..., PyTree]
 
 
 class Diverged(cli.Failed):
@@ -97,9 +98,12 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
 
-    def loss(params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = apply({"params": params, "batch_stats": batch_stats}, data.normalize(images, pixels))
-        return _cross_entropy(logits, labels)
+    def product(params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array, vector: PyTree) -> PyTree:
+        def loss_fn(params: PyTree) -> jax.Array:
+            variables = {"params": params, "batch_stats": batch_stats}
+            return _cross_entropy(apply(variables, data.normalize(images, pixels)), labels)
+
+        return curvature.hvp(loss_fn, params, vector)
 
     @jax.jit
     def score(variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +111,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(mask * (logits.argmax(-1) == labels)), jnp.sum(mask * losses)
 
-    return Trainer(init, step, functools.partial(_evaluate, score), loss)
+    return Trainer(init, step, functools.partial(_evaluate, score), product)
 
 
 def train(

@@ -59,28 +59,31 @@ def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
     raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
-def matching_tree(argument: str, tree: PyTree, params: PyTree) -> None:
-    """Raises unless `tree` has the structure and the shapes of `params`; names the first path that differs."""
+def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "params") -> None:
+    """Raises unless `tree` has the structure and the shapes of `params`, which the message calls `than`.
+
+    Names the first path that differs.
+    """
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     wanted, params_structure = jax.tree_util.tree_flatten_with_path(params)
     for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
         if path != params_path:
             raise ValueError(
-                f"`{argument}` must have the structure of `params`; it has {_path(path)} where `params` has"
+                f"`{argument}` must have the structure of `{than}`; it has {_path(path)} where `{than}` has"
                 f" {_path(params_path)}."
             )
         if jnp.shape(leaf) != jnp.shape(params_leaf):
             raise ValueError(
-                f"`{argument}` must have the shapes of `params`; at {_path(path)} it is {jnp.shape(leaf)} and `params`"
+                f"`{argument}` must have the shapes of `{than}`; at {_path(path)} it is {jnp.shape(leaf)} and `{than}`"
                 f" is {jnp.shape(params_leaf)}."
             )
     if len(found) != len(wanted):
-        longer, name = (found, f"`{argument}`") if len(found) > len(wanted) else (wanted, "`params`")
+        longer, name = (found, f"`{argument}`") if len(found) > len(wanted) else (wanted, f"`{than}`")
         path = longer[min(len(found), len(wanted))][0]
-        raise ValueError(f"`{argument}` must have the structure of `params`; only {name} has {_path(path)}.")
+        raise ValueError(f"`{argument}` must have the structure of `{than}`; only {name} has {_path(path)}.")
     if structure != params_structure:
         raise ValueError(
-            f"`{argument}` must have the structure of `params`; got {structure} against {params_structure}."
+            f"`{argument}` must have the structure of `{than}`; got {structure} against {params_structure}."
         )
 
 

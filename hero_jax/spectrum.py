@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _loop, _tree
 
 PyTree = Any
 
@@ -63,7 +63,10 @@ def power_iteration(
       TypeError: a leaf of `v0` is not floating point.
 
     Cost: `num_matvecs` products, of about 2 gradients each beyond the gradient; memory of one product and two vectors.
-    One compiled loop; call it inside `jax.jit` to compile it once for many calls.
+    The iteration is compiled: inside a trace (`jax.jit`, `vmap`) the loop is on the device, outside one it runs on the
+    host around one compiled iteration, since XLA:CPU is some forty times slower at convolutions inside a loop. A plain
+    function is compiled anew at every call; hand in `jax.tree_util.Partial(product, params, data)`, whose arrays are
+    arguments, and calls with the same `product` share one compilation.
 
     >>> import jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-5.0]])}
@@ -81,32 +84,37 @@ def power_iteration(
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ValueError(f"`power_iteration(v0=...)` must be finite and not zero; its norm is {length}.")
 
-    def is_running(carry: tuple[PyTree, EigenResult]) -> jax.Array:
-        _, result = carry
-        # A NaN residual compares False, which stops the loop.
-        return (result.residual > rtol) & (result.num_matvecs < max_iters)
-
-    def iterate(carry: tuple[PyTree, EigenResult]) -> tuple[PyTree, EigenResult]:
-        v, result = carry
-        product = matvec(v)
-        _check.matching_tree("matvec(v0)", product, v0)
-        # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
-        eigenvalue = _tree.dot(v, product) / _tree.dot(v, v)
-        residual = _relative_residual(v, product, eigenvalue)
-        unit, _ = _tree.normalize(product)
-        result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
-        return _tree.cast_like(unit, v0), result
-
     start = _tree.cast_like(start, v0)
-    scalar_type = length.dtype
     initial = EigenResult(
-        eigenvalue=jnp.full((), jnp.nan, scalar_type),
+        eigenvalue=jnp.full((), jnp.nan, length.dtype),
         eigenvector=start,
-        residual=jnp.full((), jnp.inf, scalar_type),
+        residual=jnp.full((), jnp.inf, length.dtype),
         converged=jnp.zeros((), bool),
         num_matvecs=jnp.zeros((), jnp.int32),
     )
-    return jax.lax.while_loop(is_running, iterate, (start, initial))[1]
+    limits = (jnp.asarray(rtol, length.dtype), jnp.asarray(max_iters, jnp.int32))
+    carry = (start, initial, limits)
+    return _loop.while_loop(_is_running, _iterate, _loop.hoist(matvec, start), carry)[1]
+
+
+def _is_running(carry: tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]) -> jax.Array:
+    _, result, (rtol, max_iters) = carry
+    # A NaN residual compares False, which stops the loop.
+    return (result.residual > rtol) & (result.num_matvecs < max_iters)
+
+
+def _iterate(
+    matvec: Callable[[PyTree], PyTree], carry: tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]
+) -> tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]:
+    v, result, (rtol, max_iters) = carry
+    product = matvec(v)
+    _check.matching_tree("matvec(v0)", product, v, than="v0")
+    # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
+    eigenvalue = _tree.dot(v, product) / _tree.dot(v, v)
+    residual = _relative_residual(v, product, eigenvalue)
+    unit, _ = _tree.normalize(product)
+    result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
+    return _tree.cast_like(unit, v), result, (rtol, max_iters)
 
 
 def _relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:

@@ -78,6 +78,8 @@ def test_summary_marks_a_method_with_a_run_that_did_not_converge():
     assert row.accuracy[None] == (91.0, pytest.approx(2**0.5))
     assert row.eigenvalue == (4.0, pytest.approx(2**0.5))
     assert "4 \u00b1 1.4*" in compare.markdown_table([row])
+    (alone,) = compare.summarize(results[:1])
+    assert "| 90.00 | 50.00 | 3 |" in compare.markdown_table([alone])
 
 
 def test_table_fits_a_terminal_of_eighty_columns():

@@ -121,6 +121,46 @@ def test_vmap_over_starts_equals_a_loop(x64):
     assert len(set(together.num_matvecs.tolist())) > 1
 
 
+def test_loop_on_the_host_and_on_the_device_agree(x64):
+    matrix, _ = problems.symmetric([4.0, 3.0, -2.0, 0.5])
+    start = random_start(4)
+
+    def run(matrix, start):
+        return spectrum.power_iteration(lambda v: matrix @ v, start, rtol=1e-6)
+
+    host = run(jnp.asarray(matrix), start)
+    problems.assert_close(jax.jit(run)(matrix, start), host)
+    # The operator alone is traced.
+    problems.assert_close(jax.jit(lambda m: run(m, start))(matrix), host)
+
+
+def test_partial_is_compiled_once_over_all_calls():
+    traces = []
+
+    def product(diagonal, v):
+        traces.append(1)
+        return diagonal * v
+
+    for dominant in (5.0, -7.0, 9.0):
+        matvec = jax.tree_util.Partial(product, jnp.array([1.0, dominant, 2.0]))
+        result = spectrum.power_iteration(matvec, jnp.ones(3), rtol=1e-4)
+        np.testing.assert_allclose(result.eigenvalue, dominant, rtol=1e-5)
+    assert len(traces) == 1
+
+
+def test_operator_that_averages_over_devices(x64):
+    matrices = jnp.asarray(np.stack([problems.symmetric([4.0, 3.0, -2.0, 0.5], seed)[0] for seed in range(4)]))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    spec = jax.sharding.PartitionSpec
+
+    def run(matrix, start):
+        return spectrum.power_iteration(lambda v: jax.lax.pmean(matrix[0] @ v, "data"), start, max_iters=500, rtol=1e-6)
+
+    result = jax.shard_map(run, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec())(matrices, random_start(4))
+    expected = spectrum.power_iteration(dense(matrices.mean(0)), random_start(4), max_iters=500, rtol=1e-6)
+    problems.assert_close(result, expected, rtol=1e-8)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
 def test_types(dtype, rtol):
     diagonal = jnp.array([1.0, -4.0, 2.0], dtype)
@@ -140,7 +180,7 @@ def test_types(dtype, rtol):
         ({"v0": jnp.array([1.0, jnp.nan])}, ValueError, r"must be finite and not zero; its norm is nan"),
         ({"v0": jnp.arange(3)}, TypeError, "`v0` must have floating-point leaves"),
         ({"v0": {}}, ValueError, "`v0` must have at least one array"),
-        ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v0\)` must have the shapes of `params`|\(2,\)"),
+        ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v0\)` must have the shapes of `v0`; .* it is \(2,\)"),
     ],
 )
 def test_errors(arguments, kind, message):
