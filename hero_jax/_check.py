@@ -20,30 +20,40 @@ PyTree = Any
 
 
 def non_negative(argument: str, value: Any) -> None:
-    """Raises unless `value` is a finite scalar >= 0, a tracer, or a schedule."""
-    if callable(value) or isinstance(value, Tracer):
+    """Raises unless `value` is a finite scalar >= 0 (a traced scalar may have any value) or a schedule."""
+    if callable(value):
         return
-    _require_number(argument, value)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"`{argument}` must be non-negative and finite; got {_show(value)}.")
+    scalar(argument, value)
+    if not isinstance(value, Tracer) and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
+
+
+def scalar(argument: str, value: Any) -> None:
+    """Raises unless `value` is one real number, traced or not."""
+    if not (_is_scalar(value, jnp.floating) or _is_scalar(value, jnp.integer)):
+        raise TypeError(f"`{argument}` must be a real scalar; got {brief(value)}.")
+
+
+def boolean(argument: str, value: Any) -> None:
+    """Raises unless `value` is a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False; got {brief(value)}.")
 
 
 def positive(argument: str, value: Any) -> None:
-    """Raises unless `value` is a finite scalar > 0 or a tracer."""
-    if isinstance(value, Tracer):
-        return
-    _require_number(argument, value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{argument}` must be positive and finite; got {_show(value)}.")
+    """Raises unless `value` is a finite scalar > 0 (a traced scalar may have any value)."""
+    scalar(argument, value)
+    if not isinstance(value, Tracer) and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{argument}` must be positive and finite; got {float(value)!r}.")
 
 
 def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is an integer in [low, high] or a tracer."""
-    if isinstance(value, Tracer):
-        return
+    """Raises unless `value` is an integer in [low, high] (a traced integer may have any value)."""
     rule = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
     if not _is_scalar(value, jnp.integer):
-        raise TypeError(f"`{argument}` must be {rule}; got {value!r}.")
+        raise TypeError(f"`{argument}` must be {rule}; got {brief(value)}.")
+    if isinstance(value, Tracer):
+        return
     value = int(value)
     if value < low or (high is not None and value > high):
         raise ValueError(f"`{argument}` must be {rule}; got {value}.")
@@ -69,33 +79,47 @@ def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "para
     for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
         if path != params_path:
             raise ValueError(
-                f"`{argument}` must have the structure of `{than}`; it has {_path(path)} where `{than}` has"
-                f" {_path(params_path)}."
+                f"`{argument}` must have the structure of `{than}`; it has {_path(than, path)} where `{than}` has"
+                f" {_path(than, params_path)}."
             )
         if jnp.shape(leaf) != jnp.shape(params_leaf):
             raise ValueError(
-                f"`{argument}` must have the shapes of `{than}`; at {_path(path)} it is {jnp.shape(leaf)} and `{than}`"
-                f" is {jnp.shape(params_leaf)}."
+                f"`{argument}` must have the shapes of `{than}`; at {_path(than, path)} it is {jnp.shape(leaf)} and"
+                f" `{than}` is {jnp.shape(params_leaf)}."
             )
     if len(found) != len(wanted):
-        longer, name = (found, f"`{argument}`") if len(found) > len(wanted) else (wanted, f"`{than}`")
+        longer, name = (found, argument) if len(found) > len(wanted) else (wanted, than)
         path = longer[min(len(found), len(wanted))][0]
-        raise ValueError(f"`{argument}` must have the structure of `{than}`; only {name} has {_path(path)}.")
+        raise ValueError(f"`{argument}` must have the structure of `{than}`; only `{name}` has {_path(than, path)}.")
     if structure != params_structure:
+        place, kind, params_kind = _different_nodes(tree, params, than)
         raise ValueError(
-            f"`{argument}` must have the structure of `{than}`; got {structure} against {params_structure}."
+            f"`{argument}` must have the structure of `{than}`; {place} is a {kind} and that of `{than}` a {params_kind}."
         )
+
+
+def _different_nodes(tree: PyTree, params: PyTree, place: str) -> tuple[str, str, str]:
+    """Where two trees with the same leaf paths have containers of different types, and the names of these types."""
+    if type(tree) is type(params):
+        (children, _), (params_children, _) = (
+            jax.tree_util.default_registry.flatten_one_level(x) for x in (tree, params)
+        )
+        for i, (child, params_child) in enumerate(zip(children, params_children, strict=False)):
+            if jax.tree.structure(child) != jax.tree.structure(params_child):
+                return _different_nodes(child, params_child, f"node {i} of {place}")
+    return place, type(tree).__name__, type(params).__name__
 
 
 def floating_tree(argument: str, tree: PyTree) -> None:
     """Raises unless `tree` has leaves and every one is a real floating-point array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
-        raise ValueError(f"`{argument}` must have at least one array; got {tree!r}.")
+        raise ValueError(f"`{argument}` must have at least one array; got {brief(tree)}.")
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"`{argument}` must have floating-point leaves; at {_path(path)} it has {jnp.result_type(leaf)}."
+                f"`{argument}` must have floating-point leaves; at {_path(argument, path)} it has"
+                f" {jnp.result_type(leaf)}."
             )
 
 
@@ -108,7 +132,8 @@ def no_masked_nodes(argument: str, tree: PyTree) -> None:
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(node):
             raise ValueError(
-                f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at {_path(path)} it is masked."
+                f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at"
+                f" {_path('params', path)} it is masked."
                 " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition."
             )
 
@@ -118,10 +143,13 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
 
     Raises when it does not match `params`, holds anything but bools, or selects no leaf.
     """
-    mask = mask(params) if callable(mask) else mask
+    # A module that is a pytree of bools may be callable too (Equinox): a callable is a function where it is a leaf.
+    leaves = jax.tree.leaves(mask)
+    if callable(mask) and len(leaves) == 1 and leaves[0] is mask:
+        mask = mask(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(f"`{argument}` must hold Python bools; at {_path(path)} it has {leaf!r}.")
+            raise TypeError(f"`{argument}` must hold Python bools; at {_path('params', path)} it has {brief(leaf)}.")
     try:
         full = jax.tree.broadcast(mask, params)
     except ValueError:
@@ -135,20 +163,21 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
     return jax.tree.map(bool, full)
 
 
-def _require_number(argument: str, value: Any) -> None:
-    if not (_is_scalar(value, jnp.floating) or _is_scalar(value, jnp.integer)):
-        raise TypeError(f"`{argument}` must be a real scalar; got {value!r}.")
+def brief(value: Any) -> str:
+    """`value` for an error message: itself where that is short and one line, its type or shape otherwise."""
+    if isinstance(value, Tracer | jax.Array | np.ndarray) and value.ndim:
+        return f"an array of shape {value.shape}"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _is_scalar(value: Any, kind: Any) -> bool:
+    if isinstance(value, Tracer):
+        return value.ndim == 0 and bool(jnp.issubdtype(value.dtype, kind))
     if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
         return False
     return np.ndim(value) == 0 and bool(jnp.issubdtype(np.asarray(value).dtype, kind))
 
 
-def _show(value: Any) -> str:
-    return repr(float(value))
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return f"params{jax.tree_util.keystr(path)}"
+def _path(root: str, path: tuple[Any, ...]) -> str:
+    return f"{root}{jax.tree_util.keystr(path)}"

@@ -18,37 +18,47 @@ PyTree = Any
 
 
 def while_loop(
-    is_running: Callable[[PyTree], Any], body: Callable[[Callable[..., Any], PyTree], PyTree], fn: Any, carry: PyTree
+    is_running: Callable[[PyTree], Any],
+    body: Callable[[Callable[[PyTree], PyTree], PyTree], PyTree],
+    fn: Callable[[PyTree], PyTree],
+    example: PyTree,
+    carry: PyTree,
 ) -> PyTree:
-    """`while is_running(carry): carry = body(fn, carry)`, where `fn` is a `jax.tree_util.Partial` (see `hoist`).
+    """`while is_running(carry): carry = body(fn, carry)`, with `body` compiled.
 
-    `body` is compiled once for each (body, function in `fn`, shapes), over all calls.
+    Args:
+      is_running: `carry -> bool`.
+      body: `(fn, carry) -> carry`.
+      fn: function of one tree. A `jax.tree_util.Partial` is compiled once over all calls with the same function, its
+        arrays being arguments; what is compiled for a plain function is dropped at the end of the call.
+      example: an argument of `fn`, for its shapes.
+      carry: the first carry.
     """
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((fn, carry))):
-        return jax.lax.while_loop(is_running, lambda carry: body(fn, carry), carry)
+    is_shared = isinstance(fn, jax.tree_util.Partial)
+    hoisted = fn if is_shared else _hoist(fn, example)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((hoisted, carry))):
+        return jax.lax.while_loop(is_running, lambda carry: body(hoisted, carry), carry)
+    step = functools.partial(_shared_step, body) if is_shared else jax.jit(lambda fn, carry: body(fn, carry))
     while is_running(carry):
-        carry = _compiled(body, fn, carry)
+        carry = step(hoisted, carry)
     return carry
 
 
-def hoist(fn: Callable[..., Any], *example: PyTree) -> jax.tree_util.Partial:
+def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> jax.tree_util.Partial:
     """`fn` as a pytree whose leaves are the arrays it closes over, so that jit takes them as arguments.
 
-    A closure handed to `jax.jit` bakes its arrays into the program as constants, which XLA then folds for minutes. A
-    `jax.tree_util.Partial` is such a pytree already and is returned as it is; its function is traced once over all
-    calls.
+    A closure handed to `jax.jit` bakes its arrays into the program as constants, which XLA then folds for minutes.
     """
-    if isinstance(fn, jax.tree_util.Partial):
-        return fn
-    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*example)
-    structure = jax.tree.structure(shapes)
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(example)
+    # The function below becomes a key of jit's cache: it must not hold the arrays.
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
 
-    def evaluate(constants: list[Any], *arguments: PyTree) -> PyTree:
-        return structure.unflatten(eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(arguments)))
+    def evaluate(constants: list[Any], argument: PyTree) -> PyTree:
+        return structure.unflatten(eval_jaxpr(jaxpr, constants, *jax.tree.leaves(argument)))
 
-    return jax.tree_util.Partial(evaluate, jaxpr.consts)
+    return jax.tree_util.Partial(evaluate, closed.consts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(body: Callable[..., PyTree], fn: Any, carry: PyTree) -> PyTree:
+def _shared_step(body: Callable[..., PyTree], fn: Any, carry: PyTree) -> PyTree:
     return body(fn, carry)

@@ -6,6 +6,7 @@ overflows at a few hundred entries, a bfloat16 difference of two close gradients
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -46,9 +47,18 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
 
 
+def largest(tree: PyTree) -> jax.Array:
+    """The largest magnitude of any entry, a wide scalar; 0 for no entry, NaN where an entry is."""
+    maxima = [jnp.max(jnp.abs(wide(x)), initial=0) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.maximum, maxima, jnp.zeros((), jnp.float32))
+
+
 def norm(tree: PyTree) -> jax.Array:
-    """`sqrt(sum_i ||tree_i||^2)` over all leaves, a wide scalar."""
-    return jnp.sqrt(dot(tree, tree))
+    """`sqrt(sum_i ||tree_i||^2)` over all leaves, a wide scalar; scaled, so that no square over- or underflows."""
+    peak = largest(tree)
+    peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+    scaled = jax.tree.map(lambda x: wide(x) / scale_like(peak, x), tree)
+    return peak * jnp.sqrt(dot(scaled, scaled))
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, jax.Array]:
@@ -57,11 +67,21 @@ def normalize(tree: PyTree) -> tuple[PyTree, jax.Array]:
     return scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), tree), length
 
 
+def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
+    """`(tree / m, m)` with m the largest magnitude, wide, so that entries neither under- nor overflow in 16 bits."""
+    peak = largest(tree)
+    return scale(jnp.where(peak > 0, 1 / jnp.where(peak > 0, peak, 1), 0), tree), peak
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` with the leaf types of `like`."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.result_type(y)), tree, like)
 
 
 def kernels(params: PyTree) -> PyTree:
-    """The default selection R: True for leaves with two or more axes, so never a bias or a normalisation scale."""
+    """The default selection R: True for leaves with two or more axes.
+
+    In most networks those are the kernels, and never biases or normalisation scales; biases of attention heads and of
+    layers stacked by a scan have two axes as well.
+    """
     return jax.tree.map(lambda x: jnp.ndim(x) >= 2, params)

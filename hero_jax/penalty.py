@@ -55,7 +55,7 @@ def selection(mask: PyTree, params: PyTree, reduction: str) -> PyTree:
     def weight(selected: bool, x: jax.Array) -> float:
         if not selected:
             return 0.0
-        return 1.0 / max(x.size, 1) if reduction == "mean" else 1.0
+        return 1.0 / max(jnp.size(x), 1) if reduction == "mean" else 1.0
 
     return jax.tree.map(weight, mask, params)
 
@@ -65,6 +65,13 @@ def none(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | 
     del diagonal, eigenvector
     zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
     return Penalty(grad_fn(point.perturbed), jnp.zeros((), jnp.float32), zeros)
+
+
+def unchanged(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+    """G = 0 without perturbation: the gradient itself, at no further cost."""
+    del grad_fn, diagonal, eigenvector
+    zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
+    return Penalty(point.grads, jnp.zeros((), jnp.float32), zeros)
 
 
 def detached(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
@@ -87,27 +94,30 @@ def difference(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyT
 def hvp(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 T(w)[e, D H(w) e], the derivative of w -> H(w) e along D H(w) e."""
     del eigenvector
+    along, peak = _tree.peak_scaled(point.perturbation)
 
     def product(params: PyTree) -> PyTree:
-        return curvature.grad_product(grad_fn, params, point.perturbation)
+        return curvature.grad_product(grad_fn, params, along)
 
-    curved = product(point.params)
+    curved = _tree.scale(peak, product(point.params))
     scaled = _times(diagonal, curved)
-    grads = _tree.scale(2.0, _product(product, point.params, scaled))
+    grads = _tree.scale(2.0 * peak, _product(product, point.params, scaled))
     return Penalty(grad_fn(point.perturbed), _tree.dot(curved, scaled), grads)
 
 
 def eigenvalue(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = s T(w*)[v, v]; g*, H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
-    v = _tree.cast_like(eigenvector, point.params)
+    scaled, peak = _tree.peak_scaled(eigenvector)
+    along = _tree.cast_like(scaled, point.params)
 
     def grads_and_product(params: PyTree) -> tuple[PyTree, PyTree]:
-        return jax.jvp(grad_fn, (params,), (v,))
+        return jax.jvp(grad_fn, (params,), (along,))
 
-    (perturbed_grads, product), (_, third) = jax.jvp(grads_and_product, (point.perturbed,), (v,))
-    restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), product)
-    rayleigh = _tree.dot(v, restricted)
-    return Penalty(perturbed_grads, jnp.abs(rayleigh), _tree.scale(jnp.sign(rayleigh), third), restricted)
+    (perturbed_grads, product), (_, third) = jax.jvp(grads_and_product, (point.perturbed,), (along,))
+    restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), _tree.scale(peak, product))
+    rayleigh = _tree.dot(eigenvector, restricted)
+    grads = _tree.scale(jnp.sign(rayleigh) * peak**2, third)
+    return Penalty(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
 
 
 def gradient_l1(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
@@ -133,6 +143,6 @@ def _times(diagonal: PyTree, tree: PyTree) -> PyTree:
 
 
 def _product(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
-    """The product along `vector`, wide, taken along its unit vector: 1/n_i times a small d underflows in float16."""
-    unit, length = _tree.normalize(vector)
-    return _tree.scale(length, curvature.grad_product(grad_fn, params, unit))
+    """The product along `vector`, wide, taken along it scaled to a peak of 1: D d underflows in float16."""
+    scaled, peak = _tree.peak_scaled(vector)
+    return _tree.scale(peak, curvature.grad_product(grad_fn, params, scaled))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _tree
+from hero_jax import _check, _tree
 
 PyTree = Any
 
@@ -47,6 +47,7 @@ def perturbation(
 
     Source: Foret et al., Sharpness-aware minimization, ICLR 2021; Kwon et al., ASAM, ICML 2021.
     """
+    _check.one_of("perturbation(scope=...)", scope, SCOPES)
     ascent = jax.tree.map(lambda w, g: _tree.wide(w) ** 2 * _tree.wide(g), params, grads) if adaptive else grads
     measured = jax.tree.map(lambda w, g: jnp.abs(_tree.wide(w)) * _tree.wide(g), params, grads) if adaptive else grads
 

@@ -17,7 +17,7 @@ Rounding is half to even, scales are float32, zero is a code of every grid.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +85,12 @@ def fake_quantize(
 
     Args:
       params: pytree of floating-point arrays.
-      bits: integer in 2..16; may be traced, so that a sweep over bit widths compiles once.
+      bits: integer in 2..16; may be traced, so that a sweep over bit widths compiles once. A traced value out of range
+        gives NaN weights.
       spec: granularity and grid. Static.
       mask: bool tree, prefix of one, or callable from params to one, naming the leaves to quantize; the others pass
-        through. Default: leaves with two or more axes, which are kernels and never biases or normalisation scales.
+        through. Default: leaves with two or more axes. In most networks those are the kernels; biases of attention
+        heads and of layers stacked by a scan have two axes as well: name a mask there.
 
     Returns:
       The tree with w_hat in place of w. A leaf (or channel) of zeros stays zero; a NaN makes its channel NaN.
@@ -106,16 +108,15 @@ def fake_quantize(
 
     Source: Jacob et al., Quantization and training of neural networks, CVPR 2018, section 2, with zero point 0.
     """
-    _check.integer("bits", bits, low=MIN_BITS, high=MAX_BITS)
-    _check.floating_tree("params", params)
-    chosen = _check.bool_tree("mask", _tree.kernels if mask is None else mask, params)
+    _check.integer("fake_quantize(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
+    chosen = _selected("fake_quantize", params, spec, mask)
     return jax.tree.map(lambda w, selected: _fake_quantize_leaf(w, bits, spec) if selected else w, params, chosen)
 
 
 def quantize_and_evaluate(
     eval_fn: Callable[[PyTree], Mapping[str, Any] | jax.typing.ArrayLike],
     params: PyTree,
-    bits: Sequence[int] = (8, 6, 5, 4, 3, 2),
+    bits: Iterable[int] = (8, 6, 5, 4, 3, 2),
     spec: QuantSpec = QuantSpec(),
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> list[QuantizedScore]:
@@ -147,22 +148,32 @@ def quantize_and_evaluate(
     8 0.598 1.0 channel-narrow
     2 1.0 1.0 channel-narrow
     """
-    if not bits:
+    if not isinstance(bits, Iterable):
+        raise TypeError(f"`quantize_and_evaluate(bits=...)` must be a sequence of bit widths; got {bits!r}.")
+    widths = tuple(bits)
+    if not widths:
         raise ValueError("`quantize_and_evaluate(bits=...)` must name at least one bit width; got none.")
-    for width in bits:
+    for width in widths:
         _check.integer("quantize_and_evaluate(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
-    _check.floating_tree("params", params)
-    chosen = _check.bool_tree("mask", _tree.kernels if mask is None else mask, params)
+    chosen = _selected("quantize_and_evaluate", params, spec, mask)
     sizes = jax.tree.map(jnp.size, params)
     quantized = sum(jax.tree.leaves(jax.tree.map(lambda size, selected: size * selected, sizes, chosen)))
     fraction = quantized / sum(jax.tree.leaves(sizes))
 
     at_bits = jax.jit(lambda params, width: fake_quantize(params, width, spec, chosen))
     rows = [QuantizedScore(None, _as_floats(eval_fn(params)), 0.0, spec.name)]
-    for width in bits:
+    for width in widths:
         metrics = _as_floats(eval_fn(at_bits(params, width)))
         rows.append(QuantizedScore(int(width), metrics, fraction, spec.name))
     return rows
+
+
+def _selected(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[PyTree], PyTree] | None) -> PyTree:
+    """The mask as a tree of bools, after checking the arguments that both functions share."""
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
+    _check.floating_tree("params", params)
+    return _check.bool_tree(f"{name}(mask=...)", _tree.kernels if mask is None else mask, params)
 
 
 def _fake_quantize_leaf(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec) -> jax.Array:
@@ -178,8 +189,13 @@ def _fake_quantize_leaf(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpe
 
 
 def _grid(bits: jax.typing.ArrayLike, grid: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steps from 0 to max |w|, lowest and highest code, as float32 (exact: an integer shift, no exponential)."""
-    half = jnp.left_shift(1, jnp.asarray(bits) - 1).astype(jnp.float32)
+    """Steps from 0 to max |w|, lowest and highest code, as float32 (exact: an integer shift, no exponential).
+
+    NaN where a traced `bits` is out of range, so that the weights say so.
+    """
+    bits = jnp.asarray(bits).astype(jnp.int32)
+    is_valid = (bits >= MIN_BITS) & (bits <= MAX_BITS)
+    half = jnp.where(is_valid, jnp.left_shift(jnp.int32(1), bits - 1).astype(jnp.float32), jnp.nan)
     if grid == "narrow":
         return half - 1, 1 - half, half - 1
     return half if grid == "full" else half - 0.5, -half, half - 1

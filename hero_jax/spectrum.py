@@ -94,7 +94,7 @@ def power_iteration(
     )
     limits = (jnp.asarray(rtol, length.dtype), jnp.asarray(max_iters, jnp.int32))
     carry = (start, initial, limits)
-    return _loop.while_loop(_is_running, _iterate, _loop.hoist(matvec, start), carry)[1]
+    return _loop.while_loop(_is_running, _iterate, matvec, start, carry)[1]
 
 
 def _is_running(carry: tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -110,15 +110,15 @@ def _iterate(
     product = matvec(v)
     _check.matching_tree("matvec(v0)", product, v, than="v0")
     # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
-    eigenvalue = _tree.dot(v, product) / _tree.dot(v, v)
-    residual = _relative_residual(v, product, eigenvalue)
+    eigenvalue = (_tree.dot(v, product) / _tree.dot(v, v)).astype(rtol.dtype)
+    residual = relative_residual(v, product, eigenvalue).astype(rtol.dtype)
     unit, _ = _tree.normalize(product)
     result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
     return _tree.cast_like(unit, v), result, (rtol, max_iters)
 
 
-def _relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:
-    """||H v - lambda v|| / |lambda|, with 0 / 0 = 0: a vector that H maps to zero is an eigenvector."""
+def relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:
+    """||H v - lambda v|| / |lambda| for a unit v, with 0 / 0 = 0: a vector that H maps to zero is an eigenvector."""
     residual = _tree.norm(_tree.add(product, v, -eigenvalue))
     magnitude = jnp.abs(eigenvalue)
     return jnp.where(residual == 0, 0, residual / magnitude)
