@@ -17,7 +17,7 @@ from hero_jax import curvature, parallel, penalty, perturbation, quantize, spect
 from hero_jax.transform import HeroState, Metrics, grad_l1, hero, sam
 
 if TYPE_CHECKING:
-    from hero_jax import models
+    from hero_jax import models as models
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,6 @@ __all__ = [
     "curvature",
     "grad_l1",
     "hero",
-    "models",
     "parallel",
     "penalty",
     "perturbation",
@@ -40,5 +39,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "models":
-        return importlib.import_module("hero_jax.models")
+        try:
+            return importlib.import_module("hero_jax.models")
+        except ModuleNotFoundError as error:
+            raise ImportError(f'`hero_jax.models` needs {error.name}: pip install "hero_jax[experiments]"') from error
     raise AttributeError(f"module 'hero_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "models"]

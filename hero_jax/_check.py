@@ -94,7 +94,8 @@ def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "para
     if structure != params_structure:
         place, kind, params_kind = _different_nodes(tree, params, than)
         raise ValueError(
-            f"`{argument}` must have the structure of `{than}`; {place} is a {kind} and that of `{than}` a {params_kind}."
+            f"`{argument}` must have the structure of `{than}`; {place} is a {kind} where that of `{than}` is a"
+            f" {params_kind}."
         )
 
 

@@ -18,7 +18,9 @@ def hvp(loss_fn: Callable[..., jax.Array], params: PyTree, vector: PyTree, *args
         H(w) u = d/dt grad L(w + t u) at t = 0,   L(w) = loss_fn(w, *args)
 
     Exact (no finite difference), linear in `vector`, and differentiable. The mean is that of `loss_fn`: a loss that is
-    the mean over a batch gives the Hessian of that mean, and nothing is averaged over devices here. Where the loss
+    the mean over a batch gives the Hessian of that mean, and nothing is averaged over devices here
+    (inside `shard_map(check_vma=True)`, mark replicated `params` and `vector` with `parallel.vary` first, then average:
+    the product of replicated ones is summed over devices already). Where the loss
     normalises with batch statistics, they are part of the function and of its Hessian.
 
     Args:

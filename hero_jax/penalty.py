@@ -10,8 +10,8 @@ R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") o
     gradient_l1   G = sum_R ||g||_1                      grad G = H(w) sign(g) on R       GRAD L1, with e = 0
 
 In each of them e (and v) is constant when differentiating. Products are `jax.jvp` of the gradient function, nested once
-for the third derivative. `jax.experimental.jet` would be the other way to a third derivative; it cannot trace a Flax
-BatchNorm network (jax 0.10: leaked tracer), so there is nothing to measure.
+for the third derivative. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
+with a leaked tracer.)
 
 Source: Yang et al., HERO, DAC 2022 (arXiv 2111.11986); Alizadeh et al., Gradient l1 regularization for quantization
 robustness, ICLR 2020.

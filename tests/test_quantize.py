@@ -142,8 +142,23 @@ class TestContracts:
         np.testing.assert_allclose(result.astype(jnp.float32), exact, rtol=0.01)
 
     def test_float64_uses_a_float32_scale(self, x64):
-        result = fake_quantize(weights((6, 2)).astype(jnp.float64), 4)
+        w = weights((6, 2)).astype(jnp.float64)
+        result = fake_quantize(w, 4)
         assert result.dtype == jnp.float64
+        # A top weight is 7 float32 scales, which differs from the float64 weight in the eighth digit.
+        scale = (jnp.abs(w).max(axis=0) / 7).astype(jnp.float32).astype(jnp.float64)
+        np.testing.assert_array_equal(jnp.abs(result).max(axis=0), 7 * scale)
+
+    @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16])
+    def test_type_of_bits_does_not_matter(self, dtype):
+        w = weights()
+        for bits in (8, 12, 16):
+            np.testing.assert_array_equal(fake_quantize(w, dtype(bits)), fake_quantize(w, bits))
+
+    def test_traced_bits_out_of_range_give_nan(self):
+        quantized = jax.jit(lambda bits: fake_quantize(weights(), bits))
+        for bits in (0, 1, 17, 40):
+            assert np.isnan(quantized(bits)).all()
 
     def test_constants_zeros_single_elements_and_empty_leaves(self):
         params = {
@@ -201,6 +216,10 @@ class TestEvaluate:
         assert list(rows[0].metrics) == ["value"]
         assert len(traces) == 1
 
+    def test_bits_may_be_any_iterable(self):
+        for bits in ((b for b in (8, 4)), np.array([8, 4])):
+            assert [row.bits for row in quantize_and_evaluate(jnp.sum, weights(), bits=bits)] == [None, 8, 4]
+
     def test_mask(self):
         params = {"a": weights(), "b": weights((3, 2))}
         rows = quantize_and_evaluate(lambda p: p["b"].sum(), params, bits=(2,), mask={"a": True, "b": False})
@@ -211,13 +230,40 @@ class TestEvaluate:
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: fake_quantize(weights(), 1), ValueError, r"`bits` must be an integer in 2..16; got 1"),
-        (lambda: fake_quantize(weights(), 17), ValueError, r"`bits` must be an integer in 2..16; got 17"),
-        (lambda: fake_quantize(weights(), 4.0), TypeError, r"`bits` must be an integer in 2..16; got 4.0"),
-        (lambda: fake_quantize(weights(), True), TypeError, r"`bits` must be an integer in 2..16; got True"),
+        (
+            lambda: fake_quantize(weights(), 1),
+            ValueError,
+            r"`fake_quantize\(bits=...\)` .* in 2..16; got 1",
+        ),
+        (
+            lambda: fake_quantize(weights(), 17),
+            ValueError,
+            r"`fake_quantize\(bits=...\)` .* in 2..16; got 17",
+        ),
+        (
+            lambda: fake_quantize(weights(), 4.0),
+            TypeError,
+            r"`fake_quantize\(bits=...\)` .* in 2..16; got 4.0",
+        ),
+        (
+            lambda: fake_quantize(weights(), True),
+            TypeError,
+            r"`fake_quantize\(bits=...\)` .* in 2..16; got True",
+        ),
         (lambda: fake_quantize(weights(), jnp.array(40)), ValueError, r"must be an integer in 2..16; got 40"),
-        (lambda: fake_quantize(weights((3,)), 4), ValueError, r"`mask` must select at least one leaf; got none of 1"),
+        (
+            lambda: fake_quantize(weights((3,)), 4),
+            ValueError,
+            r"`fake_quantize\(mask=...\)` must select .* got none of 1",
+        ),
         (lambda: fake_quantize(jnp.ones((2, 2), int), 4), TypeError, "`params` must have floating-point leaves"),
+        (lambda: fake_quantize(weights(), 4, "channel-narrow"), TypeError, "must be a QuantSpec; got 'channel-narrow'"),
+        (lambda: jax.jit(lambda b: fake_quantize(weights(), b))(4.0), TypeError, "must be an integer in 2..16"),
+        (
+            lambda: quantize_and_evaluate(jnp.sum, weights(), bits=8),
+            TypeError,
+            "must be a sequence .* got 8",
+        ),
         (lambda: QuantSpec(grid="narow"), ValueError, r"`QuantSpec\(grid=...\)` .* Did you mean 'narrow'"),
         (lambda: QuantSpec(granularity="row"), ValueError, r"`QuantSpec\(granularity=...\)` must be one of"),
         (lambda: quantize_and_evaluate(jnp.sum, weights(), bits=()), ValueError, "at least one bit width"),

@@ -1,5 +1,8 @@
 """Power iteration on matrices of prescribed spectrum and on a network's Hessian."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +149,25 @@ def test_partial_is_compiled_once_over_all_calls():
         result = spectrum.power_iteration(matvec, jnp.ones(3), rtol=1e-4)
         np.testing.assert_allclose(result.eigenvalue, dominant, rtol=1e-5)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_squares_that_leave_float32(size):
+    result = spectrum.power_iteration(lambda v: size * jnp.array([1.0, 5.0, 2.0]) * v, jnp.ones(3))
+    assert result.converged
+    assert result.num_matvecs > 3
+    np.testing.assert_allclose(result.eigenvalue, 5 * size, rtol=1e-5)
+
+
+def test_nothing_is_kept_of_a_plain_function_after_the_call():
+    kept = []
+    for seed in range(3):
+        matrix = jax.random.normal(jax.random.key(seed), (5, 5))
+        spectrum.power_iteration(lambda v, matrix=matrix: (matrix + matrix.T) @ v, jnp.ones(5), max_iters=3)
+        kept.append(weakref.ref(matrix))
+        del matrix
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
 
 
 def test_operator_that_averages_over_devices(x64):

@@ -1,7 +1,9 @@
 """hero, sam and grad_l1 against independent definitions, in float64; then dtypes, structures, edges and errors."""
 
+import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -124,27 +126,72 @@ class TestExactness:
         expected = unravel(2 * 700.0 * hessian @ (diagonal * (hessian @ e)))
         problems.assert_close(reference.subtract(direction, plain), expected, rtol=1e-12)
 
-    def test_metrics_are_the_stated_quantities(self, net):
+    @pytest.mark.parametrize(
+        ("penalty", "reduction"),
+        [("detached", "mean"), ("detached", "sum"), ("difference", "mean"), ("hvp", "mean"), ("hvp", "sum")],
+    )
+    def test_metrics_are_the_stated_quantities(self, net, penalty, reduction):
         params, loss_fn = net
-        mask = problems.kernels_mask(params)
-        direction, state = updated(hero_jax.hero(0.3, 700.0), params, loss_fn)
+        options = {"penalty": penalty, "reduction": reduction}
+        direction, state = updated(hero_jax.hero(0.3, 700.0, **options), params, loss_fn)
         g = jax.grad(loss_fn)(params)
         e = reference.perturbation(params, g, 0.3, adaptive=True)
         perturbed = jax.grad(loss_fn)(reference.add(params, e))
-        g_value = reference.penalty_value(loss_fn, params, e, penalty="detached", reduction="mean", mask=mask)
+        mask = problems.kernels_mask(params)
         expected = hero_jax.Metrics(
             grad_norm=reference.norm(g),
             perturbed_grad_norm=reference.norm(perturbed),
             perturbation_norm=reference.norm(e),
-            penalty=g_value,
+            penalty=reference.penalty_value(loss_fn, params, e, mask=mask, **options),
             penalty_grad_norm=reference.norm(reference.subtract(direction, perturbed)),
         )
         for name in hero_jax.Metrics._fields:
             np.testing.assert_allclose(getattr(state.metrics, name), getattr(expected, name), rtol=1e-5, err_msg=name)
             assert getattr(state.metrics, name).dtype == jnp.float32
 
-    @pytest.mark.parametrize("batch_axis", [None, "batch"])
-    def test_sam_equals_optax_over_ten_steps(self, x64, batch_axis):
+    def test_metrics_of_sam_and_grad_l1(self, net):
+        params, loss_fn = net
+        g = jax.grad(loss_fn)(params)
+        _, state = updated(hero_jax.sam(0.3), params, loss_fn)
+        np.testing.assert_allclose(state.metrics.perturbation_norm, 0.3, rtol=1e-6)
+        assert state.metrics.penalty == state.metrics.penalty_grad_norm == 0
+        direction, state = updated(hero_jax.grad_l1(0.3), params, loss_fn)
+        np.testing.assert_allclose(state.metrics.perturbed_grad_norm, reference.norm(g), rtol=1e-6)
+        added = reference.norm(reference.subtract(direction, g))
+        np.testing.assert_allclose(state.metrics.penalty_grad_norm, added, rtol=1e-5)
+        assert state.metrics.perturbation_norm == 0
+
+    @pytest.mark.parametrize(
+        ("tx", "adaptive"), [(hero_jax.hero(0.3, 0, eps=1.0), True), (hero_jax.sam(0.3, eps=1.0), False)]
+    )
+    def test_eps_enters_the_perturbation(self, net, tx, adaptive):
+        params, loss_fn = net
+        _, state = updated(tx, params, loss_fn)
+        e = reference.perturbation(params, jax.grad(loss_fn)(params), 0.3, adaptive=adaptive, eps=1.0)
+        np.testing.assert_allclose(state.metrics.perturbation_norm, reference.norm(e), rtol=1e-5)
+
+    def test_mask_of_grad_l1(self, net):
+        params, loss_fn = net
+        mask = {"conv": {"kernel": False, "bias": True}, "norm": {"scale": False}, "head": [True, False]}
+        direction, _ = updated(hero_jax.grad_l1(0.3, mask=mask), params, loss_fn)
+        problems.assert_close(direction, reference.grad_l1_direction(loss_fn, params, 0.3, mask=mask))
+
+    def test_eigenvector_starts_from_the_gradient_on_the_penalised_leaves(self, net):
+        params, loss_fn = net
+        mask = problems.kernels_mask(params)
+        _, state = updated(hero_jax.hero(0.3, 0.7, penalty="eigenvalue"), params, loss_fn)
+        g = jax.grad(loss_fn)(params)
+        v = reference.restrict(g, mask)
+        v = reference.scale(1 / reference.norm(v), v)
+        e = reference.perturbation(params, g, 0.3, adaptive=True)
+        product = reference.restrict(reference.hessian_vector(loss_fn, reference.add(params, e), v), mask)
+        problems.assert_close(state.eigenvector, reference.scale(1 / reference.norm(product), product))
+        rayleigh = reference.dot(v, product)
+        error = reference.norm(reference.subtract(product, reference.scale(rayleigh, v))) / jnp.abs(rayleigh)
+        np.testing.assert_allclose(state.eigenvector_residual, error, rtol=1e-5)
+        np.testing.assert_allclose(state.metrics.penalty, jnp.abs(rayleigh), rtol=1e-5)
+
+    def test_sam_equals_optax_over_ten_steps(self, x64):
         batch = problems.convnet_batch()
         grad_fn = jax.grad(lambda p: problems.convnet_loss(p, batch))
         ours = optax.chain(hero_jax.hero(rho=0.2, gamma=0, adaptive=False), optax.sgd(0.1, momentum=0.9))
@@ -190,6 +237,13 @@ class TestExactness:
         params, loss_fn = net
         tx = hero_jax.hero(0.3, 700.0)
         direction, _ = tx.update(jax.grad(loss_fn)(params), tx.init(params), params, value_fn=loss_fn)
+        problems.assert_close(direction, updated(tx, params, loss_fn)[0])
+
+    def test_jitted_and_rematerialised_grad_fn(self, net):
+        params, loss_fn = net
+        tx = hero_jax.hero(0.3, 700.0)
+        grad_fn = jax.jit(jax.grad(jax.checkpoint(loss_fn)))
+        direction, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
         problems.assert_close(direction, updated(tx, params, loss_fn)[0])
 
     @pytest.mark.parametrize("penalty", PENALTIES)
@@ -238,6 +292,7 @@ class TestCost:
             (hero_jax.sam(0.1), 1.9, 2.2),
             (hero_jax.hero(0.1, 0), 1.9, 2.2),
             (hero_jax.grad_l1(0.1), 2.8, 3.2),
+            (hero_jax.grad_l1(0), 0.9, 1.1),
             (hero_jax.hero(0.1, 1.0), 3.8, 4.3),
             (hero_jax.hero(0.1, 1.0, penalty="difference"), 5.5, 6.4),
             (hero_jax.hero(0.1, 1.0, penalty="eigenvalue"), 4.0, 8.2),
@@ -260,6 +315,21 @@ class TestSchedules:
             expected, _ = updated(hero_jax.hero(float(rho(step)), float(gamma(step))), params, loss_fn)
             problems.assert_close(direction, expected, rtol=1e-6)  # the schedules are float32
             assert int(state.count) == step + 1
+
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    def test_scheduled_gamma_of_zero_adds_nothing_to_a_product_that_is_not_finite(self, penalty):
+        def loss_fn(w):
+            return jnp.sum(jnp.abs(w) ** 1.5)
+
+        tx = hero_jax.hero(0.1, optax.linear_schedule(0.0, 5.0, 10), penalty=penalty)
+        direction, _ = updated(tx, jnp.zeros((2, 3)), loss_fn)
+        plain, _ = updated(hero_jax.hero(0.1, 0), jnp.zeros((2, 3)), loss_fn)
+        chex.assert_trees_all_equal(direction, plain)
+
+    def test_schedule_that_gives_no_scalar(self, net):
+        params, loss_fn = net
+        with pytest.raises(TypeError, match=r"`hero\(rho=...\)` must be a real scalar; got an array of shape \(3,\)"):
+            updated(hero_jax.hero(lambda count: jnp.ones(3), 1.0), params, loss_fn)
 
     def test_traced_hyperparameters(self, net):
         params, loss_fn = net
@@ -296,18 +366,29 @@ class TestTypesAndStructures:
         error = reference.norm(reference.subtract(exact, jax.tree.map(lambda x: x.astype(jnp.float64), low)))
         assert error < rtol * reference.norm(exact)
 
-    def test_float16_penalty_does_not_underflow(self):
-        # D d is 1e-9 here, below the smallest float16 number.
+    @pytest.mark.parametrize("penalty", ["detached", "hvp", "eigenvalue"])
+    def test_float16_penalty_does_not_underflow(self, penalty):
+        # D d, or the square of an entry of v, is below the smallest float16 number here.
         def loss_fn(w):
             return jnp.sum(jnp.sin(w)) * w.dtype.type(1e-3)
 
         def added(dtype):
-            params = jnp.full((100, 90), 0.5, dtype)
-            tx = hero_jax.hero(0.1, 1e6, adaptive=False)
+            params = jnp.full((300, 300), 0.5, dtype)
+            tx = hero_jax.hero(30.0, 1e6, adaptive=False, penalty=penalty)
             return float(updated(tx, params, loss_fn)[1].metrics.penalty_grad_norm)
 
         assert added(jnp.float32) > 0
         np.testing.assert_allclose(added(jnp.float16), added(jnp.float32), rtol=0.1)
+
+    def test_perturbation_that_sixteen_bits_round_away_shows_in_the_metrics(self):
+        params = jnp.ones((300, 300), jnp.bfloat16)
+        _, state = updated(hero_jax.sam(0.05), params, lambda w: jnp.sum(w**2))
+        assert state.metrics.perturbation_norm == 0
+
+    def test_large_and_small_gradients_neither_overflow_nor_underflow(self):
+        for size in (1e25, 1e-25):
+            _, state = updated(hero_jax.sam(0.5), jnp.ones((2, 3)), lambda w, size=size: size * jnp.sum(w))
+            np.testing.assert_allclose(state.metrics.grad_norm, size * 6**0.5, rtol=1e-5)
 
     def test_float16_norm_does_not_overflow(self):
         params = jnp.full((1000, 1), 20.0, jnp.float16)
@@ -423,6 +504,45 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             build()
 
+    def test_container_of_another_type(self):
+        params = {"w": [jnp.ones((2, 3))]}
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(ValueError, match="node 0 of params is a tuple where that of `params` is a list"):
+            tx.update({"w": (jnp.ones((2, 3)),)}, tx.init(params), params, grad_fn=lambda p: p)
+
+    def test_messages_are_one_line(self, case):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        calls = [
+            lambda: tx.update(grad_fn(params), tx.init(params), params, grad_fn=jnp.ones((50, 50))),
+            lambda: hero_jax.hero(jnp.ones((30, 30)), 1.0),
+            lambda: hero_jax.hero(0.1, 1.0, mask={"w": jnp.ones((30, 30)), "b": True}).init(params),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError) as raised:
+                call()
+            assert "\n" not in str(raised.value)
+            assert len(str(raised.value)) < 200
+
+    def test_state_of_another_configuration(self, case):
+        params, grad_fn = case
+        state = hero_jax.hero(0.1, 1.0).init(params)
+        with pytest.raises(ValueError, match=r"`state.eigenvector` must have the structure of `params`"):
+            hero_jax.hero(0.1, 1.0, penalty="eigenvalue").update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+    def test_callable_pytree_of_bools_is_a_mask_and_no_function(self):
+        @jax.tree_util.register_dataclass
+        @dataclasses.dataclass
+        class Layer:
+            kernel: Any
+            bias: Any
+
+            def __call__(self, x):
+                return x @ self.kernel + self.bias
+
+        tx = hero_jax.hero(0.1, 1.0, mask=Layer(True, False))
+        assert tx.init(Layer(jnp.ones((2, 3)), jnp.ones(3))).count == 0
+
     @pytest.mark.parametrize("value", ["0.1", True, None, [0.1]])
     def test_hyperparameters_of_the_wrong_kind(self, value):
         with pytest.raises(TypeError, match=r"`hero\(rho=...\)` must be a real scalar; got"):
@@ -455,7 +575,8 @@ class TestErrors:
         ("mask", "kind", "message"),
         [
             ({"w": True, "c": True}, ValueError, r"it has params\['c'\] where `params` has params\['b'\]"),
-            ({"w": True}, ValueError, r"only `params` has params\['w'\]|it has params\['w'\] where"),
+            ({"w": True}, ValueError, r"it has params\['w'\] where `params` has params\['b'\]"),
+            ({"w": True, "b": True, "z": True}, ValueError, r"only `hero\(mask=...\)` has params\['z'\]"),
             ({"w": True, "b": "yes"}, TypeError, r"must hold Python bools; at params\['b'\] it has 'yes'"),
             ({"w": False, "b": False}, ValueError, r"must select at least one leaf; got none of 2"),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,10 @@ class CifarResNet(nn.Module):
 
     Call `apply(variables, images, train=...)` with float images (N, H, W, C); gives logits (N, num_classes).
     With `train=True` BatchNorm normalises with the statistics of the batch and the collection `batch_stats` must be
-    mutable; with `train=False` it uses the running ones. `dtype` is the compute type, parameters stay float32.
+    mutable; with `train=False` it uses the running ones. Under `pmap` and `shard_map` these are the statistics of the
+    device's own part of the batch. `dtype` is the compute type, parameters stay float32.
+
+    Source: He, Zhang, Ren, Sun, Deep residual learning, CVPR 2016, section 4.2, with 1x1 convolution shortcuts.
     """
 
     blocks: int
@@ -62,6 +66,16 @@ class CifarResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
-resnet20 = partial(CifarResNet, 3)
-resnet32 = partial(CifarResNet, 5)
-resnet56 = partial(CifarResNet, 9)
+def resnet20(num_classes: int = 10, **options: Any) -> CifarResNet:
+    """Builds the `CifarResNet` of depth 20: 272,474 parameters with 10 classes."""
+    return CifarResNet(3, num_classes, **options)
+
+
+def resnet32(num_classes: int = 10, **options: Any) -> CifarResNet:
+    """Builds the `CifarResNet` of depth 32: 466,906 parameters with 10 classes."""
+    return CifarResNet(5, num_classes, **options)
+
+
+def resnet56(num_classes: int = 10, **options: Any) -> CifarResNet:
+    """Builds the `CifarResNet` of depth 56: 855,770 parameters with 10 classes."""
+    return CifarResNet(9, num_classes, **options)
