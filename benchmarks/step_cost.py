@@ -122,8 +122,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints the cost of a step of every method; with `--out`, writes the record too."""
     rows, environment = measure(arguments), runs.environment()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "median s", "quartiles", "x SGD", "operations", "MiB", "compile s"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("method", "median s", "quartiles", "x SGD", "flops", "MiB", "compile"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         low, high = row["quartiles"]
         table.add_row(
@@ -139,8 +139,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     versions, device = environment["versions"], environment["device"]
     where = f"{device['kind']} x {device['count']}, {environment['machine']['cores']} cores"
     cli.console.print(
-        f"One training step of {arguments.model}, batch {arguments.batch_size}; operations in SGD steps and temporary"
-        f" MiB, both as XLA counts them. {where}; jax {versions['jax']}, python {versions['python']}; median of"
+        f"One training step of {arguments.model}, batch {arguments.batch_size}; flops in SGD steps and temporary"
+        f" MiB as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python {versions['python']}; median of"
         f" {arguments.repeats} interleaved repeats."
     )
     if arguments.out is not None:
