@@ -140,8 +140,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     where = f"{device['kind']} x {device['count']}, {environment['machine']['cores']} cores"
     cli.console.print(
         f"One training step of {arguments.model}, batch {arguments.batch_size}; flops in SGD steps and temporary"
-        f" MiB as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python {versions['python']}; median of"
-        f" {arguments.repeats} interleaved repeats."
+        f" MiB as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python"
+        f" {versions['python']}; median of {arguments.repeats} interleaved repeats."
     )
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
