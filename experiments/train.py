@@ -20,7 +20,6 @@ from hero_jax import curvature, models
 
 PyTree = Any
 EVAL_BATCH = 500
-console = cli.console
 
 
 class TrainState(NamedTuple):
@@ -54,11 +53,10 @@ class Diverged(cli.Failed):
 
 
 class Result(NamedTuple):
-    """A finished run: its last evaluation, its variables on the host, and the seconds of training after compilation."""
+    """A finished run: its last evaluation, and the variables on the host that it was made with."""
 
     metrics: dict[str, float]
     variables: PyTree
-    seconds: float
 
 
 def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
@@ -131,7 +129,7 @@ def train(
       trainer: a trainer built for the same configuration up to its seed, to share its compilation.
 
     Returns:
-      The last evaluation, the variables it was made with, and the time.
+      The last evaluation and the variables it was made with.
 
     Raises:
       Diverged: the loss stopped being finite; the last good state is in the folder's checkpoint.
@@ -143,7 +141,7 @@ def train(
     images, labels = (jnp.asarray(x) for x in dataset.train)
     state = trainer.init(config.seed)
     good, metrics, last_loss = runs.snapshot(state._replace(key=())), {}, float("nan")
-    saved_at, seconds = time.monotonic(), 0.0
+    saved_at = time.monotonic()
     for epoch in range(config.epochs):
         order = data.epoch_order(config.seed, epoch, len(labels), config.batch_size)
         started = time.monotonic()
@@ -153,8 +151,6 @@ def train(
             _save(folder, good)
             raise
         elapsed = time.monotonic() - started
-        # The first epoch compiles.
-        seconds += elapsed if epoch > 0 else 0.0
         finite = np.isfinite(losses)
         if not finite.all():
             first = int(np.argmin(finite))
@@ -183,7 +179,7 @@ def train(
                 saved_at = time.monotonic()
         if report is not None:
             report(row)
-    return Result(metrics, {"params": good.params, "batch_stats": good.batch_stats}, seconds)
+    return Result(metrics, {"params": good.params, "batch_stats": good.batch_stats})
 
 
 def _epoch(
@@ -242,7 +238,7 @@ def main(
     config = config.resolved()
     assert config.epochs is not None
     out = out or config.default_folder()
-    console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
+    cli.console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
     with progress.bar() as bar:
         dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
         dataset = data.subset(dataset, config.train_size, config.validation_size)
@@ -250,7 +246,7 @@ def main(
         with runs.RunFolder(out, config) as folder:
             result = train(config, dataset, folder, advance)
     where = "validation" if config.validation_size else "test"
-    console.print(
+    cli.console.print(
         f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
         f" (n = 1 run, {len(dataset.test.labels)} images)"
     )

@@ -1,6 +1,7 @@
 """Argument errors: one line each, naming the argument, the rule and the value.
 
-Python and NumPy values (and concrete JAX scalars) are checked when a function is called; tracers pass unchecked.
+Python and NumPy values (and concrete JAX scalars) are checked when a function is called; of traced ones, the shape and
+type.
 """
 
 from __future__ import annotations
