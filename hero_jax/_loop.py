@@ -34,29 +34,36 @@ def while_loop(
       example: an argument of `fn`, for its shapes.
       carry: the first carry.
     """
-    is_shared = isinstance(fn, jax.tree_util.Partial)
-    hoisted = fn if is_shared else _hoist(fn, example)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((hoisted, carry))):
-        return jax.lax.while_loop(is_running, lambda carry: body(hoisted, carry), carry)
-    step = functools.partial(_shared_step, body) if is_shared else jax.jit(lambda fn, carry: body(fn, carry))
+    if isinstance(fn, jax.tree_util.Partial):
+        arrays, call = fn, _call
+        step = functools.partial(_shared_step, body)
+    else:
+        arrays, call = _hoist(fn, example)
+        # The call must not become a part of an argument's structure, which jit's cache keeps.
+        step = jax.jit(lambda arrays, carry: body(functools.partial(call, arrays), carry))
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((arrays, carry))):
+        return jax.lax.while_loop(is_running, lambda carry: body(functools.partial(call, arrays), carry), carry)
     while is_running(carry):
-        carry = step(hoisted, carry)
+        carry = step(arrays, carry)
     return carry
 
 
-def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> jax.tree_util.Partial:
-    """`fn` as a pytree whose leaves are the arrays it closes over, so that jit takes them as arguments.
+def _call(fn: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree:
+    return fn(argument)
+
+
+def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> tuple[list[Any], Callable[[list[Any], PyTree], PyTree]]:
+    """The arrays that `fn` closes over, and `fn` as a function of them and of its argument.
 
     A closure handed to `jax.jit` bakes its arrays into the program as constants, which XLA then folds for minutes.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(example)
-    # The function below becomes a key of jit's cache: it must not hold the arrays.
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
 
-    def evaluate(constants: list[Any], argument: PyTree) -> PyTree:
+    def call(constants: list[Any], argument: PyTree) -> PyTree:
         return structure.unflatten(eval_jaxpr(jaxpr, constants, *jax.tree.leaves(argument)))
 
-    return jax.tree_util.Partial(evaluate, closed.consts)
+    return closed.consts, call
 
 
 @functools.partial(jax.jit, static_argnums=0)
