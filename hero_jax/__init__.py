@@ -4,7 +4,7 @@ hero_jax.transform     hero, sam, grad_l1: Optax gradient transformations
 hero_jax.perturbation  where the second gradient is taken (SAM, ASAM)
 hero_jax.penalty       the curvature penalties and their exact gradients
 hero_jax.curvature     Hessian-vector products
-hero_jax.spectrum      eigenvalues with residuals
+hero_jax.spectrum      eigenvalues, traces, norms and densities, each with its error
 hero_jax.quantize      post-training weight quantization and its evaluation
 hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
 hero_jax.models        Flax Linen networks (needs flax; imported on first use)

@@ -1,15 +1,16 @@
-"""Loops that compile once: on the device inside a trace, on the host outside one.
+"""Loops around an operator that compile once: on the device inside a trace, on the host outside one.
 
 XLA:CPU rewrites a convolution into the form it has a fast kernel for only where it stands outside every loop
 (https://github.com/jax-ml/jax/issues/12868): a Hessian-vector product of ResNet20 on 64 images takes 0.6 s on two cores
-by itself and 22 s inside `jax.lax.while_loop`. So outside a trace the loop runs on the host, around one compiled body.
+by itself and 22 s inside `jax.lax.while_loop`. So outside a trace the loop runs on the host, around one compiled
+product.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.core import Tracer, eval_jaxpr
@@ -17,39 +18,75 @@ from jax.core import Tracer, eval_jaxpr
 PyTree = Any
 
 
-def while_loop(
-    is_running: Callable[[PyTree], Any],
-    body: Callable[[Callable[[PyTree], PyTree], PyTree], PyTree],
-    fn: Callable[[PyTree], PyTree],
-    example: PyTree,
-    carry: PyTree,
-) -> PyTree:
-    """`while is_running(carry): carry = body(fn, carry)`, with `body` compiled.
+class Solver(Protocol):
+    """An iteration that takes one product of the operator a step. Hashable: it is a key of jit's cache."""
+
+    def is_running(self, carry: Any) -> jax.Array:
+        """Whether another step is to be taken."""
+        ...
+
+    def argument(self, carry: Any) -> PyTree:
+        """The vector to multiply next."""
+        ...
+
+    def advance(self, carry: Any, product: PyTree) -> Any:
+        """The carry after a step, from the product of the operator with `argument(carry)`."""
+        ...
+
+
+class HostOperator:
+    """A product that Python has to run: solvers call it between their compiled parts and never trace it.
+
+    Wrap in it whatever reads data, talks to another library or shows progress. `fn` takes and returns pytrees of
+    arrays. A solver that is itself traced (called under `jax.jit` or `vmap`) refuses it.
+    """
+
+    def __init__(self, fn: Callable[[PyTree], PyTree]) -> None:
+        self.fn = fn
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """`fn(vector)`."""
+        if _is_traced(vector):
+            raise TypeError("A `HostOperator` runs on the host and cannot be traced; call the solver outside jax.jit.")
+        return self.fn(vector)
+
+
+def run(solver: Solver, operator: Callable[[PyTree], PyTree], carry: Any) -> Any:
+    """`while solver.is_running(carry): carry = solver.advance(carry, operator(solver.argument(carry)))`, compiled.
 
     Args:
-      is_running: `carry -> bool`.
-      body: `(fn, carry) -> carry`.
-      fn: function of one tree. A `jax.tree_util.Partial` is compiled once over all calls with the same function, its
-        arrays being arguments; what is compiled for a plain function is dropped at the end of the call.
-      example: an argument of `fn`, for its shapes.
+      solver: what to iterate.
+      operator: function of one tree. A `jax.tree_util.Partial` is compiled once over all calls with the same function,
+        its arrays being arguments; what is compiled for a plain function is dropped at the end of the call. A
+        `HostOperator` is not compiled. The solver is compiled by itself, once over all operators.
       carry: the first carry.
     """
-    if isinstance(fn, jax.tree_util.Partial):
-        arrays, call = fn, _call
-        step = functools.partial(_shared_step, body)
+    if isinstance(operator, HostOperator):
+        product = operator
+    elif isinstance(operator, jax.tree_util.Partial):
+        product = functools.partial(_product, operator)
+        if _is_traced((operator, carry)):
+            return _device_loop(solver, operator, carry)
     else:
-        arrays, call = _hoist(fn, example)
+        arrays, call = _hoist(operator, solver.argument(carry))
+        if _is_traced((arrays, carry)):
+            return _device_loop(solver, functools.partial(call, arrays), carry)
         # The call must not become a part of an argument's structure, which jit's cache keeps.
-        step = jax.jit(lambda arrays, carry: body(functools.partial(call, arrays), carry))
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((arrays, carry))):
-        return jax.lax.while_loop(is_running, lambda carry: body(functools.partial(call, arrays), carry), carry)
-    while is_running(carry):
-        carry = step(arrays, carry)
+        product = functools.partial(jax.jit(call), arrays)
+    while solver.is_running(carry):
+        carry = _advance(solver, carry, product(_argument(solver, carry)))
     return carry
 
 
-def _call(fn: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree:
-    return fn(argument)
+def _device_loop(solver: Solver, operator: Callable[[PyTree], PyTree], carry: Any) -> Any:
+    def body(carry: Any) -> Any:
+        return solver.advance(carry, operator(solver.argument(carry)))
+
+    return jax.lax.while_loop(solver.is_running, body, carry)
+
+
+def _is_traced(tree: PyTree) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> tuple[list[Any], Callable[[list[Any], PyTree], PyTree]]:
@@ -66,6 +103,16 @@ def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> tuple[list[Any], 
     return closed.consts, call
 
 
+@jax.jit
+def _product(operator: Callable[[PyTree], PyTree], vector: PyTree) -> PyTree:
+    return operator(vector)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _shared_step(body: Callable[..., PyTree], fn: Any, carry: PyTree) -> PyTree:
-    return body(fn, carry)
+def _argument(solver: Solver, carry: Any) -> PyTree:
+    return solver.argument(carry)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(solver: Solver, carry: Any, product: PyTree) -> Any:
+    return solver.advance(carry, product)

@@ -7,6 +7,7 @@ overflows at a few hundred entries, a bfloat16 difference of two close gradients
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -85,3 +86,27 @@ def kernels(params: PyTree) -> PyTree:
     layers stacked by a scan have two axes as well.
     """
     return jax.tree.map(lambda x: jnp.ndim(x) >= 2, params)
+
+
+def random_normal(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent standard normal entries, wide, in the shapes of `like`."""
+    return _random(jax.random.normal, key, like)
+
+
+def random_signs(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent entries +1 or -1 with equal probability, wide, in the shapes of `like`."""
+    return _random(jax.random.rademacher, key, like)
+
+
+def _random(sample: Any, key: jax.Array, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
+    return structure.unflatten(
+        [sample(k, jnp.shape(x), dtype) for k, x, dtype in zip(keys, leaves, dtypes, strict=True)]
+    )
+
+
+def size(tree: PyTree) -> int:
+    """The number of entries of all leaves."""
+    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))

@@ -14,7 +14,7 @@ import optax
 from hero_jax import _check, _tree, parallel
 from hero_jax import penalty as penalties
 from hero_jax.perturbation import SCOPES, perturbation
-from hero_jax.spectrum import relative_residual
+from hero_jax.spectrum.power import relative_residual
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike | optax.Schedule

@@ -1,7 +1,8 @@
-"""Eigenvalues of a symmetric operator given as `matvec`, on pytrees, each with its error."""
+"""Power iteration: the eigenvalue of largest magnitude, with its residual."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,28 +94,35 @@ def power_iteration(
         num_matvecs=jnp.zeros((), jnp.int32),
     )
     limits = (jnp.asarray(rtol, length.dtype), jnp.asarray(max_iters, jnp.int32))
-    carry = (start, initial, limits)
-    return _loop.while_loop(_is_running, _iterate, matvec, start, carry)[1]
+    return _loop.run(_PowerIteration(), matvec, _Carry(start, initial, limits)).result
 
 
-def _is_running(carry: tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]) -> jax.Array:
-    _, result, (rtol, max_iters) = carry
-    # A NaN residual compares False, which stops the loop.
-    return (result.residual > rtol) & (result.num_matvecs < max_iters)
+class _Carry(NamedTuple):
+    v: PyTree
+    result: EigenResult
+    limits: tuple[jax.Array, jax.Array]
 
 
-def _iterate(
-    matvec: Callable[[PyTree], PyTree], carry: tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]
-) -> tuple[PyTree, EigenResult, tuple[jax.Array, jax.Array]]:
-    v, result, (rtol, max_iters) = carry
-    product = matvec(v)
-    _check.matching_tree("matvec(v0)", product, v, than="v0")
-    # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
-    eigenvalue = (_tree.dot(v, product) / _tree.dot(v, v)).astype(rtol.dtype)
-    residual = relative_residual(v, product, eigenvalue).astype(rtol.dtype)
-    unit, _ = _tree.normalize(product)
-    result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
-    return _tree.cast_like(unit, v), result, (rtol, max_iters)
+@dataclasses.dataclass(frozen=True)
+class _PowerIteration:
+    def is_running(self, carry: _Carry) -> jax.Array:
+        rtol, max_iters = carry.limits
+        # A NaN residual compares False, which stops the loop.
+        return (carry.result.residual > rtol) & (carry.result.num_matvecs < max_iters)
+
+    def argument(self, carry: _Carry) -> PyTree:
+        return carry.v
+
+    def advance(self, carry: _Carry, product: PyTree) -> _Carry:
+        v, result, limits = carry
+        rtol, _ = limits
+        _check.matching_tree("matvec(v0)", product, v, than="v0")
+        # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
+        eigenvalue = (_tree.dot(v, product) / _tree.dot(v, v)).astype(rtol.dtype)
+        residual = relative_residual(v, product, eigenvalue).astype(rtol.dtype)
+        unit, _ = _tree.normalize(product)
+        result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
+        return _Carry(_tree.cast_like(unit, v), result, limits)
 
 
 def relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:

@@ -1,0 +1,223 @@
+"""The mean over data of a function of one batch: at once, in microbatches on the device, or streamed by the host.
+
+    mean = sum_b weight_b fn(*args, b) / sum_b weight_b,   weight_b = weight_fn(b), the number of examples by default
+
+so that where `fn` is itself a mean over its batch, batches of any sizes give the mean over all data exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from hero_jax import _check, _tree, parallel
+
+PyTree = Any
+# Losses of the same examples grouped in two ways differ by rounding only, unless their examples are coupled.
+COUPLING_RTOL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMean:
+    """`(batch, *args) -> mean of fn(*args, batch)` on the device. Hashable: what is compiled for it is shared.
+
+    fn: `(*args, batch) -> pytree`, a mean over its batch.
+    weight_fn: `batch -> scalar`, or None for the number of examples.
+    microbatch_size: examples to take at a time; None takes all at once.
+    axis_name: mapped axis over which to average as well; `args` are then replicated and `batch` is local.
+    """
+
+    fn: Callable[..., PyTree]
+    weight_fn: Callable[[PyTree], Any] | None = None
+    microbatch_size: int | None = None
+    axis_name: parallel.AxisName | None = None
+
+    def __call__(self, batch: PyTree, *args: PyTree) -> PyTree:
+        if self.axis_name is not None:
+            args = parallel.vary(args, self.axis_name)
+            batch = parallel.vary(batch, self.axis_name)
+        total, weight = self._sums(batch, args)
+        if self.axis_name is not None:
+            total, weight = jax.lax.psum((total, weight), self.axis_name)
+        return jax.tree.map(lambda x: x / weight.astype(x.dtype), total)
+
+    def weighted(self, batch: PyTree, *args: PyTree) -> tuple[PyTree, jax.Array]:
+        """`(weight fn(*args, batch), weight)`, wide."""
+        weight = jnp.asarray(weight_of(self.weight_fn, batch), jnp.float32)
+        return _tree.scale(weight, self.fn(*args, batch)), weight
+
+    def _sums(self, batch: PyTree, args: tuple[PyTree, ...]) -> tuple[PyTree, jax.Array]:
+        size, m = num_examples(batch), self.microbatch_size
+        if m is None or m >= size:
+            return self.weighted(batch, *args)
+        num_whole, rest = divmod(size, m)
+
+        def microbatch(i: Any) -> PyTree:
+            if rest:
+                return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * m, m), batch)
+            # Every num_whole-th example: a first axis sharded over devices stays sharded in each microbatch.
+            return jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(
+                    x.reshape(m, num_whole, *x.shape[1:]), i, axis=1, keepdims=False
+                ),
+                batch,
+            )
+
+        def add(i: Any, sums: PyTree) -> PyTree:
+            return jax.tree.map(jnp.add, sums, self.weighted(microbatch(i), *args))
+
+        # The first one, or the smaller rest, gives the sums their types.
+        first = jax.tree.map(lambda x: x[num_whole * m :], batch) if rest else microbatch(0)
+        return jax.lax.fori_loop(0 if rest else 1, num_whole, add, self.weighted(first, *args))
+
+
+class StreamedMean:
+    """`(*args) -> mean of fn(*args, batch)` over batches that the host hands in, one compiled call a batch."""
+
+    def __init__(self, name: str, mean: BatchMean, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]]) -> None:
+        self._name, self._mean, self._batches = name, mean, batches
+        self._weight: float | None = None
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        """The mean, after one pass over the batches."""
+        total = weight = previous = None
+        for batch in iterate(self._name, self._batches):
+            _check_examples(self._name, batch)
+            sums = (total, weight)
+            total, weight = _add_weighted(self._mean, None if total is None else sums, batch, args)
+            # One batch in flight while the next is read: more would hold all their inputs.
+            jax.block_until_ready(previous)
+            previous = weight
+        if weight is None:
+            raise ValueError(f"`{self._name}(batches=...)` must give at least one batch; got none.")
+        self._check_weight(float(weight))
+        return jax.tree.map(lambda x: x / weight.astype(x.dtype), total)
+
+    def _check_weight(self, weight: float) -> None:
+        if self._weight is None:
+            self._weight = weight
+        if not np.isclose(weight, self._weight, rtol=1e-5):
+            raise ValueError(
+                f"`{self._name}(batches=...)` must give the same data on every pass; the first had a total weight of"
+                f" {self._weight:g}, a later one {weight:g}."
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_weighted(
+    mean: BatchMean, sums: tuple[PyTree, jax.Array] | None, batch: PyTree, args: tuple[PyTree, ...]
+) -> tuple[PyTree, jax.Array]:
+    new = mean.weighted(batch, *args)
+    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+
+def iterate(name: str, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]]) -> Iterator[PyTree]:
+    """A fresh pass over `batches`; raises where it can be passed over once only."""
+    made = batches() if callable(batches) else batches
+    if not isinstance(made, Iterable):
+        raise TypeError(f"`{name}(batches=...)` must be an iterable, or a function that returns one; got
+        {_check.brief(batches)}.")
+    if made is batches and isinstance(made, Iterator):
+        raise TypeError(
+            f"`{name}(batches=...)` must be iterable more than once, since every product takes a pass; got a"
+            f" {type(batches).__name__}, which ends after one. Give a list, or a function that returns a new iterator."
+        )
+    return iter(made)
+
+
+def num_examples(batch: PyTree) -> int:
+    """The length of the first axis, shared by all leaves."""
+    return jnp.shape(jax.tree.leaves(batch)[0])[0]
+
+
+def weight_of(weight_fn: Callable[[PyTree], Any] | None, batch: PyTree) -> Any:
+    """The weight of a batch."""
+    return num_examples(batch) if weight_fn is None else weight_fn(batch)
+
+
+def mean_over(
+    name: str,
+    fn: Callable[..., PyTree],
+    batch: PyTree | None,
+    batches: Any,
+    *,
+    microbatch_size: int | None,
+    weight_fn: Callable[[PyTree], Any] | None,
+    axis_name: parallel.AxisName | None,
+) -> jax.tree_util.Partial | StreamedMean:
+    """`(*args) -> mean of fn(*args, batch)` over either `batch` or `batches`, after checking what was given.
+
+    Of one batch, a `jax.tree_util.Partial` that holds it; of several, a `StreamedMean`, which cannot be traced.
+    """
+    if (batch is None) == (batches is None):
+        given = "neither" if batch is None else "both"
+        raise TypeError(f"`{name}` needs one of `batch` and `batches`; got {given}.")
+    if batches is None:
+        _check_examples(name, batch)
+        if microbatch_size is not None:
+            _check.integer(f"{name}(microbatch_size=...)", microbatch_size, low=1)
+        return jax.tree_util.Partial(BatchMean(fn, weight_fn, microbatch_size, axis_name), batch)
+    for argument, value in (("microbatch_size", microbatch_size), ("axis_name", axis_name)):
+        if value is not None:
+            raise TypeError(f"`{name}({argument}=...)` goes with `batch`, not with `batches`; got {value!r}.")
+    iterate(name, batches)
+    return StreamedMean(name, BatchMean(fn, weight_fn), batches)
+
+
+def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params: PyTree, mean: Any) -> None:
+    """Raises where the loss of four examples is not the mean of the losses of two and two.
+
+    Such a loss (batch normalisation in training mode) is another function for every size of batch, and the mean over
+    microbatches is not the loss of the whole. Nothing is checked of traced values, or where nothing is split.
+    """
+    if isinstance(mean, StreamedMean):
+        batch = next(iterate(name, mean._batches), None)
+        weight_fn = mean._mean.weight_fn
+        if batch is None:
+            raise ValueError(f"`{name}(batches=...)` must give at least one batch; got none.")
+        _check_examples(name, batch)
+    else:
+        (batch,), weight_fn = mean.args, mean.func.weight_fn
+        if mean.func.microbatch_size is None or mean.func.microbatch_size >= num_examples(batch):
+            return
+    if num_examples(batch) < 2 or any(isinstance(x, Tracer) for x in jax.tree.leaves((batch, params))):
+        return
+    half = min(2, num_examples(batch) // 2)
+    whole, split = _grouped_losses(loss_fn, weight_fn, half, params, jax.tree.map(lambda x: x[: 2 * half], batch))
+    if abs(whole - split) > COUPLING_RTOL * max(abs(whole), abs(split)):
+        raise ValueError(
+            f"`{name}` needs a loss whose batches can be split, or `coupled=True`; of {2 * half} examples together it
+            is" f" {float(whole):.6g}, of {half} and {half} {float(split):.6g}. Batch normalisation in training mode
+            couples" " a batch: give it running statistics, or say that the mean over batches is what you want."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grouped_losses(
+    loss_fn: Callable[[PyTree, PyTree], Any], weight_fn: Any, half: int, params: PyTree, batch: PyTree
+) -> tuple[jax.Array, jax.Array]:
+    parts = [jax.tree.map(lambda x: x[:half], batch), jax.tree.map(lambda x: x[half:], batch)]
+    weights = [weight_of(weight_fn, part) for part in parts]
+    losses = [jnp.mean(jnp.asarray(loss_fn(params, part))) for part in parts]
+    split = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    return jnp.mean(jnp.asarray(loss_fn(params, batch))), jnp.asarray(split)
+
+
+def _check_examples(name: str, batch: PyTree) -> None:
+    """Raises unless all leaves of `batch` are arrays with the same, positive length."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"`{name}(batch=...)` must have at least one array; got {_check.brief(batch)}.")
+    lengths = {jax.tree_util.keystr(path): jnp.shape(x)[0] if jnp.ndim(x) else None for path, x in leaves}
+    if None in lengths.values() or len(set(lengths.values())) > 1:
+        found = ", ".join(f"batch{path}: {n if n is not None else 'a scalar'}" for path, n in list(lengths.items())[:4])
+        raise ValueError(f"`{name}(batch=...)` must have the examples along the first axis of every leaf; got {found}.")
+    if 0 in lengths.values():
+        raise ValueError(f"`{name}(batch=...)` must have at least one example; got none.")

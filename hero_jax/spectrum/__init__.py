@@ -1,0 +1,28 @@
+"""Spectra of a symmetric operator given as `matvec`, on pytrees, with an error beside every number.
+
+power      power_iteration: the dominant eigenvalue
+krylov     top_eigenpairs, lanczos: several eigenpairs
+estimates  trace, diagonal, layer_traces, hessian_norm: averages over random probes
+density    spectral_density: the whole spectrum as a density, with a band
+"""
+
+from hero_jax.spectrum.density import SpectralDensity, spectral_density
+from hero_jax.spectrum.estimates import Estimate, diagonal, hessian_norm, layer_traces, trace
+from hero_jax.spectrum.krylov import Eigenpairs, Lanczos, lanczos, top_eigenpairs
+from hero_jax.spectrum.power import EigenResult, power_iteration
+
+__all__ = [
+    "EigenResult",
+    "Eigenpairs",
+    "Estimate",
+    "Lanczos",
+    "SpectralDensity",
+    "diagonal",
+    "hessian_norm",
+    "lanczos",
+    "layer_traces",
+    "power_iteration",
+    "spectral_density",
+    "top_eigenpairs",
+    "trace",
+]

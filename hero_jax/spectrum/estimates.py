@@ -1,0 +1,380 @@
+"""Averages over random probes: trace, diagonal, per-layer traces and Frobenius norm, each with its standard error.
+
+For z with independent entries +-1 (E z z^T = I):
+
+    E z^T H z = tr H,    E z * (H z) = diag H,    E ||H z||^2 = ||H||_F^2
+
+The mean over n probes has the standard error s / sqrt(n), where s is the sample standard deviation (n - 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hero_jax import _check, _loop, _tree
+from hero_jax.spectrum import _basis
+
+PyTree = Any
+# A standard error of fewer probes is too uncertain itself to stop on.
+FEWEST_PROBES = 10
+
+
+class Estimate(NamedTuple):
+    """A mean over random probes.
+
+    mean: the estimate: a scalar, or a pytree of arrays; float32 or wider.
+    sem: its standard error, same structure; infinite for a single probe.
+    num_probes: int32, independent probes averaged.
+    num_matvecs: int32, products taken.
+    converged: whether ||sem|| <= rtol ||mean||, norms over all entries; False without an `rtol`, and on NaN.
+    """
+
+    mean: PyTree
+    sem: PyTree
+    num_probes: jax.Array
+    num_matvecs: jax.Array
+    converged: jax.Array
+
+
+def trace(
+    matvec: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_probes: int = 100,
+    rtol: float = 0.0,
+    sketch_size: int = 0,
+) -> Estimate:
+    """Estimates the trace, by Hutchinson's method or, with a sketch, by Hutch++.
+
+        Hutchinson   mean of z^T H z
+        Hutch++      tr(Q^T H Q) + mean of y^T H y,   y = z - Q Q^T z,   Q = orth(H S), S random signs
+
+    Hutch++ computes the trace exactly on the span of `sketch_size` vectors that lean towards the largest eigenvalues,
+    and averages over the rest: much the smaller standard error where few eigenvalues dominate, as they do in networks.
+
+    Args:
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      params: pytree of floating-point arrays, for its shapes and types only.
+      key: for the probes.
+      num_probes: most probes to take.
+      rtol: stop once sem <= rtol |mean|, after 10 probes at least; 0 takes all of them.
+      sketch_size: vectors in Q; 0 is Hutchinson's method. At most the dimension. Static.
+
+    Returns:
+      `Estimate` of scalars, its error that of the averaged part. Unbiased, except that stopping early favours samples
+      that happen to agree.
+
+    Raises:
+      ValueError: an argument out of its range, or `matvec` not shape-preserving.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: one product a probe and two a sketch vector; memory of `sketch_size` vectors. The variance of one probe is
+    2 (||H||_F^2 - ||diag H||^2). Compiled and looped as `power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> result = trace(lambda v: matrix @ v, jnp.zeros(2), jax.random.key(0), num_probes=400)
+    >>> bool(abs(result.mean - 5) < 3 * result.sem), round(float(result.sem), 1)
+    (True, 0.1)
+
+    Source: Hutchinson 1990; Meyer, Musco, Musco and Woodruff, Hutch++: optimal stochastic trace estimation, SOSA 2021.
+    """
+    _check_arguments("trace", params, num_probes, rtol)
+    _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(params))
+    key_sketch, key = jax.random.split(key)
+    if not sketch_size:
+        return _average(_quadratic_form, matvec, params, key, num_probes, rtol)
+    sketch = _Sketch(_basis.zeros(sketch_size, params), jnp.zeros((), jnp.int32), key_sketch)
+    basis = _loop.run(_SketchSolver(), matvec, sketch).basis
+    dtype = _tree.dot(basis, basis).dtype
+    exact = _loop.run(_ExactSolver(), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))).total
+    rest = _average(_quadratic_form, matvec, params, key, num_probes, rtol, basis, exact)
+    return rest._replace(num_matvecs=rest.num_matvecs + 2 * sketch_size)
+
+
+def layer_traces(
+    matvec: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_probes: int = 100,
+    rtol: float = 0.0,
+) -> Estimate:
+    """Estimates the trace of every layer's diagonal block from the same probes.
+
+        tr H_ii = E z_i^T (H z)_i,   i over leaves; their sum is z^T H z, a sample of the whole trace
+
+    Args:
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      params: pytree of floating-point arrays, for its shapes and types only.
+      key: for the probes.
+      num_probes: most probes to take.
+      rtol: stop once ||sem|| <= rtol ||mean|| over the layers, after 10 probes at least; 0 takes all of them.
+
+    Returns:
+      `Estimate` whose `mean` and `sem` are trees like `params` with a scalar a leaf. A layer's error also has the
+      products with all other layers in it: restrict the operator to one layer for the smallest error there.
+
+    Raises:
+      ValueError: an argument out of its range, or `matvec` not shape-preserving.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: one product a probe, for all layers together. Compiled and looped as `power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
+    >>> result = layer_traces(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal, jax.random.key(0), num_probes=3)
+    >>> {k: float(v) for k, v in result.mean.items()}, {k: float(v) for k, v in result.sem.items()}
+    ({'a': 3.0, 'b': -4.0}, {'a': 0.0, 'b': 0.0})
+
+    Source: Dong, Yao, Arfeen, Gholami, Mahoney and Keutzer, HAWQ-V2, NeurIPS 2020, section 3.
+    """
+    _check_arguments("layer_traces", params, num_probes, rtol)
+    return _average(_layer_forms, matvec, params, key, num_probes, rtol)
+
+
+def diagonal(
+    matvec: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_probes: int = 100,
+    rtol: float = 0.0,
+) -> Estimate:
+    """Estimates the diagonal.
+
+        diag H = E z * (H z)
+
+    Args:
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      params: pytree of floating-point arrays, for its shapes and types only.
+      key: for the probes.
+      num_probes: most probes to take.
+      rtol: stop once ||sem|| <= rtol ||mean|| over all entries, after 10 probes at least; 0 takes all of them.
+
+    Returns:
+      `Estimate` of trees like `params`: an error for every entry. That of entry i is the root of
+      sum_(j != i) H_ij^2 / num_probes, often larger than the entry.
+
+    Raises:
+      ValueError: an argument out of its range, or `matvec` not shape-preserving.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: one product a probe; memory of four vectors. Compiled and looped as `power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> result = diagonal(lambda v: matrix @ v, jnp.zeros(2), jax.random.key(0), num_probes=400)
+    >>> bool((abs(result.mean - jnp.array([2.0, 3.0])) < 3 * result.sem).all()), result.sem.round(2)
+    (True, Array([0.05, 0.05], dtype=float32))
+
+    Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, Applied Numerical Mathematics 2007.
+    """
+    _check_arguments("diagonal", params, num_probes, rtol)
+    return _average(_entry_forms, matvec, params, key, num_probes, rtol)
+
+
+def hessian_norm(
+    matvec: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_probes: int = 100,
+    rtol: float = 0.0,
+) -> Estimate:
+    """Estimates the Frobenius norm, the root of the sum of the squared eigenvalues.
+
+        ||H||_F = sqrt(E ||H z||^2),   sem = sem(||H z||^2) / (2 ||H||_F)
+
+    Args:
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      params: pytree of floating-point arrays, for its shapes and types only.
+      key: for the probes.
+      num_probes: most probes to take.
+      rtol: stop once sem <= rtol mean, after 10 probes at least; 0 takes all of them.
+
+    Returns:
+      `Estimate` of scalars. The square is unbiased; its root is low by about sem^2 / (2 mean).
+
+    Raises:
+      ValueError: an argument out of its range, or `matvec` not shape-preserving.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: one product a probe. Compiled and looped as `power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> result = hessian_norm(lambda v: jnp.array([3.0, -4.0]) * v, jnp.zeros(2), jax.random.key(0), num_probes=3)
+    >>> float(result.mean), float(result.sem)
+    (5.0, 0.0)
+
+    Source: Hutchinson's estimator for H^2 (see `trace`); the quantity that the HERO authors plot as the Hessian norm.
+    """
+    _check_arguments("hessian_norm", params, num_probes, rtol)
+    # A relative error of the root is half that of the square.
+    square = _average(_squared_length, matvec, params, key, num_probes, 2 * rtol)
+    mean = jnp.sqrt(square.mean)
+    sem = jnp.where(square.sem == 0, 0, square.sem / (2 * mean))
+    return square._replace(mean=mean, sem=sem)
+
+
+def _check_arguments(name: str, params: PyTree, num_probes: Any, rtol: Any) -> None:
+    _check.floating_tree("params", params)
+    _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
+    _check.non_negative(f"{name}(rtol=...)", rtol)
+
+
+def _quadratic_form(z: PyTree, product: PyTree) -> jax.Array:
+    return _tree.dot(z, product)
+
+
+def _layer_forms(z: PyTree, product: PyTree) -> PyTree:
+    return jax.tree.map(_tree.dot, z, product)
+
+
+def _entry_forms(z: PyTree, product: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: _tree.wide(x) * _tree.wide(y), z, product)
+
+
+def _squared_length(z: PyTree, product: PyTree) -> jax.Array:
+    del z
+    return _tree.dot(product, product)
+
+
+class _Moments(NamedTuple):
+    """Running mean and sum of squared deviations of `num_probes` samples, each a tree."""
+
+    mean: PyTree
+    squares: PyTree
+    num_probes: jax.Array
+
+
+class _Carry(NamedTuple):
+    moments: _Moments
+    basis: PyTree | None
+    offset: jax.Array
+    like: PyTree
+    key: jax.Array
+    limits: tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Average:
+    """The mean over probes of `statistic(z, H z)`, a tree."""
+
+    statistic: Callable[[PyTree, PyTree], PyTree]
+
+    def is_running(self, carry: _Carry) -> jax.Array:
+        rtol, most = carry.limits
+        taken = carry.moments.num_probes
+        is_precise = (taken >= FEWEST_PROBES) & (rtol > 0) & ~self.is_above(carry)
+        is_finite = jnp.isfinite(_tree.norm(carry.moments.mean))
+        return (taken < most) & ~is_precise & is_finite
+
+    def is_above(self, carry: _Carry) -> jax.Array:
+        """Whether ||sem|| > rtol ||mean||, NaN counting as such."""
+        mean = jax.tree.map(lambda x: x + carry.offset.astype(x.dtype), carry.moments.mean)
+        return ~(_tree.norm(_standard_error(carry.moments)) <= carry.limits[0] * _tree.norm(mean))
+
+    def argument(self, carry: _Carry) -> PyTree:
+        z = _tree.random_signs(jax.random.fold_in(carry.key, carry.moments.num_probes), carry.like)
+        return z if carry.basis is None else _basis.orthogonalize(carry.basis, z)[0]
+
+    def advance(self, carry: _Carry, product: PyTree) -> _Carry:
+        z = self.argument(carry)
+        _check.matching_tree("matvec(z)", product, z, than="z")
+        sample = self.statistic(z, product)
+        mean, squares, taken = carry.moments
+        # Welford: sums of squares would cancel.
+        deviation = _tree.subtract(sample, mean)
+        mean = jax.tree.map(lambda m, d: m + d / (taken + 1), mean, deviation)
+        squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), squares, deviation, sample, mean)
+        return carry._replace(moments=_Moments(mean, squares, taken + 1))
+
+
+def _standard_error(moments: _Moments) -> PyTree:
+    n = moments.num_probes
+    return jax.tree.map(
+        lambda s: jnp.where(n > 1, jnp.sqrt(s / jnp.maximum(n * (n - 1), 1).astype(s.dtype)), jnp.inf), moments.squares
+    )
+
+
+def _average(
+    statistic: Callable[[PyTree, PyTree], PyTree],
+    matvec: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    num_probes: Any,
+    rtol: Any,
+    basis: PyTree | None = None,
+    offset: Any = 0.0,
+) -> Estimate:
+    """The mean of `statistic(z, H z)` over probes, orthogonal to `basis`, plus the known `offset`."""
+    like = jax.tree.map(_tree.wide, params)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(statistic, like, like))
+    dtype = jnp.result_type(*jax.tree.leaves(zero))
+    offset = jnp.asarray(offset, dtype)
+    limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
+    solver = _Average(statistic)
+    start = _Carry(_Moments(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, like, key, limits)
+    carry = _loop.run(solver, matvec, start)
+    return Estimate(
+        mean=jax.tree.map(lambda x: x + offset.astype(x.dtype), carry.moments.mean),
+        sem=_standard_error(carry.moments),
+        num_probes=carry.moments.num_probes,
+        num_matvecs=carry.moments.num_probes,
+        converged=(limits[0] > 0) & ~solver.is_above(carry),
+    )
+
+
+class _Sketch(NamedTuple):
+    basis: PyTree
+    num_rows: jax.Array
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _SketchSolver:
+    """An orthonormal basis of H S."""
+
+    def is_running(self, carry: _Sketch) -> jax.Array:
+        return carry.num_rows < len(jax.tree.leaves(carry.basis)[0])
+
+    def argument(self, carry: _Sketch) -> PyTree:
+        return _tree.random_signs(jax.random.fold_in(carry.key, carry.num_rows), _basis.row(carry.basis, 0))
+
+    def advance(self, carry: _Sketch, product: PyTree) -> _Sketch:
+        rest, _ = _basis.orthogonalize(carry.basis, product)
+        length = _tree.norm(product)
+        unit, left = _tree.normalize(rest)
+        # A product in the span already (rank below the sketch) adds no vector: its rest is rounding error.
+        is_new = left > 64 * jnp.finfo(left.dtype).eps * length
+        unit, _ = _tree.normalize(_basis.orthogonalize(carry.basis, unit)[0])
+        unit = _tree.scale(jnp.where(is_new | jnp.isnan(left), 1, 0), unit)
+        return carry._replace(basis=_basis.with_row(carry.basis, carry.num_rows, unit), num_rows=carry.num_rows + 1)
+
+
+class _Exact(NamedTuple):
+    basis: PyTree
+    num_rows: jax.Array
+    total: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExactSolver:
+    """tr(Q^T H Q), a product a row of the basis."""
+
+    def is_running(self, carry: _Exact) -> jax.Array:
+        return carry.num_rows < len(jax.tree.leaves(carry.basis)[0])
+
+    def argument(self, carry: _Exact) -> PyTree:
+        return _basis.row(carry.basis, carry.num_rows)
+
+    def advance(self, carry: _Exact, product: PyTree) -> _Exact:
+        form = _tree.dot(self.argument(carry), product).astype(carry.total.dtype)
+        return carry._replace(num_rows=carry.num_rows + 1, total=carry.total + form)
