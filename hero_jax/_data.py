@@ -122,8 +122,9 @@ def iterate(name: str, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]
     """A fresh pass over `batches`; raises where it can be passed over once only."""
     made = batches() if callable(batches) else batches
     if not isinstance(made, Iterable):
-        raise TypeError(f"`{name}(batches=...)` must be an iterable, or a function that returns one; got
-        {_check.brief(batches)}.")
+        raise TypeError(
+            f"`{name}(batches=...)` must be an iterable, or a function that returns one; got {_check.brief(batches)}."
+        )
     if made is batches and isinstance(made, Iterator):
         raise TypeError(
             f"`{name}(batches=...)` must be iterable more than once, since every product takes a pass; got a"
@@ -193,9 +194,9 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
     whole, split = _grouped_losses(loss_fn, weight_fn, half, params, jax.tree.map(lambda x: x[: 2 * half], batch))
     if abs(whole - split) > COUPLING_RTOL * max(abs(whole), abs(split)):
         raise ValueError(
-            f"`{name}` needs a loss whose batches can be split, or `coupled=True`; of {2 * half} examples together it
-            is" f" {float(whole):.6g}, of {half} and {half} {float(split):.6g}. Batch normalisation in training mode
-            couples" " a batch: give it running statistics, or say that the mean over batches is what you want."
+            f"`{name}` needs a loss whose batches can be split, or `coupled=True`; of {2 * half} examples together it"
+            f" is {float(whole):.6g}, of {half} and {half} {float(split):.6g}. Batch normalisation in training mode"
+            " couples a batch: give it running statistics, or say that the mean over batches is what you want."
         )
 
 

@@ -332,8 +332,8 @@ def _operator(
     coupled: bool,
     data: tuple[Any, ...],
 ) -> Callable[[PyTree], PyTree]:
-    """The mean of `product(selected params, other params, vector, batch)` over the data, as a function of the
-    vector.""" batch, batches, microbatch_size, weight_fn, axis_name = data
+    """The mean over the data of `product(selected params, other params, vector, batch)`, a function of the vector."""
+    batch, batches, microbatch_size, weight_fn, axis_name = data
     _check.boolean(f"{name}(coupled=...)", coupled)
     selected, others = params, None
     if mask is not None:
