@@ -7,6 +7,7 @@ overflows at a few hundred entries, a bfloat16 difference of two close gradients
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -99,11 +100,14 @@ def random_signs(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def _random(sample: Any, key: jax.Array, like: PyTree) -> PyTree:
+    # One draw for all leaves: a generator a leaf would take minutes to compile for a deep network.
     leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
     dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
+    sizes = [math.prod(jnp.shape(x)) for x in leaves]
+    flat = sample(key, (sum(sizes),), functools.reduce(jnp.promote_types, dtypes))
+    parts = [flat[end - n : end] for n, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
     return structure.unflatten(
-        [sample(k, jnp.shape(x), dtype) for k, x, dtype in zip(keys, leaves, dtypes, strict=True)]
+        [x.reshape(jnp.shape(y)).astype(dtype) for x, y, dtype in zip(parts, leaves, dtypes, strict=True)]
     )
 
 

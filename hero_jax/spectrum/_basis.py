@@ -1,19 +1,69 @@
-"""Orthonormal vectors stacked along a new first axis of every leaf: `basis[i]` is the i-th vector, or zero where unset.
+"""Orthonormal vectors stacked along a new first axis: `basis[i]` is the i-th vector, or zero where unset.
 
-The leaves keep their shapes (nothing is raveled), so that parameters sharded over devices stay sharded.
+Vectors are packed: the leaves of a parameter tree are joined to one flat array, since the matrix products of a deep
+network's leaves, one by one, take minutes to compile. Parameters sharded over devices keep their leaves, and so their
+sharding: joined, every device would hold all of them. The functions below take either.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from hero_jax import _tree
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How vectors shaped like a parameter tree are kept. Hashable."""
+
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    is_flat: bool
+
+    @classmethod
+    def of(cls, params: PyTree) -> Packing:
+        """The packing for vectors like `params`, wide."""
+        leaves, structure = jax.tree.flatten(params)
+        shapes = tuple(jnp.shape(x) for x in leaves)
+        dtypes = tuple(jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves)
+        return cls(structure, shapes, dtypes, not any(map(_is_sharded, leaves)))
+
+    def like(self) -> PyTree:
+        """Shapes and types of a vector."""
+        return self.structure.unflatten(list(map(jax.ShapeDtypeStruct, self.shapes, self.dtypes)))
+
+    def pack(self, tree: PyTree) -> PyTree:
+        """`tree` as it is kept."""
+        leaves = [x.astype(dtype) for x, dtype in zip(jax.tree.leaves(tree), self.dtypes, strict=True)]
+        if not self.is_flat:
+            return leaves
+        dtype = functools.reduce(jnp.promote_types, self.dtypes)
+        return jnp.concatenate([x.astype(dtype).ravel() for x in leaves])
+
+    def unpack(self, packed: PyTree) -> PyTree:
+        """The tree, wide."""
+        if not self.is_flat:
+            return self.structure.unflatten(packed)
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = [packed[end - n : end] for n, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        return self.structure.unflatten(
+            [x.reshape(s).astype(d) for x, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+        )
+
+
+def _is_sharded(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.sharding.is_fully_replicated
 
 
 def zeros(num_rows: int, like: PyTree) -> PyTree:

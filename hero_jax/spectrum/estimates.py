@@ -90,10 +90,14 @@ def trace(
     key_sketch, key = jax.random.split(key)
     if not sketch_size:
         return _average(_quadratic_form, matvec, params, key, num_probes, rtol)
-    sketch = _Sketch(_basis.zeros(sketch_size, params), jnp.zeros((), jnp.int32), key_sketch)
-    basis = _loop.run(_SketchSolver(), matvec, sketch).basis
+    packing = _basis.Packing.of(params)
+    like = packing.pack(jax.tree.map(jnp.asarray, params))
+    sketch = _Sketch(_basis.zeros(sketch_size, like), jnp.zeros((), jnp.int32), key_sketch)
+    basis = _loop.run(_SketchSolver(packing), matvec, sketch).basis
     dtype = _tree.dot(basis, basis).dtype
-    exact = _loop.run(_ExactSolver(), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))).total
+    exact = _loop.run(
+        _ExactSolver(packing), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+    ).total
     rest = _average(_quadratic_form, matvec, params, key, num_probes, rtol, basis, exact)
     return rest._replace(num_matvecs=rest.num_matvecs + 2 * sketch_size)
 
@@ -258,7 +262,6 @@ class _Carry(NamedTuple):
     moments: _Moments
     basis: PyTree | None
     offset: jax.Array
-    like: PyTree
     key: jax.Array
     limits: tuple[jax.Array, jax.Array]
 
@@ -268,6 +271,7 @@ class _Average:
     """The mean over probes of `statistic(z, H z)`, a tree."""
 
     statistic: Callable[[PyTree, PyTree], PyTree]
+    packing: _basis.Packing
 
     def is_running(self, carry: _Carry) -> jax.Array:
         rtol, most = carry.limits
@@ -282,8 +286,10 @@ class _Average:
         return ~(_tree.norm(_standard_error(carry.moments)) <= carry.limits[0] * _tree.norm(mean))
 
     def argument(self, carry: _Carry) -> PyTree:
-        z = _tree.random_signs(jax.random.fold_in(carry.key, carry.moments.num_probes), carry.like)
-        return z if carry.basis is None else _basis.orthogonalize(carry.basis, z)[0]
+        z = _tree.random_signs(jax.random.fold_in(carry.key, carry.moments.num_probes), self.packing.like())
+        if carry.basis is None:
+            return z
+        return self.packing.unpack(_basis.orthogonalize(carry.basis, self.packing.pack(z))[0])
 
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         z = self.argument(carry)
@@ -315,13 +321,13 @@ def _average(
     offset: Any = 0.0,
 ) -> Estimate:
     """The mean of `statistic(z, H z)` over probes, orthogonal to `basis`, plus the known `offset`."""
-    like = jax.tree.map(_tree.wide, params)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(statistic, like, like))
+    packing = _basis.Packing.of(params)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(statistic, packing.like(), packing.like()))
     dtype = jnp.result_type(*jax.tree.leaves(zero))
     offset = jnp.asarray(offset, dtype)
     limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
-    solver = _Average(statistic)
-    start = _Carry(_Moments(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, like, key, limits)
+    solver = _Average(statistic, packing)
+    start = _Carry(_Moments(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, key, limits)
     carry = _loop.run(solver, matvec, start)
     return Estimate(
         mean=jax.tree.map(lambda x: x + offset.astype(x.dtype), carry.moments.mean),
@@ -342,13 +348,17 @@ class _Sketch(NamedTuple):
 class _SketchSolver:
     """An orthonormal basis of H S."""
 
+    packing: _basis.Packing
+
     def is_running(self, carry: _Sketch) -> jax.Array:
         return carry.num_rows < len(jax.tree.leaves(carry.basis)[0])
 
     def argument(self, carry: _Sketch) -> PyTree:
-        return _tree.random_signs(jax.random.fold_in(carry.key, carry.num_rows), _basis.row(carry.basis, 0))
+        return _tree.random_signs(jax.random.fold_in(carry.key, carry.num_rows), self.packing.like())
 
     def advance(self, carry: _Sketch, product: PyTree) -> _Sketch:
+        _check.matching_tree("matvec(z)", product, self.packing.like(), than="z")
+        product = self.packing.pack(product)
         rest, _ = _basis.orthogonalize(carry.basis, product)
         length = _tree.norm(product)
         unit, left = _tree.normalize(rest)
@@ -369,11 +379,13 @@ class _Exact(NamedTuple):
 class _ExactSolver:
     """tr(Q^T H Q), a product a row of the basis."""
 
+    packing: _basis.Packing
+
     def is_running(self, carry: _Exact) -> jax.Array:
         return carry.num_rows < len(jax.tree.leaves(carry.basis)[0])
 
     def argument(self, carry: _Exact) -> PyTree:
-        return _basis.row(carry.basis, carry.num_rows)
+        return self.packing.unpack(_basis.row(carry.basis, carry.num_rows))
 
     def advance(self, carry: _Exact, product: PyTree) -> _Exact:
         form = _tree.dot(self.argument(carry), product).astype(carry.total.dtype)

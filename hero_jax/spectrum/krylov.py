@@ -147,10 +147,11 @@ def top_eigenpairs(
     if v0 is None:
         v0 = jax.tree.map(lambda x: x[None], _tree.random_normal(key_start, params))
     num_starts = _check_starts(v0, params)
-    solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts)
+    packing = _basis.Packing.of(params)
+    solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts, packing)
     carry = _loop.run(solver, matvec, _start(solver, v0, key, rtol, max_matvecs))
     ritz = carry.ritz
-    vectors = _ritz_vectors(ritz, carry.space)
+    vectors = _ritz_vectors(packing, ritz, carry.space)
     return Eigenpairs(
         eigenvalues=ritz.values,
         eigenvectors=jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), vectors, params),
@@ -205,7 +206,7 @@ def lanczos(
         raise ValueError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")
     space = krylov_space(matvec, v0, num_steps)
     ritz = ritz_pairs(space, rtol)
-    vectors = _ritz_vectors(ritz, space)
+    vectors = _ritz_vectors(_basis.Packing.of(v0), ritz, space)
     unset = jnp.isnan(ritz.values)
     return Lanczos(
         eigenvalues=ritz.values,
@@ -252,8 +253,8 @@ class Ritz(NamedTuple):
 
 def krylov_space(matvec: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int) -> Space:
     """The Krylov space of `v0`, of at most `num_steps` dimensions and at most that of the whole space."""
-    solver = _Krylov(min(num_steps, _tree.size(v0)))
-    space = _empty(solver.num_steps, jax.tree.map(lambda x: jnp.asarray(x)[None], v0))
+    solver = _Krylov(min(num_steps, _tree.size(v0)), _basis.Packing.of(v0))
+    space = _empty(solver.num_steps, solver.packing, jax.tree.map(lambda x: jnp.asarray(x)[None], v0))
     return _loop.run(solver, matvec, space)
 
 
@@ -288,15 +289,16 @@ class _Krylov:
     """Lanczos from one vector, to the end of its Krylov carry."""
 
     num_steps: int
+    packing: _basis.Packing
 
     def is_running(self, carry: Space) -> jax.Array:
         return ~carry.is_invariant & jnp.isfinite(carry.scale) & (carry.num_multiplied < self.num_steps)
 
     def argument(self, carry: Space) -> PyTree:
-        return _basis.row(carry.basis, carry.num_multiplied)
+        return self.packing.unpack(_basis.row(carry.basis, carry.num_multiplied))
 
     def advance(self, carry: Space, product: PyTree) -> Space:
-        return _extend(carry, product, 1, None)[0]
+        return _extend(carry, self.packing, product, 1, None)[0]
 
 
 class _Carry(NamedTuple):
@@ -323,6 +325,7 @@ class _TopEigenpairs:
     which: str
     basis_size: int
     num_starts: int
+    packing: _basis.Packing
 
     def is_running(self, carry: _Carry) -> jax.Array:
         _, max_matvecs = carry.limits
@@ -331,12 +334,12 @@ class _TopEigenpairs:
         return ~is_found & ~space.is_invariant & jnp.isfinite(space.scale) & (space.num_matvecs < max_matvecs)
 
     def argument(self, carry: _Carry) -> PyTree:
-        return _basis.row(carry.space.basis, carry.space.num_multiplied)
+        return self.packing.unpack(_basis.row(carry.space.basis, carry.space.num_multiplied))
 
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         j, (rtol, _) = carry.space.num_multiplied, carry.limits
         key_random, key = jax.random.split(carry.key)
-        space, has_ended = _extend(carry.space, product, self.num_starts, key_random)
+        space, has_ended = _extend(carry.space, self.packing, product, self.num_starts, key_random)
         ritz = ritz_pairs(space, rtol, self.k, self.which)
         change = jnp.abs(ritz.values - carry.ritz.values)
         is_stable = ((change <= rtol * jnp.abs(ritz.values)) | (change <= _rounding(space))).all()
@@ -385,7 +388,7 @@ class _TopEigenpairs:
 @functools.partial(jax.jit, static_argnums=0)
 def _start(solver: _TopEigenpairs, v0: PyTree, key: jax.Array, rtol: Any, max_matvecs: Any) -> _Carry:
     key_start, key = jax.random.split(key)
-    space = _empty(solver.basis_size, v0, key_start)
+    space = _empty(solver.basis_size, solver.packing, v0, key_start)
     limits = (jnp.asarray(rtol, space.scale.dtype), jnp.asarray(max_matvecs, jnp.int32))
     return _Carry(
         space=space,
@@ -397,19 +400,21 @@ def _start(solver: _TopEigenpairs, v0: PyTree, key: jax.Array, rtol: Any, max_ma
     )
 
 
-@jax.jit
-def _ritz_vectors(ritz: Ritz, space: Space) -> PyTree:
+@functools.partial(jax.jit, static_argnums=0)
+def _ritz_vectors(packing: _basis.Packing, ritz: Ritz, space: Space) -> PyTree:
     """The vectors y = Q s, stacked."""
     num_columns = space.coefficients.shape[1]
-    return _basis.combine(ritz.components.T, jax.tree.map(lambda q: q[:num_columns], space.basis))
+    rows = _basis.combine(ritz.components.T, jax.tree.map(lambda q: q[:num_columns], space.basis))
+    return jax.vmap(packing.unpack)(rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _empty(num_columns: int, v0: PyTree, key: jax.Array | None = None) -> Space:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(num_columns: int, packing: _basis.Packing, v0: PyTree, key: jax.Array | None = None) -> Space:
     """A space with nothing multiplied and the orthonormalised start vectors as its first rows.
 
     A start vector that depends on those before it is replaced by a random one where there is a `key`.
     """
+    v0 = jax.vmap(packing.pack)(v0)
     num_starts = len(jax.tree.leaves(v0)[0])
     like = jax.tree.map(lambda x: x[0], v0)
     basis = _basis.zeros(num_columns + num_starts, like)
@@ -440,7 +445,9 @@ def _empty(num_columns: int, v0: PyTree, key: jax.Array | None = None) -> Space:
     )
 
 
-def _extend(space: Space, product: PyTree, num_starts: int, key: jax.Array | None) -> tuple[Space, jax.Array]:
+def _extend(
+    space: Space, packing: _basis.Packing, product: PyTree, num_starts: int, key: jax.Array | None
+) -> tuple[Space, jax.Array]:
     """The space after the product of its next row is known, with a new row at its end, and whether the product lay in
     it.
 
@@ -448,7 +455,8 @@ def _extend(space: Space, product: PyTree, num_starts: int, key: jax.Array | Non
     """
     j = space.num_multiplied
     num_columns = space.coefficients.shape[1]
-    _check.matching_tree("matvec(v)", product, _basis.row(space.basis, 0), than="v")
+    _check.matching_tree("matvec(v)", product, packing.unpack(_basis.row(space.basis, 0)), than="v")
+    product = packing.pack(product)
     dtype = space.scale.dtype
     scale = jnp.maximum(space.scale, _tree.norm(product).astype(dtype))
     space = space._replace(scale=scale)
