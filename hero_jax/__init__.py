@@ -3,8 +3,9 @@
 hero_jax.transform     hero, sam, grad_l1: Optax gradient transformations
 hero_jax.perturbation  where the second gradient is taken (SAM, ASAM)
 hero_jax.penalty       the curvature penalties and their exact gradients
-hero_jax.curvature     Hessian-vector products
+hero_jax.curvature     products with the Hessian, the Gauss-Newton matrix and the empirical Fisher
 hero_jax.spectrum      eigenvalues, traces, norms and densities, each with its error
+hero_jax.sharpness     worst-case and predicted increases of the loss
 hero_jax.quantize      post-training weight quantization and its evaluation
 hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
 hero_jax.models        Flax Linen networks (needs flax; imported on first use)
@@ -13,7 +14,7 @@ hero_jax.models        Flax Linen networks (needs flax; imported on first use)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hero_jax import curvature, parallel, penalty, perturbation, quantize, spectrum, transform
+from hero_jax import curvature, parallel, penalty, perturbation, quantize, sharpness, spectrum, transform
 from hero_jax.transform import HeroState, Metrics, grad_l1, hero, sam
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "perturbation",
     "quantize",
     "sam",
+    "sharpness",
     "spectrum",
     "transform",
 ]

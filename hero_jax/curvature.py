@@ -132,8 +132,8 @@ def hessian_operator(
 
     Raises:
       ValueError: no examples; batch leaves of different lengths; data that change from pass to pass; a loss that
-        couples a batch that is to be split (found by comparing the loss of four examples with that of two and two, for
-        concrete values only).
+        couples a batch that is to be split (found by comparing the loss of four examples with that of one and three,
+        for concrete values only).
       TypeError: both or neither of `batch` and `batches`; a one-shot iterator; parameters that are not floating point.
 
     Which batch statistics: those `loss_fn` uses. Running statistics (evaluation mode) are constants of the function;
