@@ -51,7 +51,9 @@ class BatchMean:
     def weighted(self, batch: PyTree, *args: PyTree) -> tuple[PyTree, jax.Array]:
         """`(weight fn(*args, batch), weight)`, wide."""
         weight = jnp.asarray(weight_of(self.weight_fn, batch), jnp.float32)
-        return _tree.scale(weight, self.fn(*args, batch)), weight
+        scaled = _tree.scale(weight, self.fn(*args, batch))
+        # The mean over no example (all of them padding) is 0 / 0.
+        return jax.tree.map(lambda x: jnp.where(weight == 0, 0, x), scaled), weight
 
     def _sums(self, batch: PyTree, args: tuple[PyTree, ...]) -> tuple[PyTree, jax.Array]:
         size, m = num_examples(batch), self.microbatch_size
@@ -210,8 +212,10 @@ def _grouped_losses(
     parts = [jax.tree.map(lambda x: x[:1], batch), jax.tree.map(lambda x: x[1:], batch)]
     weights = [weight_of(weight_fn, part) for part in parts]
     losses = [jnp.mean(jnp.asarray(loss_fn(params, part))) for part in parts]
-    split = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    return jnp.mean(jnp.asarray(loss_fn(params, batch))), jnp.asarray(split)
+    whole = jnp.mean(jnp.asarray(loss_fn(params, batch)))
+    sums = [jnp.where(w == 0, 0, w * x) for w, x in zip(weights, losses, strict=True)]
+    # Where these examples have no weight, nothing can be said.
+    return whole, jnp.where(sum(weights) == 0, whole, sum(sums) / sum(weights))
 
 
 def _check_examples(name: str, batch: PyTree) -> None:
