@@ -132,28 +132,18 @@ def measure(
         return trainer.evaluate({"params": params, "batch_stats": batch_stats}, dataset.test)
 
     rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, config.spec)
-    result = top_eigenvalue(trainer, variables, dataset.train, config.curvature_images, config.curvature_products)
+    images = data.Split(*(x[: config.curvature_images] for x in dataset.train))
+    matvec, example = trainer.hessian(variables, images)
+    products = config.curvature_products
+    result = spectrum.top_eigenpairs(matvec, example, jax.random.key(0), k=1, max_matvecs=products)
     return Measured(
         method=run.method,
         seed=run.seed,
         accuracy={row.bits: 100 * row.metrics["accuracy"] for row in rows},
-        eigenvalue=float(result.eigenvalue),
-        eigenvalue_residual=float(result.residual),
-        eigenvalue_converged=bool(result.converged),
+        eigenvalue=float(result.eigenvalues[0]),
+        eigenvalue_residual=float(result.residuals[0]),
+        eigenvalue_converged=bool(result.converged[0]),
     )
-
-
-def top_eigenvalue(
-    trainer: training.Trainer, variables: PyTree, split: data.Split, size: int, max_products: int
-) -> spectrum.EigenResult:
-    """Power iteration on the Hessian of the mean loss over the first `size` images, from a fixed random start."""
-    leaves, structure = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    start = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-    images, labels = (x[:size] for x in split)
-    # A Partial keeps the arrays out of the program: it is compiled once for all seeds.
-    matvec = jax.tree_util.Partial(trainer.product, variables["params"], variables["batch_stats"], images, labels)
-    return spectrum.power_iteration(matvec, start, max_iters=max_products)
 
 
 class Row(NamedTuple):

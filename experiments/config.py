@@ -88,6 +88,10 @@ class TrainConfig:
     """Hold this many training images out and evaluate on them in place of the test set."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    every: int | None = None
+    """Epochs between measurements of the top Hessian eigenvalue and the Hessian norm; default never."""
+    curvature_size: int = 1000
+    """Training images (the first so many) that `every` measures on."""
     save_minutes: float = 5.0
     """Least time between checkpoints; the last evaluated state is always saved."""
 
@@ -98,7 +102,7 @@ class TrainConfig:
             _check.one_of("model", self.model, models.MODELS)
         if self.penalty is not None:
             _check.one_of("penalty", self.penalty, penalty.PENALTIES)
-        for name in ("epochs", "batch_size", "train_size", "eval_every"):
+        for name in ("epochs", "batch_size", "train_size", "eval_every", "every", "curvature_size"):
             if getattr(self, name) is not None:
                 _check.integer(name, getattr(self, name), low=1)
         for name in ("seed", "validation_size"):

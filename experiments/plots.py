@@ -1,10 +1,10 @@
-"""The figures of a comparison. Colours are those of a palette that colour-blind readers tell apart."""
+"""The figures of comparisons and of curvature. Colours are those of a palette that colour-blind readers tell apart."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -78,4 +78,75 @@ def training(folders: Mapping[str, Sequence[Path]], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
+    """Density of eigenvalues on a logarithmic axis, two standard errors around it, the top eigenvalues marked."""
+    density = {name: np.array(value) for name, value in measured["density"].items()}
+    grid, mean, sem = density["grid"], density["density"], density["sem"]
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    # One eigenvalue in so many parameters would stand this high: below it the curve is the tails of its Gaussians.
+    number = sum(layer["size"] for layer in measured["layer_traces"])
+    floor = 1 / (number * float(density["bandwidth"]) * np.sqrt(2 * np.pi))
+    color = COLORS["hero"]
+    axes.plot(grid, mean, color=color, linewidth=1.5)
+    if np.isfinite(sem).all():
+        axes.fill_between(
+            grid, np.maximum(mean - 2 * sem, floor / 10), mean + 2 * sem, color=color, alpha=0.25, linewidth=0
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(floor / 10, 3 * np.nanmax(mean))
+    axes.axhline(floor, color="#999999", linewidth=0.8, linestyle=":")
+    axes.annotate("one eigenvalue", (grid[-1], floor), ha="right", va="bottom", fontsize=8, color="#666666")
+    for value, converged in zip(measured["eigenvalues"], measured["converged"], strict=True):
+        axes.axvline(value, ymax=0.06, color="#000000" if converged else "#999999", linewidth=1)
+    axes.set_xlabel("Hessian eigenvalue (ticks: the largest in magnitude)")
+    axes.set_ylabel("density")
+    probes, steps = density["nodes"].shape
+    axes.set_title(
+        f"{probes} probes of {steps} Lanczos steps, bandwidth {float(density['bandwidth']):.2g}, band \u00b1 2 sem",
+        fontsize=10,
+        loc="left",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def layer_traces(measured: Mapping[str, Any], path: Path) -> None:
+    """Trace of every layer's block of the Hessian, with its standard error, in the order of the parameters."""
+    rows = measured["layer_traces"]
+    figure = Figure(figsize=(7, 1.2 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    y = np.arange(len(rows))
+    mean, sem = (np.array([row[name] for row in rows]) for name in ("mean", "sem"))
+    axes.barh(y, mean, color=COLORS["sam"], height=0.7)
+    axes.errorbar(
+        mean, y, xerr=np.where(np.isfinite(sem), sem, 0), fmt="none", ecolor="#000000", capsize=2, linewidth=1
+    )
+    axes.set_yticks(y, [row["layer"] for row in rows], fontsize=7 if len(rows) > 12 else 9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    axes.set_xlabel(f"trace \u00b1 standard error ({measured['trace']['probes']} probes)")
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=150)
+
+
+def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Top Hessian eigenvalue and norm along one run; the bars are residual and standard error."""
+    rows = [row for row in history if "eigenvalue" in row]
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [row["epoch"] for row in rows]
+    value = np.abs([row["eigenvalue"] for row in rows])
+    error = value * [row["eigenvalue_residual"] for row in rows]
+    norm, sem = (np.array([row[name] for row in rows]) for name in ("hessian_norm", "hessian_norm_sem"))
+    axes.errorbar(epochs, norm, sem, color=COLORS["sam"], marker="s", capsize=2, label="Frobenius norm")
+    axes.errorbar(epochs, value, error, color=COLORS["hero"], marker="v", capsize=2, label="|top eigenvalue|")
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -46,3 +46,15 @@ def epochs(display: rich_progress.Progress, description: str, total: int) -> Cal
         display.update(line, completed=row["epoch"], figures=figures)
 
     return report
+
+
+def steps(display: rich_progress.Progress) -> Callable[[str, int, int], None]:
+    """A reporter `(what, done, total)` with a line for every `what`, which goes away when it is done."""
+    reporters: dict[str, Callable[[int, int], None]] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in reporters:
+            reporters[what] = task(display, what)
+        reporters[what](done, total)
+
+    return report

@@ -14,12 +14,15 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import cli, data, methods, progress, runs
+from experiments import cli, data, methods, plots, progress, runs
 from experiments.config import TrainConfig
-from hero_jax import curvature, models
+from hero_jax import curvature, models, spectrum
 
 PyTree = Any
 EVAL_BATCH = 500
+# Most products for the eigenvalue, and probes for the norm, at one point of training.
+CURVATURE_PRODUCTS = 100
+CURVATURE_PROBES = 10
 
 
 class TrainState(NamedTuple):
@@ -38,14 +41,14 @@ class Trainer(NamedTuple):
     init: `seed -> TrainState`.
     step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
-    product: `(params, batch_stats, images, labels, vector) -> H vector`, H the Hessian of the mean cross-entropy over
-      these images, normalised by the running BatchNorm statistics, without augmentation or weight decay.
+    hessian: `(variables, split) -> (matvec, example)`, the Hessian of the mean cross-entropy over a split, normalised
+      by the running BatchNorm statistics, without augmentation or weight decay; and a tree shaped like its vectors.
     """
 
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split], dict[str, float]]
-    product: Callable[..., PyTree]
+    hessian: Callable[[PyTree, data.Split], tuple[Callable[[PyTree], PyTree], PyTree]]
 
 
 class Diverged(cli.Failed):
@@ -96,12 +99,17 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
 
-    def product(params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array, vector: PyTree) -> PyTree:
-        def loss_fn(params: PyTree) -> jax.Array:
-            variables = {"params": params, "batch_stats": batch_stats}
-            return _cross_entropy(apply(variables, data.normalize(images, pixels)), labels)
+    def mean_loss(variables: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        images, labels = batch
+        return _cross_entropy(apply(variables, data.normalize(images, pixels)), labels)
 
-        return curvature.hvp(loss_fn, params, vector)
+    def hessian(variables: PyTree, split: data.Split) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+        size = len(split.labels)
+        batches = [tuple(x[i : i + EVAL_BATCH] for x in split) for i in range(0, size, EVAL_BATCH)]
+        # The statistics are arguments as the parameters are, so that what is compiled serves all runs.
+        mask = {"params": True, "batch_stats": False}
+        matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)
+        return matvec, curvature.restrict(variables, mask)
 
     @jax.jit
     def score(variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +117,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(mask * (logits.argmax(-1) == labels)), jnp.sum(mask * losses)
 
-    return Trainer(init, step, functools.partial(_evaluate, score), product)
+    return Trainer(init, step, functools.partial(_evaluate, score), hessian)
 
 
 def train(
@@ -141,6 +149,7 @@ def train(
     images, labels = (jnp.asarray(x) for x in dataset.train)
     state = trainer.init(config.seed)
     good, metrics, last_loss = runs.snapshot(state._replace(key=())), {}, float("nan")
+    follow = _follow_curvature(trainer, dataset.train, config.curvature_size, config.seed)
     saved_at = time.monotonic()
     for epoch in range(config.epochs):
         order = data.epoch_order(config.seed, epoch, len(labels), config.batch_size)
@@ -167,11 +176,14 @@ def train(
         last_loss = float(losses[-1])
         row = {"epoch": epoch + 1, "train_loss": float(losses.mean()), "images_per_second": order.size / elapsed}
         is_last = epoch + 1 == config.epochs
-        if is_last or (epoch + 1) % config.eval_every == 0:
+        is_measured = config.every is not None and (is_last or (epoch + 1) % config.every == 0)
+        if is_last or is_measured or (epoch + 1) % config.eval_every == 0:
             good = runs.snapshot(state._replace(key=()))
             variables = {"params": state.params, "batch_stats": state.batch_stats}
             metrics = trainer.evaluate(variables, dataset.test)
             row |= {"step": int(good.step), **metrics, **_hero_metrics(state.opt_state)}
+            if is_measured:
+                row |= follow(variables)
             if folder is not None:
                 folder.log(row)
             if is_last or time.monotonic() - saved_at > 60 * config.save_minutes:
@@ -191,6 +203,32 @@ def _epoch(
         state, loss = trainer.step(state, images, labels, indices)
         losses.append(loss)
     return state, np.array(jax.device_get(losses))
+
+
+def _follow_curvature(
+    trainer: Trainer, split: data.Split, size: int, seed: int
+) -> Callable[[PyTree], dict[str, float]]:
+    """Measures the top Hessian eigenvalue and the norm on `size` images, each time from the last eigenvectors."""
+    images = data.Split(*(x[:size] for x in split))
+    keys = jax.random.split(jax.random.key(seed))
+    last = None
+
+    def measure(variables: PyTree) -> dict[str, float]:
+        nonlocal last
+        matvec, example = trainer.hessian(variables, images)
+        # The second one is followed too, so that its overtaking the first is seen.
+        pairs = spectrum.top_eigenpairs(matvec, example, keys[0], k=2, v0=last, max_matvecs=CURVATURE_PRODUCTS)
+        last = pairs.eigenvectors
+        norm = spectrum.hessian_norm(matvec, example, keys[1], num_probes=CURVATURE_PROBES)
+        return {
+            "eigenvalue": float(pairs.eigenvalues[0]),
+            "eigenvalue_residual": float(pairs.residuals[0]),
+            "eigenvalue_products": int(pairs.num_matvecs),
+            "hessian_norm": float(norm.mean),
+            "hessian_norm_sem": float(norm.sem),
+        }
+
+    return measure
 
 
 def _save(folder: runs.RunFolder | None, state: TrainState) -> None:
@@ -245,6 +283,8 @@ def main(
         advance = progress.epochs(bar, config.method, config.epochs)
         with runs.RunFolder(out, config) as folder:
             result = train(config, dataset, folder, advance)
+    if config.every is not None:
+        plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
     where = "validation" if config.validation_size else "test"
     cli.console.print(
         f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"

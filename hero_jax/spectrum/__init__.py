@@ -2,12 +2,12 @@
 
 power      power_iteration: the dominant eigenvalue
 krylov     top_eigenpairs, lanczos: several eigenpairs
-estimates  trace, diagonal, layer_traces, hessian_norm: averages over random probes
+estimates  trace, diagonal, layer_traces, hessian_norm, moments: averages over random probes
 density    spectral_density: the whole spectrum as a density, with a band
 """
 
 from hero_jax.spectrum.density import SpectralDensity, spectral_density
-from hero_jax.spectrum.estimates import Estimate, diagonal, hessian_norm, layer_traces, trace
+from hero_jax.spectrum.estimates import Estimate, Moments, diagonal, hessian_norm, layer_traces, moments, trace
 from hero_jax.spectrum.krylov import Eigenpairs, Lanczos, lanczos, top_eigenpairs
 from hero_jax.spectrum.power import EigenResult, power_iteration
 
@@ -16,11 +16,13 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Lanczos",
+    "Moments",
     "SpectralDensity",
     "diagonal",
     "hessian_norm",
     "lanczos",
     "layer_traces",
+    "moments",
     "power_iteration",
     "spectral_density",
     "top_eigenpairs",

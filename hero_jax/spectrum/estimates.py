@@ -87,12 +87,11 @@ def trace(
     """
     _check_arguments("trace", params, num_probes, rtol)
     _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(params))
-    key_sketch, key = jax.random.split(key)
     if not sketch_size:
         return _average(_quadratic_form, matvec, params, key, num_probes, rtol)
     packing = _basis.Packing.of(params)
     like = packing.pack(jax.tree.map(jnp.asarray, params))
-    sketch = _Sketch(_basis.zeros(sketch_size, like), jnp.zeros((), jnp.int32), key_sketch)
+    sketch = _Sketch(_basis.zeros(sketch_size, like), jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2**31))
     basis = _loop.run(_SketchSolver(packing), matvec, sketch).basis
     dtype = _tree.dot(basis, basis).dtype
     exact = _loop.run(
@@ -221,10 +220,49 @@ def hessian_norm(
     """
     _check_arguments("hessian_norm", params, num_probes, rtol)
     # A relative error of the root is half that of the square.
-    square = _average(_squared_length, matvec, params, key, num_probes, 2 * rtol)
-    mean = jnp.sqrt(square.mean)
-    sem = jnp.where(square.sem == 0, 0, square.sem / (2 * mean))
-    return square._replace(mean=mean, sem=sem)
+    return _root(_average(_squared_length, matvec, params, key, num_probes, 2 * rtol))
+
+
+class Moments(NamedTuple):
+    """Estimates of the same probes: see the functions of these names."""
+
+    trace: Estimate
+    layer_traces: Estimate
+    hessian_norm: Estimate
+
+
+def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, *, num_probes: int = 100) -> Moments:
+    """Estimates trace, layer traces and Frobenius norm from the same probes, at the cost of one of them.
+
+        mean of z^T H z,   of z_i^T (H z)_i,   and the root of the mean of ||H z||^2
+
+    Args:
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      params: pytree of floating-point arrays, for its shapes and types only.
+      key: for the probes: with the same key, `trace`, `layer_traces` and `hessian_norm` alone give the same numbers.
+      num_probes: probes to take.
+
+    Returns:
+      `Moments`. Each `num_matvecs` is that of all three together.
+
+    Raises:
+      ValueError: an argument out of its range, or `matvec` not shape-preserving.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: one product a probe. Compiled and looped as `power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
+    >>> result = moments(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal, jax.random.key(0), num_probes=3)
+    >>> float(result.trace.mean), float(result.layer_traces.mean["a"]), round(float(result.hessian_norm.mean) ** 2, 3)
+    (-1.0, 3.0, 21.0)
+
+    Source: see `trace`.
+    """
+    _check_arguments("moments", params, num_probes, 0.0)
+    every = _average(_all_forms, matvec, params, key, num_probes, 0.0)
+    parts = [every._replace(mean=mean, sem=sem) for mean, sem in zip(every.mean, every.sem, strict=True)]
+    return Moments(parts[0], parts[1], _root(parts[2]))
 
 
 def _check_arguments(name: str, params: PyTree, num_probes: Any, rtol: Any) -> None:
@@ -250,7 +288,16 @@ def _squared_length(z: PyTree, product: PyTree) -> jax.Array:
     return _tree.dot(product, product)
 
 
-class _Moments(NamedTuple):
+def _all_forms(z: PyTree, product: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
+    return _quadratic_form(z, product), _layer_forms(z, product), _squared_length(z, product)
+
+
+def _root(square: Estimate) -> Estimate:
+    mean = jnp.sqrt(square.mean)
+    return square._replace(mean=mean, sem=jnp.where(square.sem == 0, 0, square.sem / (2 * mean)))
+
+
+class _Running(NamedTuple):
     """Running mean and sum of squared deviations of `num_probes` samples, each a tree."""
 
     mean: PyTree
@@ -259,7 +306,7 @@ class _Moments(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    moments: _Moments
+    moments: _Running
     basis: PyTree | None
     offset: jax.Array
     key: jax.Array
@@ -300,10 +347,10 @@ class _Average:
         deviation = _tree.subtract(sample, mean)
         mean = jax.tree.map(lambda m, d: m + d / (taken + 1), mean, deviation)
         squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), squares, deviation, sample, mean)
-        return carry._replace(moments=_Moments(mean, squares, taken + 1))
+        return carry._replace(moments=_Running(mean, squares, taken + 1))
 
 
-def _standard_error(moments: _Moments) -> PyTree:
+def _standard_error(moments: _Running) -> PyTree:
     n = moments.num_probes
     return jax.tree.map(
         lambda s: jnp.where(n > 1, jnp.sqrt(s / jnp.maximum(n * (n - 1), 1).astype(s.dtype)), jnp.inf), moments.squares
@@ -327,7 +374,7 @@ def _average(
     offset = jnp.asarray(offset, dtype)
     limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
     solver = _Average(statistic, packing)
-    start = _Carry(_Moments(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, key, limits)
+    start = _Carry(_Running(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, key, limits)
     carry = _loop.run(solver, matvec, start)
     return Estimate(
         mean=jax.tree.map(lambda x: x + offset.astype(x.dtype), carry.moments.mean),

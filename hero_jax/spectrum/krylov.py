@@ -31,6 +31,8 @@ PyTree = Any
 WHICH = ("magnitude", "largest", "smallest")
 # A length of at most this many eps ||H|| is rounding error.
 ROUNDING = 64
+# Where the space was invariant, the largest eigenvalue outside it is to be known to this relative residual.
+OUTSIDE_RTOL = 0.1
 
 
 class Eigenpairs(NamedTuple):
@@ -258,12 +260,12 @@ def krylov_space(matvec: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int)
     return _loop.run(solver, matvec, space)
 
 
-def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest") -> Ritz:
-    """The k wanted Ritz pairs (default all, ascending); NaN with zero components where there are fewer."""
+def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest", first: Any = 0) -> Ritz:
+    """The k wanted Ritz pairs (default all, ascending) of the rows from `first` on; NaN where there are fewer."""
     coefficients, j = space.coefficients, space.num_multiplied
     num_columns = coefficients.shape[1]
     k = num_columns if k is None else k
-    is_set = jnp.arange(num_columns) < j
+    is_set = (jnp.arange(num_columns) < j) & (jnp.arange(num_columns) >= first)
     projected = jnp.where(is_set[:, None] & is_set, coefficients[:num_columns], 0)
     # Rows not set yet get an eigenvalue of their own, far from all others, so that they mix with none.
     bound = jnp.max(jnp.sum(jnp.abs(projected), 1))
@@ -304,9 +306,10 @@ class _Krylov:
 class _Carry(NamedTuple):
     """State of `top_eigenpairs`.
 
-    random_row: the first row that holds a random direction since the space was last invariant; -1 before it ever was.
+    random_row: the row of the random direction taken when the space was last invariant; -1 before it ever was.
     is_confirmed: whether nothing says that a wanted eigenvalue lies outside the space. An invariant space gives exact
-      eigenpairs only, wanted or not: a product of a random direction outside it must leave the wanted ones as they are.
+      eigenpairs only, wanted or not: the Krylov space of a random direction outside it must have its own best pair
+      known to `OUTSIDE_RTOL` and leave the wanted ones as they are.
     """
 
     space: Space
@@ -330,7 +333,7 @@ class _TopEigenpairs:
     def is_running(self, carry: _Carry) -> jax.Array:
         _, max_matvecs = carry.limits
         space = carry.space
-        is_found = carry.ritz.converged.all() & carry.is_confirmed
+        is_found = carry.ritz.converged.all() & carry.is_confirmed & (space.num_matvecs >= self.num_starts)
         return ~is_found & ~space.is_invariant & jnp.isfinite(space.scale) & (space.num_matvecs < max_matvecs)
 
     def argument(self, carry: _Carry) -> PyTree:
@@ -343,12 +346,13 @@ class _TopEigenpairs:
         ritz = ritz_pairs(space, rtol, self.k, self.which)
         change = jnp.abs(ritz.values - carry.ritz.values)
         is_stable = ((change <= rtol * jnp.abs(ritz.values)) | (change <= _rounding(space))).all()
-        is_explored = j >= carry.random_row
         was_invariant = carry.random_row >= 0
+        outside = ritz_pairs(space, OUTSIDE_RTOL, 1, self.which, first=carry.random_row)
+        is_explored = (j >= carry.random_row) & outside.converged.all()
         carry = _Carry(
             space=space,
             ritz=ritz,
-            random_row=jnp.where(has_ended & is_explored, j + self.num_starts, carry.random_row),
+            random_row=jnp.where(has_ended & (j >= carry.random_row), j + self.num_starts, carry.random_row),
             is_confirmed=jnp.where(was_invariant, is_explored & is_stable, ~has_ended),
             key=key,
             limits=carry.limits,
@@ -379,9 +383,8 @@ class _TopEigenpairs:
         return carry._replace(
             space=space,
             ritz=ritz_pairs(space, rtol, self.k, self.which),
-            random_row=jnp.where(
-                carry.random_row >= m, carry.random_row - m + num_kept, jnp.minimum(carry.random_row, 0)
-            ),
+            # A space outside that was being explored goes on from the first row not multiplied.
+            random_row=jnp.where(carry.random_row < 0, -1, num_kept + jnp.maximum(carry.random_row - m, 0)),
         )
 
 

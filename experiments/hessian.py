@@ -1,0 +1,203 @@
+"""Measures the curvature of a saved run: `python -m experiments.hessian runs/digits-mlp-hero-s0`.
+
+Prints the top Hessian eigenvalues with their residuals, the trace, the Frobenius norm and the trace of every layer with
+their standard errors, and leaves them as curvature.json beside plots of the spectral density and the layer traces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.table import Table
+
+from experiments import cli, data, plots, progress, runs
+from experiments import train as training
+from experiments.config import TrainConfig
+from hero_jax import _check, curvature, spectrum
+
+PyTree = Any
+SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianConfig:
+    """What to measure, and how well."""
+
+    split: str = "train"
+    """train (the images the run was trained on, without augmentation) or test."""
+    images: int | None = None
+    """Measure the mean loss over the first so many images; default all."""
+    eigenvalues: int = 5
+    """Eigenvalues of largest magnitude to find."""
+    rtol: float = 1e-3
+    """Relative residual at which an eigenpair counts as found."""
+    max_products: int = 300
+    """Most products to spend on the eigenvalues."""
+    probes: int = 30
+    """Random probes of trace, norm and layer traces."""
+    density_probes: int = 3
+    """Random starts of the spectral density; the band is their standard error."""
+    density_steps: int = 40
+    """Lanczos steps from each of them."""
+    seed: int = 0
+    """Of all random vectors."""
+
+    def __post_init__(self) -> None:
+        _check.one_of("split", self.split, SPLITS)
+        for name in ("eigenvalues", "max_products", "probes", "density_probes", "density_steps"):
+            _check.integer(name, getattr(self, name), low=1)
+        if self.images is not None:
+            _check.integer("images", self.images, low=1)
+        _check.integer("seed", self.seed, low=0)
+        _check.positive("rtol", self.rtol)
+
+
+def measure(
+    config: HessianConfig,
+    matvec: Callable[[PyTree], PyTree],
+    variables: PyTree,
+    report: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """All quantities of one operator on trees like `variables`, as JSON values.
+
+    `report(what, done, total)` is called after every product.
+    """
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+
+    def watched(what: str, total: int) -> curvature.HostOperator:
+        done = 0
+
+        def product(vector: PyTree) -> PyTree:
+            nonlocal done
+            result = jax.block_until_ready(matvec(vector))
+            done += 1
+            report(what, done, total)
+            return result
+
+        return curvature.HostOperator(product)
+
+    number = min(config.eigenvalues, sum(x.size for x in jax.tree.leaves(variables)))
+    pairs = spectrum.top_eigenpairs(
+        watched("eigenvalues", config.max_products),
+        variables,
+        keys[0],
+        k=number,
+        rtol=config.rtol,
+        max_matvecs=config.max_products,
+    )
+    report("eigenvalues", config.max_products, config.max_products)
+    moments = spectrum.moments(watched("trace and norm", config.probes), variables, keys[1], num_probes=config.probes)
+    density = spectrum.spectral_density(
+        watched("density", config.density_probes * config.density_steps),
+        variables,
+        keys[2],
+        num_probes=config.density_probes,
+        num_steps=config.density_steps,
+    )
+    report("density", config.density_probes * config.density_steps, config.density_probes * config.density_steps)
+    layers = jax.tree_util.tree_leaves_with_path(moments.layer_traces.mean)
+    sems = jax.tree.leaves(moments.layer_traces.sem)
+    sizes = [x.size for x in jax.tree.leaves(variables)]
+    return {
+        "eigenvalues": np.asarray(pairs.eigenvalues).tolist(),
+        "residuals": np.asarray(pairs.residuals).tolist(),
+        "converged": np.asarray(pairs.converged).tolist(),
+        "products": int(pairs.num_matvecs),
+        "asymmetry": float(pairs.asymmetry),
+        "trace": _estimate(moments.trace),
+        "hessian_norm": _estimate(moments.hessian_norm),
+        "layer_traces": [
+            {
+                "layer": jax.tree_util.keystr(path[1:], simple=True, separator="/"),
+                "size": n,
+                "mean": float(x),
+                "sem": float(s),
+            }
+            for (path, x), s, n in zip(layers, sems, sizes, strict=True)
+        ],
+        "density": {
+            name: np.asarray(getattr(density, name)).tolist()
+            for name in ("grid", "density", "sem", "bandwidth", "nodes", "weights")
+        },
+    }
+
+
+def _estimate(estimate: spectrum.Estimate) -> dict[str, float]:
+    return {"mean": float(estimate.mean), "sem": float(estimate.sem), "probes": int(estimate.num_probes)}
+
+
+def tables(measured: dict[str, Any]) -> list[Table]:
+    """The eigenvalues, and the traces of the layers, for a terminal."""
+    top = Table("eigenvalue", "residual", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for value, residual, converged in zip(
+        *(measured[k] for k in ("eigenvalues", "residuals", "converged")), strict=True
+    ):
+        top.add_row(f"{value:.5g}", f"{residual:.1e}", "" if converged else "not converged")
+    layers = Table("layer", "weights", "trace", "\u00b1 sem", "trace/weight", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in measured["layer_traces"]:
+        cells = (f"{row['mean']:.4g}", f"{row['sem']:.2g}", f"{row['mean'] / row['size']:.3g}")
+        layers.add_row(row["layer"], f"{row['size']:,}", *cells)
+    return [top, layers]
+
+
+def load(run: Path, data_dir: Path | None, display: Any) -> tuple[training.Trainer, PyTree, data.Dataset]:
+    """The trainer, the last saved variables and the data of a run folder."""
+    variables = runs.load_variables(run)
+    config = TrainConfig(**json.loads((run / "config.json").read_text()))
+    dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+    dataset = data.subset(dataset, config.train_size, config.validation_size)
+    return training.build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[HessianConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Measures the curvature of a saved run: top eigenvalues, trace, norm, layer traces, spectral density; with plots.
+
+    Args:
+        run: A run folder with a checkpoint.
+        config: What to measure.
+        out: Folder for the results, new or empty; default RUN/hessian-SPLIT.
+        data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+    """
+    out = out or run / f"hessian-{config.split}"
+    started = time.monotonic()
+    with progress.bar() as display:
+        trainer, variables, dataset = load(run, data_dir, display)
+        runs.claim(out)
+        split = getattr(dataset, config.split)
+        split = data.Split(*(x[: config.images] for x in split))
+        matvec, example = trainer.hessian(variables, split)
+        measured = measure(config, matvec, example, progress.steps(display))
+    record = {"config": runs.to_json(config), "run": run.name, "images": len(split.labels), **measured}
+    runs.write_json(out / "curvature.json", record | {"environment": runs.environment()})
+    plots.spectral_density(measured, out / "density.png")
+    plots.layer_traces(measured, out / "layers.png")
+    for table in tables(measured):
+        cli.console.print(table)
+    trace, norm = measured["trace"], measured["hessian_norm"]
+    cli.console.print(
+        f"trace {trace['mean']:.5g} \u00b1 {trace['sem']:.2g}, Frobenius norm {norm['mean']:.5g}"
+        f" \u00b1 {norm['sem']:.2g} (standard errors of {trace['probes']} probes)"
+    )
+    cli.console.print(
+        f"Hessian of the mean cross-entropy over {len(split.labels):,} {config.split} images, running BatchNorm"
+        f" statistics, no augmentation, no weight decay. {time.monotonic() - started:.0f} s. Results are in {out}."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
