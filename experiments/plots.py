@@ -99,7 +99,8 @@ def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylim(floor / 10, 3 * np.nanmax(mean))
     axes.axhline(floor, color="#999999", linewidth=0.8, linestyle=":")
-    axes.annotate("one eigenvalue", (grid[-1], floor), ha="right", va="bottom", fontsize=8, color="#666666")
+    right = axes.get_yaxis_transform()
+    axes.text(1.01, floor, "one\neigenvalue", transform=right, va="center", fontsize=8, color="#666666")
     for value, converged in zip(measured["eigenvalues"], measured["converged"], strict=True):
         axes.axvline(value, ymax=0.06, color="#000000" if converged else "#999999", linewidth=1)
     axes.set_xlabel("Hessian eigenvalue (ticks: the largest in magnitude)")
@@ -145,6 +146,7 @@ def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -
     axes.errorbar(epochs, norm, sem, color=COLORS["sam"], marker="s", capsize=2, label="Frobenius norm")
     axes.errorbar(epochs, value, error, color=COLORS["hero"], marker="v", capsize=2, label="|top eigenvalue|")
     axes.set_yscale("log")
+    axes.set_title("bars: residual of the eigenvalue, standard error of the norm", fontsize=10, loc="left")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)

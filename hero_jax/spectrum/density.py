@@ -114,11 +114,8 @@ def spectral_density(
     else:
         width = jnp.asarray(bandwidth, nodes.dtype)
     edges = jnp.linspace(lowest - MARGIN * width, highest + MARGIN * width, num_points + 1)
-    # The mass below each edge, a row a probe.
-    below = jax.vmap(
-        lambda nodes, weights: jnp.nansum(weights * jax.scipy.special.ndtr((edges[:, None] - nodes) / width), axis=1)
-    )(nodes, weights)
-    densities = jnp.diff(below) / jnp.diff(edges)
+    cells = jax.vmap(lambda nodes, weights: _cell_masses(edges, nodes, weights, width))(nodes, weights)
+    densities = cells / jnp.diff(edges)
     sem = jnp.std(densities, 0, ddof=1) / jnp.sqrt(num_probes) if num_probes > 1 else jnp.full(num_points, jnp.inf)
     return SpectralDensity(
         grid=(edges[1:] + edges[:-1]) / 2,
@@ -130,3 +127,14 @@ def spectral_density(
         num_matvecs=sum(products[1:], start=products[0]),
         asymmetry=jnp.stack(asymmetries).max(),
     )
+
+
+def _cell_masses(edges: jax.Array, nodes: jax.Array, weights: jax.Array, width: jax.Array) -> jax.Array:
+    """The mass between neighbouring edges of Gaussians around the nodes, (num_points,)."""
+    below = (edges[:-1, None] - nodes) / width
+    above = (edges[1:, None] - nodes) / width
+    # On the right of a node, 1 - small - (1 - smaller) has no digit left: mirror it.
+    is_right = below > 0
+    lower, upper = jnp.where(is_right, -above, below), jnp.where(is_right, -below, above)
+    mass = jax.scipy.special.ndtr(upper) - jax.scipy.special.ndtr(lower)
+    return jnp.nansum(weights * mass, axis=1)
