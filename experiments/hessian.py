@@ -54,8 +54,11 @@ class HessianConfig:
 
     def __post_init__(self) -> None:
         _check.one_of("split", self.split, SPLITS)
-        for name in ("eigenvalues", "max_products", "probes", "density_probes", "density_steps"):
+        for name in ("eigenvalues", "max_products", "density_steps"):
             _check.integer(name, getattr(self, name), low=1)
+        # One probe has no spread, so no error.
+        for name in ("probes", "density_probes"):
+            _check.integer(name, getattr(self, name), low=2)
         if self.images is not None:
             _check.integer("images", self.images, low=1)
         _check.integer("seed", self.seed, low=0)

@@ -92,10 +92,8 @@ def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
     floor = 1 / (number * float(density["bandwidth"]) * np.sqrt(2 * np.pi))
     color = COLORS["hero"]
     axes.plot(grid, mean, color=color, linewidth=1.5)
-    if np.isfinite(sem).all():
-        axes.fill_between(
-            grid, np.maximum(mean - 2 * sem, floor / 10), mean + 2 * sem, color=color, alpha=0.25, linewidth=0
-        )
+    low = np.maximum(mean - 2 * sem, floor / 10)
+    axes.fill_between(grid, low, mean + 2 * sem, color=color, alpha=0.25, linewidth=0)
     axes.set_yscale("log")
     axes.set_ylim(floor / 10, 3 * np.nanmax(mean))
     axes.axhline(floor, color="#999999", linewidth=0.8, linestyle=":")
@@ -123,9 +121,7 @@ def layer_traces(measured: Mapping[str, Any], path: Path) -> None:
     y = np.arange(len(rows))
     mean, sem = (np.array([row[name] for row in rows]) for name in ("mean", "sem"))
     axes.barh(y, mean, color=COLORS["sam"], height=0.7)
-    axes.errorbar(
-        mean, y, xerr=np.where(np.isfinite(sem), sem, 0), fmt="none", ecolor="#000000", capsize=2, linewidth=1
-    )
+    axes.errorbar(mean, y, xerr=sem, fmt="none", ecolor="#000000", capsize=2, linewidth=1)
     axes.set_yticks(y, [row["layer"] for row in rows], fontsize=7 if len(rows) > 12 else 9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(0, color="#000000", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""The README is executed: every Python block runs, every command parses."""
+"""The README and the pages of docs are executed: every Python block runs, every command parses."""
 
 import functools
 import re
@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import step_cost
-from experiments import compare, train
+from benchmarks import curvature, step_cost
+from experiments import compare, hessian, train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+TEXT = "\n".join(PAGES.values())
 MAINS = {
     "experiments.train": train.main,
     "experiments.compare": compare.main,
+    "experiments.hessian": hessian.main,
+    "benchmarks.curvature": curvature.main,
     "benchmarks.step_cost": step_cost.main,
 }
-COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", README)
+COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", TEXT)
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
 def test_python_blocks_run(block, capsys):
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "page", "exec"), {})
     assert capsys.readouterr().out
 
 
@@ -45,5 +48,6 @@ def test_commands_are_all_found():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (path.parent / target).exists(), target
