@@ -46,8 +46,7 @@ class HostOperator:
 
     def __call__(self, vector: PyTree) -> PyTree:
         """`fn(vector)`."""
-        if _is_traced(vector):
-            raise TypeError("A `HostOperator` runs on the host and cannot be traced; call the solver outside jax.jit.")
+        _refuse_tracing(vector)
         return self.fn(vector)
 
 
@@ -62,6 +61,7 @@ def run(solver: Solver, operator: Callable[[PyTree], PyTree], carry: Any) -> Any
       carry: the first carry.
     """
     if isinstance(operator, HostOperator):
+        _refuse_tracing(carry)
         product = operator
     elif isinstance(operator, jax.tree_util.Partial):
         product = functools.partial(_product, operator)
@@ -83,6 +83,11 @@ def _device_loop(solver: Solver, operator: Callable[[PyTree], PyTree], carry: An
         return solver.advance(carry, operator(solver.argument(carry)))
 
     return jax.lax.while_loop(solver.is_running, body, carry)
+
+
+def _refuse_tracing(tree: PyTree) -> None:
+    if _is_traced(tree):
+        raise TypeError("A `HostOperator` runs on the host and cannot be traced; call the solver outside jax.jit.")
 
 
 def _is_traced(tree: PyTree) -> bool:

@@ -1,8 +1,8 @@
 """Orthonormal vectors stacked along a new first axis: `basis[i]` is the i-th vector, or zero where unset.
 
 Vectors are packed: the leaves of a parameter tree are joined to one flat array, since the matrix products of a deep
-network's leaves, one by one, take minutes to compile. Parameters sharded over devices keep their leaves, and so their
-sharding: joined, every device would hold all of them. The functions below take either.
+network's leaves, one by one, take minutes to compile. Parameters sharded over devices keep their leaves: joined, every
+device would have to hold all of them. The functions below take either.
 """
 
 from __future__ import annotations
