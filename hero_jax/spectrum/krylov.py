@@ -95,8 +95,9 @@ def top_eigenpairs(
         Q <- [Q, orth(H q)],   T = Q^T H Q,   T s = theta s,   y = Q s
 
     until the k wanted Ritz pairs have ||H y - theta y|| <= rtol |theta|. When Q is full, it is replaced by its best
-    Ritz vectors and the iteration goes on from there. Where the space is invariant before k pairs are found (a start at
-    an eigenvector, a rank below k), a random vector orthogonal to it comes next.
+    Ritz vectors and the iteration goes on from there. Where the space becomes invariant (a start at an eigenvector, a
+    low rank), its pairs are exact but need not be the wanted ones: a random vector orthogonal to it comes next, and the
+    search ends when the largest eigenvalue out there is known to 10 % and changes nothing.
 
     Args:
       matvec: `vector -> vector`, a symmetric linear operator H on pytrees. What it means (which loss, which batch,
@@ -110,7 +111,8 @@ def top_eigenpairs(
       basis_size: vectors kept beyond those of the start, more than k; default max(2 k, k + 60) or the dimension.
         Static.
       v0: start vectors, stacked along a new first axis of every leaf: the `eigenvectors` of an earlier result, to
-        follow a spectrum in a few products, or several random ones. Default one random vector.
+        follow a spectrum in a few products (ask for one more than needed, so that one overtaking another is seen), or
+        several random ones. Default one random vector.
 
     Returns:
       `Eigenpairs`. `converged` says of each that it is an eigenpair, not that none was missed: one start vector sees
@@ -279,7 +281,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     values = jnp.where(is_real, values[chosen], jnp.nan)
     components = jnp.where(is_real, vectors[:, chosen], 0)
     padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
-    lengths = jax.vmap(_tree.norm, 1)(coefficients @ components - padded * jnp.where(is_real, values, 0))
+    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * jnp.where(is_real, values, 0))
     residual_norms = jnp.hypot(lengths, _weighted(space.defects, components))
     # A comparison with NaN is False.
     converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
@@ -288,7 +290,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
 
 @dataclasses.dataclass(frozen=True)
 class _Krylov:
-    """Lanczos from one vector, to the end of its Krylov carry."""
+    """Lanczos from one vector, to the end of its Krylov space."""
 
     num_steps: int
     packing: _basis.Packing
@@ -370,9 +372,11 @@ class _TopEigenpairs:
         rotation = rotation.at[:num_kept, :m].set(kept.components.T)
         rotation = rotation.at[num_kept + jnp.arange(b), m + jnp.arange(b)].set(1)
         coefficients = jnp.zeros_like(space.coefficients).at[:num_kept, :num_kept].set(jnp.diag(kept.values))
-        coefficients = coefficients.at[num_kept : num_kept + b, :num_kept].set(space.coefficients[m:] @ kept.components)
+        coefficients = coefficients.at[num_kept : num_kept + b, :num_kept].set(
+            _product(space.coefficients[m:], kept.components)
+        )
         # Of H y, the part in the old span but not along y is what asymmetry and rounding leave.
-        left_out = space.coefficients[:m] @ kept.components - kept.components * kept.values
+        left_out = _product(space.coefficients[:m], kept.components) - kept.components * kept.values
         defects = jnp.hypot(jax.vmap(_tree.norm, 1)(left_out), _weighted(space.defects, kept.components))
         space = space._replace(
             basis=_basis.combine(rotation, space.basis),
@@ -499,6 +503,11 @@ def _extend(
 def _rounding(space: Space) -> jax.Array:
     """The length below which a vector is rounding error of the operator."""
     return ROUNDING * jnp.finfo(space.scale.dtype).eps * space.scale
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in full: accelerators round the factors to 8 or 11 bits by default."""
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _weighted(defects: jax.Array, components: jax.Array) -> jax.Array:
