@@ -38,7 +38,7 @@ OUTSIDE_RTOL = 0.1
 class Eigenpairs(NamedTuple):
     """Approximate eigenpairs, best known first in the order that was asked for, and how good each is.
 
-    eigenvalues: (k,), float32 or wider; sign kept.
+    eigenvalues: (k,), float32 or wider; sign kept. NaN, with NaN residuals, where fewer than k products were taken.
     eigenvectors: pytree whose leaves have a new first axis of k; orthonormal, in the types of the parameters.
     residuals: (k,), ||H v - lambda v|| / |lambda|; 0 where both vanish.
     converged: (k,), whether the residual is at most `rtol`, or ||H v - lambda v|| is at the rounding error of the
@@ -211,12 +211,11 @@ def lanczos(
     space = krylov_space(matvec, v0, num_steps)
     ritz = ritz_pairs(space, rtol)
     vectors = _ritz_vectors(_basis.Packing.of(v0), ritz, space)
-    unset = jnp.isnan(ritz.values)
     return Lanczos(
         eigenvalues=ritz.values,
         eigenvectors=jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), vectors, v0),
         components=ritz.components[0],
-        residuals=jnp.where(unset, jnp.nan, _relative(ritz.residual_norms, ritz.values)),
+        residuals=_relative(ritz.residual_norms, ritz.values),
         converged=ritz.converged,
         num_matvecs=space.num_matvecs,
         asymmetry=space.asymmetry,
@@ -282,7 +281,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     components = jnp.where(is_real, vectors[:, chosen], 0)
     padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
     lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * jnp.where(is_real, values, 0))
-    residual_norms = jnp.hypot(lengths, _weighted(space.defects, components))
+    residual_norms = jnp.where(is_real, jnp.hypot(lengths, _weighted(space.defects, components)), jnp.nan)
     # A comparison with NaN is False.
     converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
     return Ritz(values, components, residual_norms, converged)
