@@ -96,7 +96,7 @@ def spectral_density(
     _check.integer("spectral_density(num_points=...)", num_points, low=2)
     if bandwidth is not None:
         _check.positive("spectral_density(bandwidth=...)", bandwidth)
-    nodes, weights, products, asymmetries = [], [], [], []
+    nodes, weights, products, asymmetries, scales = [], [], [], [], []
     for key_probe in jax.random.split(key, num_probes):
         space = krylov.krylov_space(matvec, _tree.random_signs(key_probe, params), num_steps)
         ritz = krylov.ritz_pairs(space, 0.0)
@@ -104,7 +104,10 @@ def spectral_density(
         weights.append(ritz.components[0] ** 2)
         products.append(space.num_matvecs)
         asymmetries.append(space.asymmetry)
-    nodes, weights = jnp.stack(nodes), jnp.stack(weights)
+        scales.append(space.scale)
+    # A probe with a broken product is not one with fewer nodes.
+    is_broken = ~jnp.isfinite(jnp.stack(scales)).all()
+    nodes, weights = jnp.where(is_broken, jnp.nan, jnp.stack(nodes)), jnp.stack(weights)
     lowest, highest = jnp.nanmin(nodes), jnp.nanmax(nodes)
     if bandwidth is None:
         # Of a multiple of the identity there is no width; any will do that its size makes visible.
@@ -115,12 +118,14 @@ def spectral_density(
         width = jnp.asarray(bandwidth, nodes.dtype)
     edges = jnp.linspace(lowest - MARGIN * width, highest + MARGIN * width, num_points + 1)
     cells = jax.vmap(lambda nodes, weights: _cell_masses(edges, nodes, weights, width))(nodes, weights)
-    densities = cells / jnp.diff(edges)
-    sem = jnp.std(densities, 0, ddof=1) / jnp.sqrt(num_probes) if num_probes > 1 else jnp.full(num_points, jnp.inf)
+    cells = jnp.where(is_broken, jnp.nan, cells)
+    # Squares of masses, which have no unit, stay in range whatever the size of the eigenvalues.
+    sem = jnp.std(cells, 0, ddof=1) / jnp.sqrt(num_probes) if num_probes > 1 else jnp.full(num_points, jnp.inf)
+    widths = jnp.diff(edges)
     return SpectralDensity(
         grid=(edges[1:] + edges[:-1]) / 2,
-        density=densities.mean(0),
-        sem=sem,
+        density=cells.mean(0) / widths,
+        sem=sem / widths,
         bandwidth=width,
         nodes=nodes,
         weights=weights,

@@ -88,7 +88,7 @@ def trace(
     _check_arguments("trace", params, num_probes, rtol)
     _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(params))
     if not sketch_size:
-        return _average(_quadratic_form, matvec, params, key, num_probes, rtol)
+        return _rescaled(*_average(_quadratic_form, matvec, params, key, num_probes, rtol))
     packing = _basis.Packing.of(params)
     like = packing.pack(jax.tree.map(jnp.asarray, params))
     sketch = _Sketch(_basis.zeros(sketch_size, like), jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2**31))
@@ -97,7 +97,7 @@ def trace(
     exact = _loop.run(
         _ExactSolver(packing), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
     ).total
-    rest = _average(_quadratic_form, matvec, params, key, num_probes, rtol, basis, exact)
+    rest = _rescaled(*_average(_quadratic_form, matvec, params, key, num_probes, rtol, basis, exact))
     return rest._replace(num_matvecs=rest.num_matvecs + 2 * sketch_size)
 
 
@@ -139,7 +139,7 @@ def layer_traces(
     Source: Dong, Yao, Arfeen, Gholami, Mahoney and Keutzer, HAWQ-V2, NeurIPS 2020, section 3.
     """
     _check_arguments("layer_traces", params, num_probes, rtol)
-    return _average(_layer_forms, matvec, params, key, num_probes, rtol)
+    return _rescaled(*_average(_layer_forms, matvec, params, key, num_probes, rtol))
 
 
 def diagonal(
@@ -180,7 +180,7 @@ def diagonal(
     Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, Applied Numerical Mathematics 2007.
     """
     _check_arguments("diagonal", params, num_probes, rtol)
-    return _average(_entry_forms, matvec, params, key, num_probes, rtol)
+    return _rescaled(*_average(_entry_forms, matvec, params, key, num_probes, rtol))
 
 
 def hessian_norm(
@@ -220,7 +220,8 @@ def hessian_norm(
     """
     _check_arguments("hessian_norm", params, num_probes, rtol)
     # A relative error of the root is half that of the square.
-    return _root(_average(_squared_length, matvec, params, key, num_probes, 2 * rtol))
+    square, unit = _average(_squared_length, matvec, params, key, num_probes, 2 * rtol)
+    return _rescaled(_root(square), unit)
 
 
 class Moments(NamedTuple):
@@ -260,12 +261,13 @@ def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, 
     Source: see `trace`.
     """
     _check_arguments("moments", params, num_probes, 0.0)
-    every = _average(_all_forms, matvec, params, key, num_probes, 0.0)
+    every, unit = _average(_all_forms, matvec, params, key, num_probes, 0.0)
     parts = [every._replace(mean=mean, sem=sem) for mean, sem in zip(every.mean, every.sem, strict=True)]
-    return Moments(parts[0], parts[1], _root(parts[2]))
+    return Moments(_rescaled(parts[0], unit), _rescaled(parts[1], unit), _rescaled(_root(parts[2]), unit))
 
 
 def _check_arguments(name: str, params: PyTree, num_probes: Any, rtol: Any) -> None:
+    _check.scalar(f"{name}(rtol=...)", rtol)
     _check.floating_tree("params", params)
     _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
     _check.non_negative(f"{name}(rtol=...)", rtol)
@@ -297,6 +299,10 @@ def _root(square: Estimate) -> Estimate:
     return square._replace(mean=mean, sem=jnp.where(square.sem == 0, 0, square.sem / (2 * mean)))
 
 
+def _rescaled(estimate: Estimate, unit: jax.Array) -> Estimate:
+    return estimate._replace(mean=_tree.scale(unit, estimate.mean), sem=_tree.scale(unit, estimate.sem))
+
+
 class _Running(NamedTuple):
     """Running mean and sum of squared deviations of `num_probes` samples, each a tree."""
 
@@ -306,7 +312,10 @@ class _Running(NamedTuple):
 
 
 class _Carry(NamedTuple):
+    """unit: about the length of the first product; all are measured in it, so that no square over- or underflows."""
+
     moments: _Running
+    unit: jax.Array
     basis: PyTree | None
     offset: jax.Array
     key: jax.Array
@@ -329,7 +338,7 @@ class _Average:
 
     def is_above(self, carry: _Carry) -> jax.Array:
         """Whether ||sem|| > rtol ||mean||, NaN counting as such."""
-        mean = jax.tree.map(lambda x: x + carry.offset.astype(x.dtype), carry.moments.mean)
+        mean = _shifted(carry)
         return ~(_tree.norm(_standard_error(carry.moments)) <= carry.limits[0] * _tree.norm(mean))
 
     def argument(self, carry: _Carry) -> PyTree:
@@ -341,13 +350,21 @@ class _Average:
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         z = self.argument(carry)
         _check.matching_tree("matvec(z)", product, z, than="z")
-        sample = self.statistic(z, product)
         mean, squares, taken = carry.moments
+        length = _tree.norm(product).astype(carry.unit.dtype)
+        power_of_two = jnp.ldexp(jnp.ones_like(length), jnp.frexp(length)[1])
+        unit = jnp.where((taken == 0) & (length > 0) & jnp.isfinite(length), power_of_two, carry.unit)
+        sample = self.statistic(z, jax.tree.map(lambda x: _tree.wide(x) / _tree.scale_like(unit, x), product))
         # Welford: sums of squares would cancel.
         deviation = _tree.subtract(sample, mean)
         mean = jax.tree.map(lambda m, d: m + d / (taken + 1), mean, deviation)
         squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), squares, deviation, sample, mean)
-        return carry._replace(moments=_Running(mean, squares, taken + 1))
+        return carry._replace(moments=_Running(mean, squares, taken + 1), unit=unit)
+
+
+def _shifted(carry: _Carry) -> PyTree:
+    """The mean with the offset, in units."""
+    return jax.tree.map(lambda x: x + (carry.offset / carry.unit).astype(x.dtype), carry.moments.mean)
 
 
 def _standard_error(moments: _Running) -> PyTree:
@@ -366,23 +383,24 @@ def _average(
     rtol: Any,
     basis: PyTree | None = None,
     offset: Any = 0.0,
-) -> Estimate:
-    """The mean of `statistic(z, H z)` over probes, orthogonal to `basis`, plus the known `offset`."""
+) -> tuple[Estimate, jax.Array]:
+    """The mean of `statistic(z, H z / unit)` over probes orthogonal to `basis`, plus `offset` / unit; and the unit."""
     packing = _basis.Packing.of(params)
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(statistic, packing.like(), packing.like()))
     dtype = jnp.result_type(*jax.tree.leaves(zero))
     offset = jnp.asarray(offset, dtype)
     limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
     solver = _Average(statistic, packing)
-    start = _Carry(_Running(zero, zero, jnp.zeros((), jnp.int32)), basis, offset, key, limits)
+    start = _Carry(_Running(zero, zero, jnp.zeros((), jnp.int32)), jnp.ones((), dtype), basis, offset, key, limits)
     carry = _loop.run(solver, matvec, start)
-    return Estimate(
-        mean=jax.tree.map(lambda x: x + offset.astype(x.dtype), carry.moments.mean),
+    estimate = Estimate(
+        mean=_shifted(carry),
         sem=_standard_error(carry.moments),
         num_probes=carry.moments.num_probes,
         num_matvecs=carry.moments.num_probes,
         converged=(limits[0] > 0) & ~solver.is_above(carry),
     )
+    return estimate, carry.unit
 
 
 class _Sketch(NamedTuple):
