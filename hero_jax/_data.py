@@ -50,7 +50,7 @@ class BatchMean:
 
     def weighted(self, batch: PyTree, *args: PyTree) -> tuple[PyTree, jax.Array]:
         """`(weight fn(*args, batch), weight)`, wide."""
-        weight = jnp.asarray(weight_of(self.weight_fn, batch), jnp.float32)
+        weight = jnp.asarray(weight_of(self.weight_fn, batch), float)
         scaled = _tree.scale(weight, self.fn(*args, batch))
         # The mean over no example (all of them padding) is 0 / 0.
         return jax.tree.map(lambda x: jnp.where(weight == 0, 0, x), scaled), weight
@@ -84,21 +84,37 @@ class StreamedMean:
     """`(*args) -> mean of fn(*args, batch)` over batches that the host hands in, one compiled call a batch."""
 
     def __init__(self, name: str, mean: BatchMean, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]]) -> None:
-        self._name, self._mean, self._batches = name, mean, batches
+        self._name, self.mean, self._batches = name, mean, batches
         self._weight: float | None = None
+        self._last: Iterator[PyTree] | None = None
+        self.iterate()
+
+    def iterate(self) -> Iterator[PyTree]:
+        """A fresh pass over the batches."""
+        batches = iterate(self._name, self._batches)
+        if batches is self._last:
+            raise ValueError(
+                f"`{self._name}(batches=...)` must give a new iterator at every call; it gave the same"
+                f" {type(batches).__name__} twice."
+            )
+        self._last = batches
+        return batches
 
     def __call__(self, *args: PyTree) -> PyTree:
         """The mean, after one pass over the batches."""
-        total = weight = previous = None
-        for batch in iterate(self._name, self._batches):
+        sums = previous = None
+        for batch in self.iterate():
             _check_examples(self._name, batch)
-            sums = (total, weight)
-            total, weight = _add_weighted(self._mean, None if total is None else sums, batch, args)
+            if sums is None:
+                # Zeros rather than a first call without sums, for which all would be compiled once more.
+                sums = _no_sums(self.mean, batch, args)
+            sums = _add_weighted(self.mean, sums, batch, args)
             # One batch in flight while the next is read: more would hold all their inputs.
             jax.block_until_ready(previous)
-            previous = weight
-        if weight is None:
+            previous = sums[1]
+        if sums is None:
             raise ValueError(f"`{self._name}(batches=...)` must give at least one batch; got none.")
+        total, weight = sums
         self._check_weight(float(weight))
         return jax.tree.map(lambda x: x / weight.astype(x.dtype), total)
 
@@ -113,11 +129,15 @@ class StreamedMean:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _no_sums(mean: BatchMean, batch: PyTree, args: tuple[PyTree, ...]) -> tuple[PyTree, jax.Array]:
+    return jax.tree.map(jnp.zeros_like, mean.weighted(batch, *args))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _add_weighted(
-    mean: BatchMean, sums: tuple[PyTree, jax.Array] | None, batch: PyTree, args: tuple[PyTree, ...]
+    mean: BatchMean, sums: tuple[PyTree, jax.Array], batch: PyTree, args: tuple[PyTree, ...]
 ) -> tuple[PyTree, jax.Array]:
-    new = mean.weighted(batch, *args)
-    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+    return jax.tree.map(jnp.add, sums, mean.weighted(batch, *args))
 
 
 def iterate(name: str, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]]) -> Iterator[PyTree]:
@@ -170,7 +190,6 @@ def mean_over(
     for argument, value in (("microbatch_size", microbatch_size), ("axis_name", axis_name)):
         if value is not None:
             raise TypeError(f"`{name}({argument}=...)` goes with `batch`, not with `batches`; got {value!r}.")
-    iterate(name, batches)
     return StreamedMean(name, BatchMean(fn, weight_fn), batches)
 
 
@@ -181,8 +200,7 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
     microbatches is not the loss of the whole. Nothing is checked of traced values, or where nothing is split.
     """
     if isinstance(mean, StreamedMean):
-        batch = next(iterate(name, mean._batches), None)
-        weight_fn = mean._mean.weight_fn
+        batch, weight_fn = next(mean.iterate(), None), mean.mean.weight_fn
         if batch is None:
             raise ValueError(f"`{name}(batches=...)` must give at least one batch; got none.")
         _check_examples(name, batch)

@@ -291,6 +291,7 @@ class _GaussNewton:
         def model(params: PyTree) -> PyTree:
             return self.model_fn(_merge(params, others), batch)
 
+        _check.matching_tree("vector", vector, params)
         outputs, tangent = jax.jvp(model, (params,), (_tree.cast_like(vector, params),))
         curved = hvp(self.loss_fn, outputs, tangent, batch)
         return jax.vjp(model, params)[1](curved)[0]
@@ -310,6 +311,7 @@ class _EmpiricalFisher:
                 )
             return losses
 
+        _check.matching_tree("vector", vector, params)
         values, tangent = jax.jvp(losses, (params,), (_tree.cast_like(vector, params),))
         return jax.vjp(losses, params)[1](tangent / len(values))[0]
 
@@ -353,13 +355,8 @@ def _operator(
     if not coupled:
         _data.check_uncoupled(name, loss_fn, params, mean)
     if isinstance(mean, _data.StreamedMean):
-        return HostOperator(lambda vector: mean(selected, others, _like(vector, selected)))
+        return HostOperator(lambda vector: mean(selected, others, vector))
     return jax.tree_util.Partial(mean.func, *mean.args, selected, others)
-
-
-def _like(vector: PyTree, params: PyTree) -> PyTree:
-    _check.matching_tree("vector", vector, params)
-    return vector
 
 
 def _merge(params: PyTree, others: PyTree | None) -> PyTree:
