@@ -47,9 +47,11 @@ class Arguments:
     epochs: int = 4
     """Epochs of training before anything is measured."""
     batch_size: int = 128
-    """Images of the timed gradient and product, and of a microbatch."""
+    """Images of the timed gradient and product, of a microbatch, and of the batches of the eigenvalues, all tools."""
     repeats: int = 9
     """Times that gradient and product are timed, after one that is not."""
+    pyhessian_tol: tuple[float, ...] = ()
+    """Tolerances to try PyHessian with, coarse to fine; default from 1e-3 down to where float32 ends."""
     with_peers: bool = True
     """Run the PyTorch tools too, where they are installed."""
     data_dir: Path | None = None
@@ -86,15 +88,13 @@ def measure_product(loss_fn: Any, params: PyTree, batch: PyTree, repeats: int) -
     return row
 
 
-def top_eigenvalues(
-    trainer: training.Trainer, variables: PyTree, split: data.Split, k: int, rtol: float
-) -> peers.PeerResult:
+def top_eigenvalues(loss_fn: Any, params: PyTree, batches: list[PyTree], k: int, rtol: float) -> peers.PeerResult:
     """`spectrum.top_eigenpairs` in the form of its peers; one product and one iteration first, to compile."""
-    matvec, example = trainer.hessian(variables, split)
+    matvec = curvature.hessian_operator(loss_fn, params, batches=batches)
 
     def find(max_matvecs: int) -> spectrum.Eigenpairs:
         key = jax.random.key(0)
-        return spectrum.top_eigenpairs(matvec, example, key, k=k, rtol=rtol, max_matvecs=max_matvecs)
+        return spectrum.top_eigenpairs(matvec, params, key, k=k, rtol=rtol, max_matvecs=max_matvecs)
 
     jax.block_until_ready(find(1))
     started = time.perf_counter()
@@ -158,13 +158,19 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f"Product over {row['images']:,} images in microbatches of {arguments.batch_size}: {row['all_mib']:.1f} MiB,"
         f" over one microbatch {row['one_mib']:.1f} MiB."
     )
-    results = [top_eigenvalues(trainer, variables, dataset.train, arguments.k, arguments.rtol)]
+    size = arguments.batch_size
+    batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, len(labels), size)]
+    results = [top_eigenvalues(loss_fn, variables["params"], batches, arguments.k, arguments.rtol)]
     reason = peers.missing() if arguments.with_peers else "with_peers is off"
     if reason is None:
         network = peers.resnet20(variables)
-        batches = peers.split_batches(np.asarray(images), np.asarray(labels), training.EVAL_BATCH)
-        results.append(peers.eigenthings_top(network, batches, arguments.k, arguments.rtol))
-        results.append(peers.pyhessian_top(network, batches, arguments.k, arguments.rtol))
+        torch_batches = peers.split_batches(np.asarray(images), np.asarray(labels), size)
+        seconds = peers.gradient_and_product_seconds(network, torch_batches[0], arguments.repeats)
+        record["torch_product"] = dict(zip(("gradient_seconds", "product_seconds"), seconds, strict=True))
+        cli.console.print(f"PyTorch on the same batch: gradient {seconds[0]:.3f} s, product {seconds[1]:.3f} s.")
+        results += peers.eigenthings_top(network, torch_batches, arguments.k, arguments.rtol)
+        settings = [(tol, 1000) for tol in arguments.pyhessian_tol] or peers.PYHESSIAN_SETTINGS
+        results.append(peers.pyhessian_top(network, torch_batches, arguments.k, arguments.rtol, settings=settings))
     record["eigenvalues"] = [
         r._asdict() | {"eigenvalues": r.eigenvalues.tolist(), "residuals": r.residuals.tolist()} for r in results
     ]
