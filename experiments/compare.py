@@ -139,7 +139,7 @@ def measure(
     return Measured(
         method=run.method,
         seed=run.seed,
-        accuracy={row.bits: 100 * row.metrics["accuracy"] for row in rows},
+        accuracy={None if row.bits is None else int(row.bits): 100 * row.metrics["accuracy"] for row in rows},
         eigenvalue=float(result.eigenvalues[0]),
         eigenvalue_residual=float(result.residuals[0]),
         eigenvalue_converged=bool(result.converged[0]),

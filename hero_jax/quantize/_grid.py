@@ -1,0 +1,151 @@
+"""The arithmetic of one leaf: range -> scale and zero point -> codes -> weights.
+
+    code = clip(round(w / scale + zero_point), lowest, highest),     w_hat = scale * (code - zero_point)
+
+`QuantSpec` has the table of grids. Scales and zero points have as many axes as the leaf, each of a length that divides
+the leaf's: (1, ..., 1, O) by channel, (..., I / n, O) by group, ones by tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hero_jax import _tree
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
+
+# Fractions of the largest weight that the "mse" rule tries: steps of 1/80, up to 100/80. 80/80, the "max" rule, is one.
+MSE_STEP, MSE_LAST = 80, 100
+
+
+def check_groups(path: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+    """Raises ValueError unless the groups of `spec` divide the input channels of a leaf."""
+    n = spec.group_size
+    if n is not None and len(shape) >= 2 and shape[-2] > n and shape[-2] % n:
+        raise ValueError(
+            f"`QuantSpec(group_size=...)` must divide the input channels of every leaf, or exceed them; got {n} for"
+            f" {path!r} of shape {shape}."
+        )
+
+
+def levels(bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Steps that divide the range, lowest and highest code, as float32 (exact: an integer shift, no exponential).
+
+    NaN where a traced `bits` is out of range, so that the weights say so.
+    """
+    bits = jnp.asarray(bits).astype(jnp.int32)
+    is_valid = (bits >= MIN_BITS) & (bits <= MAX_BITS)
+    half = jnp.where(is_valid, jnp.left_shift(jnp.int32(1), bits - 1).astype(jnp.float32), jnp.nan)
+    if not spec.symmetric:
+        return 2 * half - 1, -half, half - 1
+    if spec.grid == "narrow":
+        return half - 1, 1 - half, half - 1
+    return half if spec.grid == "full" else half - 0.5, -half, half - 1
+
+
+def fit(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Scale (float32) and zero point (an integer as float32) of a leaf."""
+    view, axes = _groups(_tree.wide(w), spec)
+    reduce = functools.partial(jnp.max, axis=axes, keepdims=True, initial=0.0)
+    if spec.range_rule == "percentile" and w.size:
+        assert spec.percentile is not None
+        quantile = functools.partial(jnp.quantile, axis=axes, keepdims=True)
+        high = quantile(jnp.abs(view) if spec.symmetric else view, spec.percentile / 100)
+        low = -high if spec.symmetric else quantile(view, 1 - spec.percentile / 100)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    elif spec.symmetric:
+        high = reduce(jnp.abs(view))
+        low = -high
+    else:
+        low, high = -reduce(-view), reduce(view)
+    if spec.range_rule == "mse":
+        fraction = _least_error(view, low, high, bits, spec, axes)
+        low, high = low * fraction, high * fraction
+    scale, zero_point = _scale(low, high, bits, spec)
+    shape = scale_shape(w.shape, spec)
+    return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def encode(
+    w: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec, round: Any
+) -> jax.Array:
+    """The codes of a leaf, as wide floats; `round` is `jnp.round` or has its values."""
+    values = _tree.wide(w)
+    scale, zero_point = (_expand(x, w.shape).astype(values.dtype) for x in (scale, zero_point))
+    return _codes(values, scale, zero_point, bits, spec, round)
+
+
+def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+    """The weights of floating-point codes, in their type."""
+    shape = codes.shape
+    if zero_point is not None:
+        codes = codes - _expand(zero_point, shape).astype(codes.dtype)
+    return codes * _expand(scale, shape).astype(codes.dtype)
+
+
+def _codes(
+    values: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: Any, spec: QuantSpec, round: Any
+) -> jax.Array:
+    _, lowest, highest = levels(bits, spec)
+    # A range so small that the scale rounds to zero: nothing to divide by, and w is zero to float32.
+    return jnp.clip(round(values / jnp.where(scale == 0, 1, scale) + zero_point), lowest, highest)
+
+
+def _scale(low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    steps, lowest, _ = levels(bits, spec)
+    if spec.symmetric:
+        scale = (high / steps).astype(jnp.float32)
+        return scale, jnp.zeros_like(scale)
+    scale = ((high - low) / steps).astype(jnp.float32)
+    return scale, jnp.round(lowest - (low / jnp.where(scale == 0, 1, scale)).astype(jnp.float32))
+
+
+def _least_error(
+    view: jax.Array, low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec, axes: tuple[int, ...]
+) -> jax.Array:
+    """The fraction of the range [low, high] whose grid has the least sum of squared errors, for each scale."""
+
+    def error(fraction: jax.Array) -> jax.Array:
+        scale, zero_point = (x.astype(view.dtype) for x in _scale(low * fraction, high * fraction, bits, spec))
+        codes = _codes(view, scale, zero_point, bits, spec, jnp.round)
+        return jnp.sum((scale * (codes - zero_point) - view) ** 2, axis=axes, keepdims=True)
+
+    def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        fraction = (i / MSE_STEP).astype(view.dtype)
+        found = error(fraction)
+        return jnp.where(found < best[1], fraction, best[0]), jnp.minimum(found, best[1])
+
+    whole = jnp.ones_like(low)
+    last = MSE_LAST if spec.symmetric else MSE_STEP
+    return jax.lax.fori_loop(1, last + 1, better, (whole, error(jnp.ones((), view.dtype))))[0]
+
+
+def _groups(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, tuple[int, ...]]:
+    """A view of a leaf, and the axes of it that share a scale."""
+    if w.ndim < 2 or spec.granularity == "tensor":
+        return w, tuple(range(w.ndim))
+    if spec.granularity == "channel":
+        return w, tuple(range(w.ndim - 1))
+    groups = scale_shape(w.shape, spec)[-2]
+    size = w.shape[-2] // groups if groups else 0
+    return w.reshape(*w.shape[:-2], groups, size, w.shape[-1]), (w.ndim - 1,)
+
+
+def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
+    """The shape of the scales of a leaf."""
+    if len(shape) < 2 or spec.granularity == "tensor":
+        return (1,) * len(shape)
+    if spec.granularity == "channel":
+        return (*(1,) * (len(shape) - 1), shape[-1])
+    assert spec.group_size is not None
+    return (*shape[:-2], -(-shape[-2] // spec.group_size), shape[-1])
+
+
+def _expand(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Scales repeated over the members of their groups, so that they broadcast against a leaf of this shape."""
+    if len(shape) < 2 or scale.shape[-2] in (0, 1, shape[-2]):
+        return scale
+    return jnp.repeat(scale, shape[-2] // scale.shape[-2], axis=-2)

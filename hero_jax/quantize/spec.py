@@ -1,0 +1,233 @@
+"""What decides a quantized weight: its scale, its grid, its range, and which weights it is at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hero_jax import _check, _tree
+
+PyTree = Any
+
+GRANULARITIES = ("tensor", "channel", "group")
+GRIDS = ("narrow", "full", "stretched")
+RANGE_RULES = ("max", "percentile", "mse")
+MIN_BITS, MAX_BITS = 2, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """Everything that decides a quantized weight besides the bit width; `name` belongs beside every number.
+
+    With L = 2^(b - 1), m the end of the symmetric range [-m, m], and [lo, hi] the asymmetric one, which holds 0:
+
+        grid         scale              zero point            codes               at 2 bits, m = 1
+        narrow       m / (L - 1)        0                     -(L - 1) .. L - 1   -1, 0, 1
+        full         m / L              0                     -L .. L - 1         -1, -0.5, 0, 0.5
+        stretched    m / (L - 1/2)      0                     -L .. L - 1         -1.33, -0.67, 0, 0.67
+        asymmetric   (hi - lo)/(2L - 1) round(-L - lo/scale)  -L .. L - 1         lo=-1, hi=0.5: -1, -0.5, 0, 0.5
+
+    "full" clips the largest positive weights; "stretched" is that of qwix and torchao. Zero is a code of every grid.
+    Rounding is half to even, scales are float32.
+
+    Args:
+      granularity: what has a scale of its own. "channel": each entry of the last axis, the output channel of Flax
+        Dense, Conv, depthwise and grouped kernels. "group": each `group_size` consecutive entries of the last axis but
+        one, the input channel, at every position of the other axes. "tensor": the leaf. A leaf with fewer than two
+        axes always has one scale.
+      grid: "narrow", "full" or "stretched".
+      symmetric: False for the asymmetric grid, which uses all codes: `grid` must then be "full".
+      range_rule: "max": m = max |w|, or lo = min(w, 0) and hi = max(w, 0). "percentile": the `percentile` of |w|, or
+        that of w and its complement; what lies outside is clipped. "mse": of the ranges c times that of "max", with c =
+        1/80, 2/80, ..., 100/80, the one whose sum of squared errors is least (asymmetric ranges only shrink).
+      percentile: for range_rule "percentile", in (50, 100].
+      group_size: for granularity "group". A leaf with fewer input channels is one group; otherwise it must divide them.
+      leaves: patterns (`fnmatch`, on paths such as "stage1_block1/conv1/kernel") of the leaves to quantize. Default:
+        leaves with two or more axes. In most networks those are the kernels; biases of attention heads and of layers
+        stacked by a scan have two axes as well: name patterns there.
+      overrides: pairs of a pattern and a bit width that the leaves it matches have at every point of a sweep, or None
+        to leave them as they are: `(("conv/*", 8), ("head/*", None))`. The last that matches counts.
+
+    Raises:
+      ValueError, TypeError: a value that is not among those above, or given where it has no meaning.
+
+    >>> QuantSpec(granularity="tensor").name
+    'tensor-narrow'
+    >>> QuantSpec("group", "full", symmetric=False, range_rule="mse", group_size=32).name
+    'group32-asymmetric-mse'
+    >>> QuantSpec(overrides=(("head/*", 8), ("conv/*", None))).name
+    'channel-narrow+head/*@8+conv/*@full'
+    """
+
+    granularity: str = "channel"
+    grid: str = "narrow"
+    symmetric: bool = True
+    range_rule: str = "max"
+    percentile: float | None = None
+    group_size: int | None = None
+    leaves: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, int | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check.one_of("QuantSpec(granularity=...)", self.granularity, GRANULARITIES)
+        _check.one_of("QuantSpec(grid=...)", self.grid, GRIDS)
+        _check.boolean("QuantSpec(symmetric=...)", self.symmetric)
+        _check.one_of("QuantSpec(range_rule=...)", self.range_rule, RANGE_RULES)
+        if not self.symmetric and self.grid != "full":
+            raise ValueError(f"`QuantSpec(grid=...)` must be 'full' where symmetric is False; got {self.grid!r}.")
+        _goes_with("percentile", self.percentile, "range_rule", self.range_rule)
+        if self.percentile is not None:
+            _check.scalar("QuantSpec(percentile=...)", self.percentile)
+            if not 50 < self.percentile <= 100:
+                raise ValueError(f"`QuantSpec(percentile=...)` must be in (50, 100]; got {self.percentile!r}.")
+        _goes_with("group_size", self.group_size, "granularity", self.granularity, "group")
+        if self.group_size is not None:
+            _check.integer("QuantSpec(group_size=...)", self.group_size, low=1)
+        if not isinstance(self.leaves, tuple) or not all(isinstance(x, str) for x in self.leaves):
+            raise TypeError(f"`QuantSpec(leaves=...)` must be a tuple of patterns; got {_check.brief(self.leaves)}.")
+        for pair in self.overrides if isinstance(self.overrides, tuple) else (self.overrides,):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise TypeError(
+                    "`QuantSpec(overrides=...)` must be a tuple of pairs (pattern, bits or None); got"
+                    f" {_check.brief(pair)}."
+                )
+            if pair[1] is not None:
+                _check.integer(f"QuantSpec(overrides=...)[{pair[0]!r}]", pair[1], low=MIN_BITS, high=MAX_BITS)
+
+    @property
+    def name(self) -> str:
+        """What the specification is in one word, such as "channel-narrow"; no two have the same one."""
+        parts = [self.granularity if self.group_size is None else f"group{self.group_size}"]
+        parts.append(self.grid if self.symmetric else "asymmetric")
+        if self.range_rule != "max":
+            parts.append("mse" if self.percentile is None else f"p{self.percentile!r}")
+        leaves = f"+only[{','.join(self.leaves)}]" if self.leaves else ""
+        fixed = "".join(f"+{pattern}@{'full' if bits is None else bits}" for pattern, bits in self.overrides)
+        return "-".join(parts) + leaves + fixed
+
+
+def named(name: str) -> QuantSpec:
+    """The specification of a name: what `QuantSpec.name` gives without leaves and overrides, or one of `PRESETS`.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> named("qwix").name
+    'channel-stretched'
+    >>> named("group32-asymmetric-p99.9")
+    ... # doctest: +NORMALIZE_WHITESPACE
+    QuantSpec(granularity='group', grid='full', symmetric=False, range_rule='percentile', percentile=99.9,
+              group_size=32, leaves=(), overrides=())
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    match = re.fullmatch(
+        r"(tensor|channel|group(?P<size>[1-9]\d*))-(?P<grid>narrow|full|stretched|asymmetric)"
+        r"(-(?P<rule>mse|p(?P<percentile>\d+(\.\d+)?)))?",
+        name,
+    )
+    if match is None:
+        granularities, grids = "tensor, channel, group32", (*GRIDS, "asymmetric")
+        raise ValueError(
+            f"`spec` must be one of {', '.join(PRESETS)}, or GRANULARITY-GRID[-RANGE] with granularity {granularities};"
+            f" grid {', '.join(grids)}; range mse, p99.9; got {name!r}."
+        )
+    size, percentile = match["size"], match["percentile"]
+    return QuantSpec(
+        granularity="group" if size else match[1],
+        grid="full" if match["grid"] == "asymmetric" else match["grid"],
+        symmetric=match["grid"] != "asymmetric",
+        range_rule="percentile" if percentile else match["rule"] or "max",
+        percentile=float(percentile) if percentile else None,
+        group_size=int(size) if size else None,
+    )
+
+
+def select(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[PyTree], PyTree] | None) -> PyTree:
+    """Which leaves are quantized, as a tree of bools: by `mask`, or the patterns of `spec`, or their number of axes.
+
+    Raises ValueError where nothing is selected, a pattern matches nothing, or an override no selected leaf.
+    """
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
+    _check.floating_tree("params", params)
+    paths = paths_of(params)
+    if mask is not None and spec.leaves:
+        raise ValueError(f"`{name}(mask=...)` and `QuantSpec(leaves=...)` both name leaves; give one of them.")
+    if spec.leaves:
+        matched = [[fnmatch.fnmatchcase(path, pattern) for path in paths] for pattern in spec.leaves]
+        for pattern, hits in zip(spec.leaves, matched, strict=True):
+            if not any(hits):
+                raise ValueError(_no_match("leaves", pattern, "", paths))
+        chosen = [any(hits) for hits in zip(*matched, strict=True)]
+    else:
+        chosen = jax.tree.leaves(_check.bool_tree(f"{name}(mask=...)", _tree.kernels if mask is None else mask, params))
+    for pattern, _ in spec.overrides:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, c in zip(paths, chosen, strict=True) if c):
+            raise ValueError(_no_match("overrides", pattern, "selected ", paths))
+    chosen = [c and _override(path, spec, 0) is not None for path, c in zip(paths, chosen, strict=True)]
+    if not any(chosen):
+        raise ValueError(f"`QuantSpec(overrides=...)` leaves nothing to quantize of {len(paths)} leaves.")
+    return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+
+def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> list[Any]:
+    """The bit width of every leaf, overrides of `spec` included.
+
+    `bits` is one integer, traced or not, or a tree of them: that of `params` or a prefix of it.
+    """
+    if jax.tree.leaves(bits) and jax.tree.structure(bits) == jax.tree.structure(0):
+        _check.integer(f"{name}(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
+        widths = [bits] * len(jax.tree.leaves(params))
+    else:
+        try:
+            tree = jax.tree.broadcast(bits, params)
+        except ValueError:
+            _check.matching_tree(f"{name}(bits=...)", bits, jax.tree.map(lambda _: 0, params))
+            raise
+        widths = jax.tree.leaves(tree)
+        for path, width in zip(paths_of(params), widths, strict=True):
+            _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=jnp.finfo(jnp.float64).bits)
+    return [_override(path, spec, width) for path, width in zip(paths_of(params), widths, strict=True)]
+
+
+def paths_of(tree: PyTree) -> list[str]:
+    """The paths of the leaves, such as "stage1_block1/conv1/kernel"."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _override(path: str, spec: QuantSpec, bits: Any) -> Any:
+    for pattern, fixed in spec.overrides:
+        if fnmatch.fnmatchcase(path, pattern):
+            bits = fixed
+    return bits
+
+
+def _no_match(field: str, pattern: str, kind: str, paths: list[str]) -> str:
+    return (
+        f"`QuantSpec({field}=...)` has a pattern that matches no {kind}leaf: {pattern!r}; of {len(paths)},"
+        f" the first is {paths[0]!r}."
+    )
+
+
+def _goes_with(field: str, value: Any, other: str, kind: str, wanted: str | None = None) -> None:
+    wanted = wanted or field
+    if (value is not None) != (kind == wanted):
+        rule = "be given with" if kind == wanted else "be left out without"
+        raise ValueError(f"`QuantSpec({field}=...)` must {rule} {other}={wanted!r}; got {value!r} and {kind!r}.")
+
+
+PRESETS = {
+    "narrow": QuantSpec("channel", "narrow"),
+    "qwix": QuantSpec("channel", "stretched"),
+    "mse": QuantSpec("channel", "narrow", range_rule="mse"),
+    "asymmetric": QuantSpec("channel", "full", symmetric=False),
+}

@@ -1,0 +1,239 @@
+"""Rounding weights to a grid: in floating point (`fake_quantize`), or as integer codes (`quantize`, `dequantize`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from hero_jax import _check, _tree
+from hero_jax.quantize import _grid
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, bits_of_leaves, paths_of, select
+
+PyTree = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero_point"], meta_fields=["bits", "dtype"]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A leaf as integers: w_hat = scale * (codes - zero_point), in `dtype`.
+
+    A pytree with the fields codes, scale and zero_point.
+
+    codes: int8 (int16 above 8 bits), in the shape of the leaf.
+    scale: float32, as many axes as the leaf: ones by tensor, (1, ..., 1, O) by channel, (..., I / n, O) by group.
+    zero_point: of the type of `codes`, in the shape of `scale`; None for a symmetric grid.
+    bits: bit width of the codes. Static.
+    dtype: name of the type of the leaf, such as "float32". Static.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    bits: int
+    dtype: str
+
+
+def fake_quantize(
+    params: PyTree,
+    bits: PyTree,
+    spec: QuantSpec = QuantSpec(),
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    *,
+    straight_through: bool = False,
+) -> PyTree:
+    """Rounds weights to the grid of `spec`, keeping the tree and its types.
+
+        w_hat = scale * (clip(round(w / scale + zero_point), lowest, highest) - zero_point)
+
+    Args:
+      params: pytree of floating-point arrays.
+      bits: integer in 2..16; may be traced, so that a sweep over bit widths compiles once. A traced value out of range
+        gives NaN weights. Or a tree of such integers, that of `params` or a prefix of it, for a width a leaf; those of
+        leaves that are not quantized are ignored.
+      spec: scale, grid, range, leaves and their exceptions; see `QuantSpec`. Static.
+      mask: bool tree, prefix of one, or callable from params to one, naming the leaves to quantize; the others pass
+        through. Default: those of `spec`, which by default are the leaves with two or more axes.
+      straight_through: differentiate as if rounding were the identity: d w_hat / d w = 1 inside the range and 0 where
+        w is clipped, the scale held constant. Otherwise derivatives are those of the function as it is: zero, but for
+        what flows through the scale.
+
+    Returns:
+      The tree with w_hat in place of w. A leaf (or channel, or group) of zeros stays zero; a NaN or an infinity makes
+      its channel NaN; a leaf without entries stays as it is.
+
+    Raises:
+      ValueError: `bits` outside 2..16; a mask, a pattern or a tree of bits that does not match `params` or selects
+        nothing; a group size that does not divide the input channels.
+      TypeError: `bits` is not an integer; a leaf is not floating point.
+
+    Cost: element-wise; a hundred times that for range_rule "mse". Pure, works under jit, vmap and grad.
+
+    >>> import jax.numpy as jnp
+    >>> fake_quantize(jnp.array([[1.0, 4.0], [-0.4, 2.5]]), 3)
+    Array([[ 1.        ,  4.        ],
+           [-0.33333334,  2.6666667 ]], dtype=float32)
+
+    Source: Jacob et al., Quantization and training of neural networks, CVPR 2018, section 2; Bengio et al., Estimating
+    or propagating gradients through stochastic neurons, 2013 (straight-through).
+    """
+    _check.boolean("fake_quantize(straight_through=...)", straight_through)
+    return on_plan(params, plan_of("fake_quantize", params, bits, spec, mask), spec, straight_through)
+
+
+def quantize(
+    params: PyTree,
+    bits: PyTree,
+    spec: QuantSpec = QuantSpec(),
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    """Turns weights into integer codes, scales and zero points.
+
+    `dequantize(quantize(params, bits, spec))` is `fake_quantize(params, bits, spec)`, bit for bit where both are
+    compiled, or neither.
+
+    Args:
+      params, spec, mask: as in `fake_quantize`.
+      bits: as in `fake_quantize`, but Python integers, since the type of the codes depends on them.
+
+    Returns:
+      The tree with a `QuantizedArray` in place of each leaf that is quantized. A channel with a NaN has scale NaN.
+
+    Raises:
+      As `fake_quantize`; TypeError where `bits` is traced.
+
+    Cost: as `fake_quantize`. Pure; works under jit with static `bits`.
+
+    >>> import jax.numpy as jnp
+    >>> q = quantize({"kernel": jnp.array([[1.0, 4.0], [-0.4, 2.5]]), "bias": jnp.ones(2)}, 3)
+    >>> q["kernel"].codes
+    Array([[ 3,  3],
+           [-1,  2]], dtype=int8)
+    >>> q["kernel"].scale
+    Array([[0.33333334, 1.3333334 ]], dtype=float32)
+    """
+    plan = plan_of("quantize", params, bits, spec, mask)
+
+    def leaf(w: jax.Array, width: Any) -> QuantizedArray:
+        if isinstance(width, Tracer):
+            raise TypeError("`quantize(bits=...)` must be Python integers; got a traced one: `fake_quantize` takes it.")
+        width = int(width)
+        dtype = jnp.int8 if width <= 8 else jnp.int16
+        scale, zero_point = _grid.fit(w, width, spec)
+        codes = _grid.encode(w, scale, zero_point, width, spec, jnp.round)
+        # NaN has no code; its scale is NaN and says so.
+        codes, zeros = (jnp.nan_to_num(x, nan=0.0).astype(dtype) for x in (codes, zero_point))
+        return QuantizedArray(codes, scale, None if spec.symmetric else zeros, width, w.dtype.name)
+
+    return _map_selected(leaf, params, plan)
+
+
+def dequantize(tree: PyTree) -> PyTree:
+    """Gives weights back: scale * (codes - zero_point) in place of each `QuantizedArray`; the rest passes through.
+
+    Args:
+      tree: what `quantize` returned, or `load`.
+
+    Returns:
+      The tree of weights, in their first types.
+
+    >>> import jax.numpy as jnp
+    >>> dequantize(quantize(jnp.array([[1.0, 4.0], [-0.4, 2.5]]), 3))
+    Array([[ 1.        ,  4.        ],
+           [-0.33333334,  2.6666667 ]], dtype=float32)
+    """
+
+    def leaf(q: Any) -> Any:
+        if not isinstance(q, QuantizedArray):
+            return q
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        return _grid.decode(q.codes.astype(wide), q.scale, q.zero_point).astype(q.dtype)
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+
+
+def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: bool = False) -> PyTree:
+    """`fake_quantize` with the bit width of every leaf, None where it passes through."""
+
+    def leaf(w: jax.Array, width: Any) -> jax.Array:
+        scale, zero_point = _grid.fit(w, width, spec)
+        if straight_through:
+            scale, zero_point = jax.lax.stop_gradient((scale, zero_point))
+        codes = _grid.encode(w, scale, zero_point, width, spec, _straight_through if straight_through else jnp.round)
+        return _grid.decode(codes, scale, zero_point).astype(w.dtype)
+
+    return _map_selected(leaf, params, plan)
+
+
+def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """(sum of w^2, sum of (w_hat - w)^2) over the leaves whose entry of `plan` is not None."""
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(quantized), plan, strict=True))
+    chosen = [(w, q) for w, q, width in leaves if width is not None]
+    rest = [_tree.wide(q) - _tree.wide(w) for w, q in chosen]
+    return _tree.dot([w for w, _ in chosen], [w for w, _ in chosen]), _tree.dot(rest, rest)
+
+
+def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
+    """How large a network is on a plan of concrete bit widths: entries and bytes.
+
+    fraction: of all entries, those that are quantized.
+    mean_bits: average bit width of these; 0 where there is none.
+    ideal_bytes: codes at exactly their bit width, the other leaves as they are: what is usually quoted.
+    stored_bytes: that, with scales and zero points and each leaf filled up to bytes: the tensors of `save`'s file.
+    """
+    entries = code_bits = 0
+    ideal = stored = 0.0
+    for w, width in zip(jax.tree.leaves(params), plan, strict=True):
+        n = math.prod(jnp.shape(w))
+        if width is None:
+            ideal, stored = ideal + w.nbytes, stored + w.nbytes
+            continue
+        width = int(width)
+        scales = math.prod(_grid.scale_shape(jnp.shape(w), spec))
+        entries, code_bits = entries + n, code_bits + n * width
+        ideal += n * width / 8
+        stored += -(-n * width // 8) + scales * (4 + (0 if spec.symmetric else 1 if width <= 8 else 2))
+    total = _tree.size(params)
+    return {
+        "fraction": entries / total if total else 0.0,
+        "mean_bits": code_bits / entries if entries else 0.0,
+        "ideal_bytes": ideal,
+        "stored_bytes": stored,
+    }
+
+
+def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any) -> list[Any]:
+    """The bit width of every leaf, None where it passes through; raises what `fake_quantize` raises."""
+    chosen = jax.tree.leaves(select(name, params, spec, mask))
+    widths = bits_of_leaves(name, params, bits, spec)
+    for path, w, width, c in zip(paths_of(params), jax.tree.leaves(params), widths, chosen, strict=True):
+        if c:
+            _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
+            _grid.check_groups(path, jnp.shape(w), spec)
+    return [width if c else None for width, c in zip(widths, chosen, strict=True)]
+
+
+def _map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: list[Any]) -> PyTree:
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten(
+        [w if width is None else leaf(jnp.asarray(w), width) for w, width in zip(leaves, plan, strict=True)]
+    )
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array) -> jax.Array:
+    """`round`, with the derivative of the identity."""
+    return jnp.round(x)
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return jnp.round(primals[0]), tangents[0]
