@@ -45,10 +45,8 @@ class CompareConfig:
     """Hold this many training images out and evaluate on them in place of the test set."""
     bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
     """Bit widths of the weights."""
-    granularity: str = "channel"
-    """Scale of the quantizer: channel or tensor."""
-    grid: str = "narrow"
-    """Grid of the quantizer: narrow, full or stretched."""
+    spec: str = "channel-narrow"
+    """Name of the quantizer: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
     curvature_size: int | None = None
     """Training images for the Hessian; default all of digits, 500 of cifar10."""
     curvature_products: int = 200
@@ -64,13 +62,8 @@ class CompareConfig:
                 _check.integer(name, getattr(self, name), low=1)
         for width in self.bits:
             _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
-        self.spec  # noqa: B018  (raises on an unknown name)
+        quantize.named(self.spec)
         self.run("sgd", 0)
-
-    @property
-    def spec(self) -> quantize.QuantSpec:
-        """The quantizer."""
-        return quantize.QuantSpec(self.granularity, self.grid)
 
     @property
     def curvature_images(self) -> int:
@@ -131,7 +124,7 @@ def measure(
     def eval_fn(params: PyTree) -> dict[str, float]:
         return trainer.evaluate({"params": params, "batch_stats": batch_stats}, dataset.test)
 
-    rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, config.spec)
+    rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, quantize.named(config.spec))
     images = data.Split(*(x[: config.curvature_images] for x in dataset.train))
     matvec, example = trainer.hessian(variables, images)
     products = config.curvature_products
@@ -200,7 +193,7 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     return (
         f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images, last epoch: accuracy in percent on"
         f" {tested:,} {where} images, {spread}. Bits: weights rounded after training,"
-        f" grid {config.spec.name}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
+        f" grid {config.spec}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."
     )
@@ -256,7 +249,7 @@ def main(
     }
     runs.write_json(out / "results.json", record)
     (out / "table.md").write_text(f"{markdown_table(rows)}\n{text}\n")
-    plots.accuracy_over_bits(rows, config.spec.name, out / "bits.png")
+    plots.accuracy_over_bits(rows, config.spec, out / "bits.png")
     plots.eigenvalues(results, out / "eigenvalues.png")
     plots.training(
         {m: [out / "runs" / f"{m}-s{s}" for s in range(config.seeds)] for m in config.methods}, out / "training.png"

@@ -7,14 +7,12 @@ their standard errors, and leaves them as curvature.json beside plots of the spe
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich import box
@@ -22,7 +20,6 @@ from rich.table import Table
 
 from experiments import cli, data, plots, progress, runs
 from experiments import train as training
-from experiments.config import TrainConfig
 from hero_jax import _check, curvature, spectrum
 
 PyTree = Any
@@ -153,15 +150,6 @@ def tables(measured: dict[str, Any]) -> list[Table]:
     return [top, layers]
 
 
-def load(run: Path, data_dir: Path | None, display: Any) -> tuple[training.Trainer, PyTree, data.Dataset]:
-    """The trainer, the last saved variables and the data of a run folder."""
-    variables = runs.load_variables(run)
-    config = TrainConfig(**json.loads((run / "config.json").read_text()))
-    dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-    dataset = data.subset(dataset, config.train_size, config.validation_size)
-    return training.build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
-
-
 def main(
     run: Annotated[Path, tyro.conf.Positional],
     config: Annotated[HessianConfig, tyro.conf.arg(name="")],
@@ -179,7 +167,7 @@ def main(
     out = out or run / f"hessian-{config.split}"
     started = time.monotonic()
     with progress.bar() as display:
-        trainer, variables, dataset = load(run, data_dir, display)
+        _, trainer, variables, dataset = training.load(run, data_dir, display)
         runs.claim(out)
         split = getattr(dataset, config.split)
         split = data.Split(*(x[: config.images] for x in split))

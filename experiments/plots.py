@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +27,78 @@ def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     names = ["full" if bits is None else str(bits) for bits in rows[0].accuracy]
-    for i, row in enumerate(rows):
-        mean, deviation = np.array(list(row.accuracy.values())).T
-        # Set a little apart, so that the bars of methods that tie can be told from one another.
-        x = np.arange(len(names)) + 0.06 * (i - (len(rows) - 1) / 2)
-        style = {"color": COLORS[row.method], "marker": MARKERS[row.method], "markersize": 5, "capsize": 2}
-        axes.errorbar(x, mean, deviation, label=LABELS[row.method], **style)
-    axes.set_xticks(range(len(names)), names)
+    lines = [
+        (LABELS[row.method], list(row.accuracy.values()), {"color": COLORS[row.method], "marker": MARKERS[row.method]})
+        for row in rows
+    ]
+    _bits_panel(axes, names, lines)
     axes.set_xlabel(f"bits of a weight after training ({spec})")
-    axes.set_ylabel("accuracy, %")
     axes.set_title(f"mean \u00b1 standard deviation, n = {rows[0].n}", fontsize=10, loc="left")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left")
+    figure.savefig(path, dpi=150)
+
+
+def quantization(lines: Mapping[tuple[str, str, str], Sequence[tuple[float, float]]], names: Sequence[str], path: Path):
+    """Accuracy against the bit width, a panel for each specification and step.
+
+    `lines`: by (specification, step, network), (mean, standard deviation) in percent at each of `names`.
+    """
+    panels = list(dict.fromkeys(key[:2] for key in lines))
+    networks = list(dict.fromkeys(key[2] for key in lines))
+    columns = min(3, len(panels))
+    shape = -(-len(panels) // columns), columns
+    size = (1.2 + 4.0 * columns, 0.5 + 3.2 * shape[0])
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(*shape, sharey=True, squeeze=False)
+    for axes, (spec, step) in zip(grid.flat, panels, strict=False):
+        styles = zip(networks, itertools.cycle(COLORS.values()), itertools.cycle(MARKERS.values()), strict=False)
+        drawn = [
+            (network, lines[spec, step, network], {"color": color, "marker": marker})
+            for network, color, marker in styles
+        ]
+        _bits_panel(axes, names, drawn)
+        axes.set_title(f"{spec}, {step}", fontsize=9, loc="left")
+        axes.set_xlabel("bits of a weight")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    grid[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _bits_panel(axes: Any, names: Sequence[str], lines: Sequence[tuple[str, Any, dict[str, Any]]]) -> None:
+    for i, (label, points, style) in enumerate(lines):
+        mean, deviation = np.array(points).T
+        # Set a little apart, so that the bars of methods that tie can be told from one another.
+        x = np.arange(len(names)) + 0.06 * (i - (len(lines) - 1) / 2)
+        axes.errorbar(x, mean, deviation, label=label, markersize=5, capsize=2, **style)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("accuracy, %")
+    axes.grid(alpha=0.3)
+
+
+def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, float], path: Path) -> None:
+    """Measured against predicted increase of the loss, a mark for each layer quantized alone."""
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    predicted, measured = (np.array([row[name] for row in rows]) for name in ("by_trace", "increase"))
+    axes.plot(predicted, measured, "o", color=COLORS["hero"], markersize=5)
+    for row in sorted(rows, key=lambda row: -abs(row["increase"]))[:4]:
+        where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7, "color": "#555555"}
+        axes.annotate(row["layer"].removesuffix("/kernel"), (row["by_trace"], row["increase"]), **where)
+    positive = np.concatenate([np.abs(x[x != 0]) for x in (predicted, measured)])
+    threshold = positive.min() if len(positive) else 1.0
+    for scale in (axes.set_xscale, axes.set_yscale):
+        scale("symlog", linthresh=threshold)
+    ends = np.array([min(0, *predicted, *measured), max(*predicted, *measured)])
+    axes.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"predicted by the layer's trace, {rows[0]['bits']} bits")
+    axes.set_ylabel("measured increase of the loss")
+    axes.set_title(
+        f"Spearman {correlation['spearman']:.2f}, Pearson {correlation['pearson']:.2f}, {len(rows)} layers",
+        fontsize=10,
+        loc="left",
+    )
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 
 from experiments import cli, data, methods, plots, progress, runs
 from experiments.config import TrainConfig
-from hero_jax import curvature, models, spectrum
+from hero_jax import curvature, models, quantize, spectrum
 
 PyTree = Any
 EVAL_BATCH = 500
@@ -41,6 +42,8 @@ class Trainer(NamedTuple):
     init: `seed -> TrainState`.
     step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
+    forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
+    statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
     hessian: `(variables, split) -> (matvec, example)`, the Hessian of the mean cross-entropy over a split, normalised
       by the running BatchNorm statistics, without augmentation or weight decay; and a tree shaped like its vectors.
     """
@@ -48,6 +51,8 @@ class Trainer(NamedTuple):
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split], dict[str, float]]
+    forward: Callable[[PyTree, jax.Array], jax.Array]
+    statistics: Callable[[PyTree, jax.Array], PyTree]
     hessian: Callable[[PyTree, data.Split], tuple[Callable[[PyTree], PyTree], PyTree]]
 
 
@@ -99,9 +104,16 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
 
+    def forward(variables: PyTree, images: jax.Array) -> jax.Array:
+        return apply(variables, data.normalize(images, pixels))
+
+    @jax.jit
+    def statistics(variables: PyTree, images: jax.Array) -> PyTree:
+        x = data.normalize(images, pixels)
+        return apply(variables, x, train=True, mutable=["batch_stats"])[1].get("batch_stats", {})
+
     def mean_loss(variables: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        images, labels = batch
-        return _cross_entropy(apply(variables, data.normalize(images, pixels)), labels)
+        return _cross_entropy(forward(variables, batch[0]), batch[1])
 
     def hessian(variables: PyTree, split: data.Split) -> tuple[Callable[[PyTree], PyTree], PyTree]:
         size = len(split.labels)
@@ -111,13 +123,22 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)
         return matvec, curvature.restrict(variables, mask)
 
-    @jax.jit
-    def score(variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = apply(variables, data.normalize(images, pixels))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.sum(mask * (logits.argmax(-1) == labels)), jnp.sum(mask * losses)
+    classify = quantize.classifier(forward, batch_size=EVAL_BATCH)
 
-    return Trainer(init, step, functools.partial(_evaluate, score), hessian)
+    def evaluate(variables: PyTree, split: data.Split) -> dict[str, float]:
+        found = classify(variables, *split)
+        return {name: found[name] for name in ("accuracy", "loss")}
+
+    return Trainer(init, step, evaluate, forward, statistics, hessian)
+
+
+def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
+    """The configuration, the trainer, the last saved variables and the data of a run folder."""
+    variables = runs.load_variables(run)
+    config = TrainConfig(**json.loads((run / "config.json").read_text()))
+    dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+    dataset = data.subset(dataset, config.train_size, config.validation_size)
+    return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
 
 
 def train(
@@ -241,20 +262,6 @@ def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
     """The metrics of the transformation at the last step, where the method has any."""
     metrics = getattr(opt_state[0], "metrics", None)
     return {} if metrics is None else {k: float(v) for k, v in metrics._asdict().items()}
-
-
-def _evaluate(score: Callable[..., Any], variables: PyTree, split: data.Split) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over a split, in batches of one shape; the last is filled up and masked."""
-    hits = losses = 0.0
-    size = len(split.labels)
-    batch = min(EVAL_BATCH, size)
-    for start in range(0, size, batch):
-        chosen = np.arange(start, start + batch)
-        mask = chosen < size
-        chosen = np.minimum(chosen, size - 1)
-        hit, loss = score(variables, split.images[chosen], split.labels[chosen], mask)
-        hits, losses = hits + float(hit), losses + float(loss)
-    return {"accuracy": hits / size, "loss": losses / size}
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

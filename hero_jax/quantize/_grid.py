@@ -64,7 +64,7 @@ def fit(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.
     if spec.range_rule == "mse":
         fraction = _least_error(view, low, high, bits, spec, axes)
         low, high = low * fraction, high * fraction
-    scale, zero_point = _scale(low, high, bits, spec)
+    scale, zero_point = affine(low, high, bits, spec)
     shape = scale_shape(w.shape, spec)
     return scale.reshape(shape), zero_point.reshape(shape)
 
@@ -94,7 +94,8 @@ def _codes(
     return jnp.clip(round(values / jnp.where(scale == 0, 1, scale) + zero_point), lowest, highest)
 
 
-def _scale(low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+def affine(low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of a range that holds 0."""
     steps, lowest, _ = levels(bits, spec)
     if spec.symmetric:
         scale = (high / steps).astype(jnp.float32)
@@ -109,7 +110,7 @@ def _least_error(
     """The fraction of the range [low, high] whose grid has the least sum of squared errors, for each scale."""
 
     def error(fraction: jax.Array) -> jax.Array:
-        scale, zero_point = (x.astype(view.dtype) for x in _scale(low * fraction, high * fraction, bits, spec))
+        scale, zero_point = (x.astype(view.dtype) for x in affine(low * fraction, high * fraction, bits, spec))
         codes = _codes(view, scale, zero_point, bits, spec, jnp.round)
         return jnp.sum((scale * (codes - zero_point) - view) ** 2, axis=axes, keepdims=True)
 

@@ -1,0 +1,353 @@
+"""Quantizes saved runs: `python -m experiments.quantize runs/digits-mlp-hero-s0 runs/digits-mlp-sgd-s0`.
+
+Accuracy at each bit width for named specifications and optional steps after rounding, one line for each network; runs
+that differ in their seed only are one network with a mean and a spread. Leaves table.md, rows.csv, results.json and
+bits.png; with `--sensitivity` also layers.csv and layers-*.png, and an allocation of bits to layers.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich import box
+from rich.table import Table
+
+from experiments import cli, data, plots, progress, runs
+from experiments import train as training
+from experiments.config import LABELS, TrainConfig
+from hero_jax import _check, quantize, spectrum
+from hero_jax.quantize import linen, rounding, sensitivity
+
+PyTree = Any
+# In the order in which they are applied.
+STEPS = ("fold", "rounding", "bias", "batch-norm", "activations")
+CALIBRATION_BATCH = 128
+# Specification, step, network.
+Key = tuple[str, str, str]
+ALLOCATION_BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """How to quantize."""
+
+    specs: tuple[str, ...] = ("channel-narrow", "channel-stretched")
+    """Names of quantizers: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
+    bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
+    """Bit widths of the weights."""
+    steps: tuple[str, ...] = ("nearest",)
+    """Each is evaluated apart: nearest, or some of fold, rounding, bias, batch-norm and activations joined by "+"."""
+    calibration: int = 512
+    """Training images for the steps."""
+    activation_bits: int = 8
+    """Bit width of the activations where a step has them."""
+    images: int | None = None
+    """Evaluate on the first so many test images; default all."""
+    sensitivity: int | None = None
+    """Bit width at which each layer is quantized alone, and mean bit width of the allocation; default: neither."""
+    probes: int = 30
+    """Random probes of the layer traces."""
+    seed: int = 0
+    """Of the probes."""
+
+    def __post_init__(self) -> None:
+        if not (self.specs and self.bits and self.steps):
+            raise ValueError("`specs`, `bits` and `steps` must each name at least one.")
+        for name in self.specs:
+            quantize.named(name)
+        for width in (*self.bits, self.activation_bits, *(() if self.sensitivity is None else (self.sensitivity,))):
+            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        for step in self.steps:
+            for part in step.split("+") if step != "nearest" else ():
+                _check.one_of("steps", part, STEPS)
+        for name in ("calibration", "images"):
+            if getattr(self, name) is not None:
+                _check.integer(name, getattr(self, name), low=1)
+        _check.integer("probes", self.probes, low=2)
+        _check.integer("seed", self.seed, low=0)
+
+
+class Network(NamedTuple):
+    """A saved run, ready to be quantized."""
+
+    trainer: training.Trainer
+    variables: PyTree
+    dataset: data.Dataset
+    calibration: list[np.ndarray]
+
+
+def evaluate(
+    config: QuantizeConfig, network: Network, spec: quantize.QuantSpec, step: str, report: Callable[[int, int], None]
+) -> list[quantize.QuantizedScore]:
+    """The rows of one network, specification and step; the row of full precision has the step too."""
+    parts = () if step == "nearest" else step.split("+")
+    trainer, batches = network.trainer, network.calibration
+    variables = network.variables
+    forward = trainer.forward
+    pairs = linen.batch_norm_pairs(forward, variables, batches[0])
+    if not pairs and not {"fold", "batch-norm"}.isdisjoint(parts):
+        raise ValueError(f"`steps` has {step!r}, but the network has no BatchNorm after a layer.")
+    if "fold" in parts:
+        variables = linen.fold_batch_norm(variables, pairs)
+    quantizer = None
+    if "rounding" in parts:
+        grams = linen.input_grams(forward, variables, batches)
+        optimized = jax.jit(functools.partial(rounding.optimized, spec=spec))
+        quantizer = lambda params, bits: optimized(params, bits, grams)  # noqa: E731
+
+    correct = linen.bias_correction(forward, variables, batches, pairs) if "bias" in parts else None
+    if "activations" in parts:
+        ranges = linen.activation_ranges(forward, variables, batches)
+        forward = linen.quantized_activations(forward, ranges, config.activation_bits)
+    classify = quantize.classifier(forward, batch_size=training.EVAL_BATCH)
+    test = data.Split(*(x[: config.images] for x in network.dataset.test))
+
+    def eval_fn(params: PyTree) -> dict[str, Any]:
+        current = variables | {"params": params} if correct is None else correct(params)
+        if "batch-norm" in parts:
+            params, stats = current["params"], current["batch_stats"]
+            stats = linen.reestimate_batch_stats(
+                lambda stats, images: trainer.statistics({"params": params, "batch_stats": stats}, images),
+                stats,
+                batches,
+            )
+            current = current | {"batch_stats": stats}
+        return classify(current, *test)
+
+    return quantize.quantize_and_evaluate(
+        eval_fn, variables["params"], config.bits, spec, quantizer=quantizer, report=report
+    )
+
+
+def measure_layers(
+    config: QuantizeConfig, network: Network, spec: quantize.QuantSpec, report: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Each layer quantized alone against its trace, and bits allocated to layers by the traces; training loss."""
+    assert config.sensitivity is not None
+    trainer, variables = network.trainer, network.variables
+    images = data.Split(*(x[: config.calibration] for x in network.dataset.train))
+    product, example = trainer.hessian(variables, images)
+
+    def matvec(vector: PyTree) -> PyTree:
+        # The operator works on trees with the batch statistics left out.
+        return product({"params": vector, "batch_stats": example["batch_stats"]})["params"]
+
+    def loss_fn(params: PyTree) -> float:
+        return trainer.evaluate(variables | {"params": params}, images)["loss"]
+
+    params = variables["params"]
+    report("layer traces", 0, 1)
+    found = spectrum.layer_traces(product, example, jax.random.key(config.seed), num_probes=config.probes)
+    traces = found.mean["params"]
+    report("layer traces", 1, 1)
+    layers = sensitivity.sensitivities(
+        loss_fn,
+        params,
+        config.sensitivity,
+        traces,
+        matvec=matvec,
+        spec=spec,
+        report=functools.partial(report, "layers alone"),
+    )
+    by_trace, by_hessian = ([getattr(layer, name) for layer in layers] for name in ("by_trace", "by_hessian"))
+    increases = [layer.increase for layer in layers]
+    costs = sensitivity.predicted_costs(params, traces, ALLOCATION_BITS, spec=spec)
+    sizes = {layer.layer: layer.size for layer in layers}
+    allocation = sensitivity.allocate_bits(costs, sizes, mean_bits=float(config.sensitivity))
+    tree = sensitivity.bits_tree(params, allocation.bits)
+    test = data.Split(*(x[: config.images] for x in network.dataset.test))
+    rows = quantize.quantize_and_evaluate(
+        lambda p: trainer.evaluate(variables | {"params": p}, test), params, (config.sensitivity, tree), spec
+    )
+    return {
+        "images": len(images.labels),
+        "layers": [layer._asdict() for layer in layers],
+        "correlation": {
+            "trace": sensitivity.correlation(by_trace, increases)._asdict(),
+            "hessian": sensitivity.correlation(by_hessian, increases)._asdict(),
+        },
+        "allocation": allocation._asdict(),
+        "accuracy": {"full": rows[0], "uniform": rows[1], "allocated": rows[2]},
+    }
+
+
+def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Path]]:
+    """Runs by network: those that differ in their seed only are one. Named by method, and by folder where that clashes.
+
+    Raises ValueError where a run is given twice.
+    """
+    groups: dict[TrainConfig, list[Path]] = {}
+    seeds = set()
+    for path, config in configs:
+        if config in seeds:
+            raise ValueError(f"`folders` must differ; {path} has the configuration and seed of another one.")
+        seeds.add(config)
+        groups.setdefault(dataclasses.replace(config, seed=0), []).append(path)
+    labels = [LABELS[config.method] for config in groups]
+    names = [
+        label if labels.count(label) == 1 else f"{label} ({paths[0].name})"
+        for label, paths in zip(labels, groups.values(), strict=True)
+    ]
+    return dict(zip(names, groups.values(), strict=True))
+
+
+def cells(
+    config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]], separator: str
+) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
+    """Header and, by specification and step, lines of text: accuracy in percent, mean and deviation over seeds."""
+    header = ["network", "n", "full", *(f"{bits} bit" for bits in config.bits)]
+    lines: dict[tuple[str, str], list[list[str]]] = {}
+    for (spec, step, name), seeds in scores.items():
+        spreads = quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"])
+        text = [f"{s.mean:.2f}" + (f"{separator}{s.std:.2f}" if s.n > 1 else "") for s in spreads]
+        lines.setdefault((spec, step), []).append([name, str(len(seeds)), *text])
+    return header, lines
+
+
+def markdown_table(config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> str:
+    """One table for everything."""
+    header, lines = cells(config, scores, " \u00b1 ")
+    rows = [["spec", "step", *header], ["---"] * 3 + ["---:"] * (len(header) - 1)]
+    rows += [[*kind, *line] for kind, part in lines.items() for line in part]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def terminal_tables(config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> list[Table]:
+    """A table of 80 columns for each specification and step, standard deviations under the means."""
+    header, lines = cells(config, scores, "\n\u00b1")
+    found = []
+    for (spec, step), part in lines.items():
+        title = f"weights {spec}, {step}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in header:
+            table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
+        for line in part:
+            table.add_row(*line)
+        found.append(table)
+    return found
+
+
+def write_rows(path: Path, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> None:
+    """One line for each run, specification, step and bit width, in the fields of `QuantizedScore`."""
+    fields = ("accuracy", "loss", "drop", "flipped", "sqnr_db", "fraction", "ideal_bytes", "stored_bytes")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("spec", "step", "network", "run", "bits", *fields))
+        for (spec, step, name), seeds in scores.items():
+            for i, rows in enumerate(seeds):
+                for row in rows:
+                    values = (
+                        row.metrics["accuracy"],
+                        row.metrics["loss"],
+                        row.drop["accuracy"],
+                        *row[5:6],
+                        row.sqnr_db,
+                    )
+                    sizes = (row.fraction, row.ideal_bytes, row.stored_bytes)
+                    writer.writerow((spec, step, name, i, "full" if row.bits is None else row.bits, *values, *sizes))
+
+
+def layer_tables(measured: dict[str, Any]) -> Table:
+    """The layers of one network for a terminal."""
+    table = Table("layer", "weights", "increase", "by trace", "by d'Hd/2", "bits", box=box.SIMPLE_HEAD, pad_edge=False)
+    for layer in measured["layers"]:
+        values = (f"{layer[name]:.3g}" for name in ("increase", "by_trace", "by_hessian"))
+        table.add_row(
+            layer["layer"], f"{layer['size']:,}", *values, str(measured["allocation"]["bits"][layer["layer"]])
+        )
+    return table
+
+
+def load(folder: Path, data_dir: Path | None, display: Any, calibration: int) -> tuple[TrainConfig, Network]:
+    """A run folder as a `Network`."""
+    config, trainer, variables, dataset = training.load(folder, data_dir, display)
+    images = dataset.train.images[:calibration]
+    batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
+    return config, Network(trainer, variables, dataset, batches)
+
+
+def main(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    config: Annotated[QuantizeConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Quantizes saved runs: accuracy over bits for named quantizers and steps, sensitivities, allocated bits.
+
+    Args:
+        folders: Run folders with a checkpoint, all of one data set.
+        config: How to quantize.
+        out: Folder for the results, new or empty; default quantize in the first run.
+        data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+    """
+    if not folders:
+        raise ValueError("`folders` must name at least one run folder; got none.")
+    out = out or folders[0] / "quantize"
+    started = time.monotonic()
+    scores: dict[Key, list[list[quantize.QuantizedScore]]] = {}
+    layers: dict[str, Any] = {}
+    with progress.bar() as display:
+        loaded = {path: load(path, data_dir, display, config.calibration) for path in folders}
+        names = {network[0].dataset for network in loaded.values()}
+        if len(names) > 1:
+            raise ValueError(f"`folders` must be of one data set; got {', '.join(sorted(names))}.")
+        groups = group_runs((path, run) for path, (run, _) in loaded.items())
+        runs.claim(out)
+        report = progress.steps(display)
+        for spec in config.specs:
+            for step in config.steps:
+                for name, paths in groups.items():
+                    for path in paths:
+                        line = functools.partial(report, f"{path.name} {spec} {step}")
+                        rows = evaluate(config, loaded[path][1], quantize.named(spec), step, line)
+                        scores.setdefault((spec, step, name), []).append(rows)
+        for name, paths in groups.items() if config.sensitivity is not None else ():
+            layers[name] = measure_layers(config, loaded[paths[0]][1], quantize.named(config.specs[0]), report)
+    images = min(config.images or 10**9, len(next(iter(loaded.values()))[1].dataset.test.labels))
+    text = (
+        f"{names.pop()}: accuracy in percent on {images:,} images, kernels rounded after training; mean \u00b1 standard"
+        f" deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
+    )
+    (out / "table.md").write_text(f"{markdown_table(config, scores)}\n{text}\n")
+    write_rows(out / "rows.csv", scores)
+    record = {"config": runs.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
+    results = [
+        {"spec": spec, "step": step, "network": name, "seeds": [[row._asdict() for row in rows] for rows in seeds]}
+        for (spec, step, name), seeds in scores.items()
+    ]
+    runs.write_json(
+        out / "results.json", record | {"results": results, "layers": layers, "environment": runs.environment()}
+    )
+    plotted = {
+        key: [(s.mean, s.std) for s in quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"])]
+        for key, seeds in scores.items()
+    }
+    plots.quantization(plotted, ["full", *map(str, config.bits)], out / "bits.png")
+    for table in terminal_tables(config, scores):
+        cli.console.print(table)
+    cli.console.print(text)
+    for i, (name, measured) in enumerate(layers.items()):
+        plots.sensitivity(measured["layers"], measured["correlation"]["trace"], out / f"layers-{i}.png")
+        accuracy = {kind: f"{100 * row.metrics['accuracy']:.2f}" for kind, row in measured["accuracy"].items()}
+        cli.console.print(layer_tables(measured))
+        cli.console.print(
+            f"{name}: each layer alone at {config.sensitivity} bits, {config.specs[0]}, increase of the mean training"
+            f" loss on {measured['images']} images. Spearman correlation with the prediction by trace"
+            f" {measured['correlation']['trace']['spearman']:.2f}, by d'Hd/2"
+            f" {measured['correlation']['hessian']['spearman']:.2f}. Accuracy full {accuracy['full']}, uniform"
+            f" {accuracy['uniform']}, bits allocated by trace at the same mean {accuracy['allocated']}."
+        )
+    cli.console.print(f"{time.monotonic() - started:.0f} s. Results are in {out}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
