@@ -38,30 +38,32 @@ def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def quantization(lines: Mapping[tuple[str, str, str], Sequence[tuple[float, float]]], names: Sequence[str], path: Path):
-    """Accuracy against the bit width, a panel for each specification and step.
+def quantization(
+    lines: Mapping[tuple[str, str, str], Sequence[tuple[float, float]]], names: Sequence[str], path: Path
+) -> None:
+    """Accuracy against the bit width: a row of panels for each specification, one for each step.
 
     `lines`: by (specification, step, network), (mean, standard deviation) in percent at each of `names`.
     """
-    panels = list(dict.fromkeys(key[:2] for key in lines))
-    networks = list(dict.fromkeys(key[2] for key in lines))
-    columns = min(3, len(panels))
-    shape = -(-len(panels) // columns), columns
-    size = (1.2 + 4.0 * columns, 0.5 + 3.2 * shape[0])
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(*shape, sharey=True, squeeze=False)
-    for axes, (spec, step) in zip(grid.flat, panels, strict=False):
-        styles = zip(networks, itertools.cycle(COLORS.values()), itertools.cycle(MARKERS.values()), strict=False)
+    specs, steps, networks = (list(dict.fromkeys(keys)) for keys in zip(*lines, strict=True))
+    figure = Figure(figsize=(1.0 + 3.8 * len(steps), 0.6 + 3.0 * len(specs)), layout="constrained")
+    panels = figure.subplots(len(specs), len(steps), sharey=True, squeeze=False)
+    # A method keeps its colour; what is not a method takes the next one.
+    methods = {label: method for method, label in LABELS.items()}
+    styles = dict(zip(networks, itertools.cycle(METHODS), strict=False)) | {
+        name: methods[name] for name in networks if name in methods
+    }
+    for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):
+        axes = panels[i, j]
         drawn = [
-            (network, lines[spec, step, network], {"color": color, "marker": marker})
-            for network, color, marker in styles
+            (name, lines[spec, step, name], {"color": COLORS[styles[name]], "marker": MARKERS[styles[name]]})
+            for name in networks
         ]
         _bits_panel(axes, names, drawn)
         axes.set_title(f"{spec}, {step}", fontsize=9, loc="left")
-        axes.set_xlabel("bits of a weight")
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_visible(False)
-    grid[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
+        axes.set_xlabel("bits of a weight" if i + 1 == len(specs) else "")
+        axes.set_ylabel("accuracy, %" if j == 0 else "")
+    panels[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -25,7 +25,7 @@ from experiments import cli, data, plots, progress, runs
 from experiments import train as training
 from experiments.config import LABELS, TrainConfig
 from hero_jax import _check, quantize, spectrum
-from hero_jax.quantize import linen, rounding, sensitivity
+from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
 PyTree = Any
 # In the order in which they are applied.
@@ -162,8 +162,8 @@ def measure_layers(
     increases = [layer.increase for layer in layers]
     costs = sensitivity.predicted_costs(params, traces, ALLOCATION_BITS, spec=spec)
     sizes = {layer.layer: layer.size for layer in layers}
-    allocation = sensitivity.allocate_bits(costs, sizes, mean_bits=float(config.sensitivity))
-    tree = sensitivity.bits_tree(params, allocation.bits)
+    chosen = allocation.allocate_bits(costs, sizes, mean_bits=float(config.sensitivity))
+    tree = allocation.bits_tree(params, chosen.bits)
     test = data.Split(*(x[: config.images] for x in network.dataset.test))
     rows = quantize.quantize_and_evaluate(
         lambda p: trainer.evaluate(variables | {"params": p}, test), params, (config.sensitivity, tree), spec
@@ -175,7 +175,7 @@ def measure_layers(
             "trace": sensitivity.correlation(by_trace, increases)._asdict(),
             "hessian": sensitivity.correlation(by_hessian, increases)._asdict(),
         },
-        "allocation": allocation._asdict(),
+        "allocation": chosen._asdict(),
         "accuracy": {"full": rows[0], "uniform": rows[1], "allocated": rows[2]},
     }
 

@@ -3,9 +3,16 @@
 spec         QuantSpec, named, PRESETS: what decides a quantized weight
 weights      fake_quantize, quantize, dequantize
 evaluate     quantize_and_evaluate, classifier, aggregate
+rounding     optimized: up or down, whichever changes a layer's outputs least
+linen        activations, BatchNorm folding and re-estimation, bias correction (needs flax; import it by name)
+sensitivity  each layer quantized alone against what the Hessian predicts
+allocation   bit widths of layers under a budget
+files        save, load (safetensors), to_qwix, from_qwix
 """
 
+from hero_jax.quantize import allocation, files, rounding, sensitivity
 from hero_jax.quantize.evaluate import QuantizedScore, Spread, aggregate, classifier, quantize_and_evaluate
+from hero_jax.quantize.files import from_qwix, load, save, to_qwix
 from hero_jax.quantize.spec import (
     GRANULARITIES,
     GRIDS,
@@ -30,10 +37,18 @@ __all__ = [
     "QuantizedScore",
     "Spread",
     "aggregate",
+    "allocation",
     "classifier",
     "dequantize",
     "fake_quantize",
+    "files",
+    "from_qwix",
+    "load",
     "named",
     "quantize",
     "quantize_and_evaluate",
+    "rounding",
+    "save",
+    "sensitivity",
+    "to_qwix",
 ]

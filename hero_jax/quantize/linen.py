@@ -1,7 +1,8 @@
 """Steps that have to see a Linen network run: activations, batch normalisation, biases, the inputs of its layers.
 
 Each takes `apply_fn(variables, inputs)`, evaluation mode, with variables {"params": ..., "batch_stats": ...}, and looks
-at the `nn.Conv` and `nn.Dense` modules that it calls. None is done unless asked for. Needs flax.
+at the `nn.Conv` and `nn.Dense` modules that it calls. It must not be compiled, nor call anything compiled that holds
+such modules: what is compiled would not be looked at. None of the steps is done unless asked for. Needs flax.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[st
       By path of the module, the BatchNorm. A module whose output goes to a BatchNorm and elsewhere is not told apart;
       `fold_batch_norm` would change that network: compare its outputs.
     """
+    _check_plain(apply_fn)
     pairs: dict[str, BatchNormPair] = {}
     outputs: list[tuple[Any, str]] = []
 
@@ -129,7 +131,8 @@ def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[st
         return result
 
     with nn.intercept_methods(intercept):
-        jax.eval_shape(apply_fn, variables, inputs)
+        # A function of its own: jax remembers what it traced and would not call the network a second time.
+        jax.eval_shape(lambda *arguments: apply_fn(*arguments), variables, inputs)
     return pairs
 
 
@@ -314,6 +317,11 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
     return _mean_over(batches, functools.partial(measure, variables))
 
 
+def _check_plain(apply_fn: Apply) -> None:
+    if isinstance(apply_fn, jax.stages.Wrapped):
+        raise TypeError("`apply_fn` must not be compiled, so that its modules are seen; give the function inside.")
+
+
 def _flat(tree: PyTree) -> dict[str, Any]:
     return dict(flatten_dict(tree, sep="/"))
 
@@ -326,6 +334,7 @@ def _linear(module: nn.Module, kernel: jax.Array, inputs: Any) -> jax.Array:
 
 def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any) -> Any:
     """`apply_fn(variables, inputs)`, each Conv and Dense giving `watch(module, path, inputs, outputs)` instead."""
+    _check_plain(apply_fn)
     seen = 0
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -1,0 +1,140 @@
+"""What a sweep over bit widths costs: `python -m benchmarks.quantize`.
+
+One process, ResNet20 at its random initialisation (times do not depend on the weights), random images, weights
+quantized to 8 .. 2 bits by channel on the stretched grid, which is that of qwix:
+
+1. the sweep by `quantize_and_evaluate`, and by qwix array functions (`qwix.quantize`, `qwix.dequantize` on every
+   kernel) with the same compiled forward pass: cold (with compilation) and warm (again, in turn, medians);
+2. the same with rounding apart from evaluation;
+3. an evaluation by `classifier` against a plain jitted forward loop over the same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.table import Table
+
+from experiments import cli, runs
+from hero_jax import _check, models, quantize
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    images: int = 1000
+    """Images of an evaluation."""
+    batch_size: int = 250
+    """Images of a forward pass."""
+    bits: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)
+    """Bit widths of the sweep."""
+    repeats: int = 5
+    """Times that each is timed, in turn, after the first."""
+    out: Path | None = None
+    """JSON file for the record."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "repeats"):
+            _check.integer(name, getattr(self, name), low=1)
+
+
+def in_turn(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of the first call of each, and the median of later ones, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - started)
+    return {name: {"cold": seconds[0], "warm": statistics.median(seconds[1:])} for name, seconds in times.items()}
+
+
+def with_qwix(params: PyTree, bits: int) -> PyTree:
+    """The kernels rounded by qwix, by output channel."""
+    import qwix  # optional: of the test extra
+
+    def leaf(w: jax.Array) -> jax.Array:
+        qtype = {4: jnp.int4, 8: jnp.int8}.get(bits, f"int{bits}")
+        return qwix.dequantize(qwix.quantize(w, qtype, channelwise_axes=(w.ndim - 1,))) if w.ndim >= 2 else w
+
+    return jax.tree.map(leaf, params)
+
+
+def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
+    """Prints what quantizing and evaluating costs; with `--out`, writes the record too."""
+    model: Any = models.create("resnet20", 10)
+    images = np.asarray(jax.random.normal(jax.random.key(0), (arguments.images, 32, 32, 3)))
+    labels = np.arange(arguments.images, dtype=np.int32) % 10
+    variables = model.init(jax.random.key(1), images[:1])
+    params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+    spec = quantize.named("qwix")
+
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params, **rest}, x)
+
+    size = arguments.batch_size
+    classify = quantize.classifier(apply, batch_size=size)
+    forward = jax.jit(apply)
+    batches = [images[i : i + size] for i in range(0, len(images), size)]
+
+    def evaluate(params: PyTree) -> dict[str, Any]:
+        return classify(params, images, labels)
+
+    def plain(params: PyTree) -> float:
+        logits = [forward(params, x) for x in batches]
+        found = np.concatenate([np.asarray(x).argmax(-1) for x in logits])
+        return float((found == labels).mean())
+
+    # The one evaluation that both sweeps share is compiled before either.
+    compiled = in_turn({"classifier": lambda: evaluate(params), "plain loop": lambda: plain(params)}, arguments.repeats)
+    rounding = jax.jit(lambda params, bits: quantize.fake_quantize(params, bits, spec))
+    functions: dict[str, Callable[[], Any]] = {
+        "hero_jax sweep": lambda: [
+            row.metrics["loss"] for row in quantize.quantize_and_evaluate(evaluate, params, arguments.bits, spec)
+        ],
+        "hero_jax rounding": lambda: [rounding(params, bits) for bits in arguments.bits],
+    }
+    try:
+        with_qwix({"w": jnp.ones((2, 2))}, 4)
+    except ImportError as error:
+        cli.console.print(f"qwix was left out: {error}")
+    else:
+        functions["qwix sweep"] = lambda: [
+            evaluate(p)["loss"] for p in (params, *(with_qwix(params, bits) for bits in arguments.bits))
+        ]
+        functions["qwix rounding"] = lambda: [with_qwix(params, bits) for bits in arguments.bits]
+        for bits in arguments.bits:
+            ours, theirs = rounding(params, bits), with_qwix(params, bits)
+            gaps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, theirs)
+            assert max(jax.tree.leaves(gaps)) < 1e-5, f"hero_jax and qwix differ at {bits} bits"
+    measured = compiled | in_turn(functions, arguments.repeats)
+    table = Table("", "cold, s", "warm, s", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, seconds in measured.items():
+        table.add_row(name, f"{seconds['cold']:.3f}", f"{seconds['warm']:.3f}")
+    cli.console.print(table)
+    cli.console.print(
+        f"ResNet20, {arguments.images:,} images in batches of {size}, {len(arguments.bits)} bit widths and full"
+        f" precision, {spec.name}; medians of {arguments.repeats} in turn, cold is the first. Sweeps contain the"
+        " evaluations, whose compilation is that of the classifier's first line."
+    )
+    if arguments.out is not None:
+        record = {"arguments": runs.to_json(arguments), "environment": runs.environment(), "seconds": measured}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(arguments.out, record)
+
+
+if __name__ == "__main__":
+    cli.run(main)
