@@ -24,7 +24,7 @@ from rich.table import Table
 from experiments import cli, data, plots, progress, runs
 from experiments import train as training
 from experiments.config import LABELS, TrainConfig
-from hero_jax import _check, quantize, spectrum
+from hero_jax import _check, curvature, quantize, spectrum
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
 PyTree = Any
@@ -154,7 +154,7 @@ def measure_layers(
         params,
         config.sensitivity,
         traces,
-        matvec=matvec,
+        matvec=curvature.HostOperator(matvec),
         spec=spec,
         report=functools.partial(report, "layers alone"),
     )

@@ -347,7 +347,7 @@ class TestGridPoints:
         np.testing.assert_allclose(w_hat[is_below], low[is_below], rtol=1e-6)
         # Encoded again with the same scale, every code stays.
         zeros = jnp.zeros_like(q.scale) if q.zero_point is None else q.zero_point
-        again = _grid.encode(dequantize(q), q.scale, zeros, bits, spec, jnp.round)
+        again = _grid.encode(dequantize(q), q.scale, zeros, bits, spec)
         np.testing.assert_array_equal(again, q.codes)
 
     @pytest.mark.parametrize("spec", kinds(rules=("max",)), ids=name_of)
@@ -466,8 +466,8 @@ class TestStraightThrough:
     @pytest.mark.parametrize("bits", [2, 4])
     @pytest.mark.parametrize("spec", [PRESETS["narrow"], PRESETS["asymmetric"], QuantSpec("tensor")], ids=name_of)
     def test_one_inside_the_range(self, spec, bits):
-        # The ends of the range are inside: nothing is clipped on these grids.
-        np.testing.assert_array_equal(self.grads(weights(), bits, spec), 1)
+        # The ends of the range are inside: nothing is clipped on these grids. scale * (1 / scale) is 1 but for rounding.
+        np.testing.assert_allclose(self.grads(weights(), bits, spec), 1, rtol=3e-7)
 
     def test_zero_where_the_full_grid_clips(self):
         # Scale 2, codes -2..1: 4 is code 2 and clipped, 2.5 is rounded to code 1 and -4 is code -2.

@@ -149,7 +149,7 @@ class TestRoundTrip:
         save(path, q, spec)
         tree, loaded = load(path)
         assert loaded == spec
-        assert loaded.name == "group2-asymmetric-p99.5+only[*kernel]+head/*@7+stem/*@full"
+        assert loaded.name == "group2-asymmetric-p99.5+only['*kernel']+head/*@7+stem/*@full"
         assert tree["head"]["kernel"].bits == 7
         assert_identical(tree, q)
 

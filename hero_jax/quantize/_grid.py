@@ -9,6 +9,8 @@ the leaf's: (1, ..., 1, O) by channel, (..., I / n, O) by group, ones by tensor.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ MSE_STEP, MSE_LAST = 80, 100
 def check_groups(path: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
     """Raises ValueError unless the groups of `spec` divide the input channels of a leaf."""
     n = spec.group_size
-    if n is not None and len(shape) >= 2 and shape[-2] > n and shape[-2] % n:
+    if n is not None and len(shape) >= 2 and math.prod(shape) and shape[-2] > n and shape[-2] % n:
         raise ValueError(
             f"`QuantSpec(group_size=...)` must divide the input channels of every leaf, or exceed them; got {n} for"
             f" {path!r} of shape {shape}."
@@ -65,17 +67,44 @@ def fit(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.
         fraction = _least_error(view, low, high, bits, spec, axes)
         low, high = low * fraction, high * fraction
     scale, zero_point = affine(low, high, bits, spec)
+    # What is not finite has no grid, and a range too large for float32 has no scale: NaN says so.
+    is_finite = jnp.isfinite(view).all(axis=axes, keepdims=True) & jnp.isfinite(scale)
+    scale = jnp.where(is_finite, scale, jnp.nan)
     shape = scale_shape(w.shape, spec)
     return scale.reshape(shape), zero_point.reshape(shape)
 
 
+def nearest(position: jax.Array, lowest: jax.Array, highest: jax.Array) -> jax.Array:
+    """The code next to a position on the grid."""
+    return jnp.clip(jnp.round(position), lowest, highest)
+
+
+@jax.custom_jvp
+def straight_through(position: jax.Array, lowest: jax.Array, highest: jax.Array) -> jax.Array:
+    """`nearest`, with the derivative 1 where it does not clip and 0 where it does."""
+    return nearest(position, lowest, highest)
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    position, lowest, highest = primals
+    rounded = jnp.round(position)
+    is_inside = (rounded >= lowest) & (rounded <= highest)
+    return jnp.clip(rounded, lowest, highest), jnp.where(is_inside, tangents[0], 0)
+
+
 def encode(
-    w: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec, round: Any
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array,
+    bits: jax.typing.ArrayLike,
+    spec: QuantSpec,
+    snap: Callable[..., jax.Array] = nearest,
 ) -> jax.Array:
-    """The codes of a leaf, as wide floats; `round` is `jnp.round` or has its values."""
+    """The codes of a leaf, as wide floats; `snap(position, lowest, highest)` makes a code of a position."""
     values = _tree.wide(w)
     scale, zero_point = (_expand(x, w.shape).astype(values.dtype) for x in (scale, zero_point))
-    return _codes(values, scale, zero_point, bits, spec, round)
+    return _codes(values, scale, zero_point, bits, spec, snap)
 
 
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
@@ -87,11 +116,11 @@ def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> 
 
 
 def _codes(
-    values: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: Any, spec: QuantSpec, round: Any
+    values: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: Any, spec: QuantSpec, snap: Any
 ) -> jax.Array:
     _, lowest, highest = levels(bits, spec)
     # A range so small that the scale rounds to zero: nothing to divide by, and w is zero to float32.
-    return jnp.clip(round(values / jnp.where(scale == 0, 1, scale) + zero_point), lowest, highest)
+    return snap(values / jnp.where(scale == 0, 1, scale) + zero_point, lowest, highest)
 
 
 def affine(low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
@@ -108,11 +137,14 @@ def _least_error(
     view: jax.Array, low: jax.Array, high: jax.Array, bits: Any, spec: QuantSpec, axes: tuple[int, ...]
 ) -> jax.Array:
     """The fraction of the range [low, high] whose grid has the least sum of squared errors, for each scale."""
+    # In units of the range, so that no square leaves float32.
+    unit = jnp.maximum(high, -low)
+    unit = jnp.where(unit > 0, unit, 1)
 
     def error(fraction: jax.Array) -> jax.Array:
         scale, zero_point = (x.astype(view.dtype) for x in affine(low * fraction, high * fraction, bits, spec))
-        codes = _codes(view, scale, zero_point, bits, spec, jnp.round)
-        return jnp.sum((scale * (codes - zero_point) - view) ** 2, axis=axes, keepdims=True)
+        codes = _codes(view, scale, zero_point, bits, spec, nearest)
+        return jnp.sum(((scale * (codes - zero_point) - view) / unit) ** 2, axis=axes, keepdims=True)
 
     def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         fraction = (i / MSE_STEP).astype(view.dtype)
@@ -142,7 +174,7 @@ def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
     if spec.granularity == "channel":
         return (*(1,) * (len(shape) - 1), shape[-1])
     assert spec.group_size is not None
-    return (*shape[:-2], -(-shape[-2] // spec.group_size), shape[-1])
+    return (*shape[:-2], -(-shape[-2] // spec.group_size) if math.prod(shape) else 1, shape[-1])
 
 
 def _expand(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:

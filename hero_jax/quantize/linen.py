@@ -98,7 +98,7 @@ def quantized_activations(
             return outputs
         low, high = (jnp.asarray(x).reshape((1,) * outputs.ndim) for x in ranges[path])
         scale, zero_point = _grid.affine(low, high, bits, _ACTIVATIONS)
-        codes = _grid.encode(outputs, scale, zero_point, bits, _ACTIVATIONS, jnp.round)
+        codes = _grid.encode(outputs, scale, zero_point, bits, _ACTIVATIONS)
         return _grid.decode(codes, scale, zero_point).astype(outputs.dtype)
 
     return lambda variables, inputs: _watched(apply_fn, rounded, variables, inputs)

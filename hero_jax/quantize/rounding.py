@@ -102,8 +102,8 @@ def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
 def _optimize(w: jax.Array, gram: jax.Array, bits: Any, spec: QuantSpec, num_sweeps: int) -> jax.Array:
     wide = _tree.wide(w)
     scale, zero_point = _grid.fit(wide, bits, spec)
-    position = _grid.encode(wide, scale, zero_point, bits, spec, lambda x: x)  # before rounding, clipped to the codes
-    codes = _grid.encode(wide, scale, zero_point, bits, spec, jnp.round)
+    position = _grid.encode(wide, scale, zero_point, bits, spec, jnp.clip)  # not rounded
+    codes = _grid.encode(wide, scale, zero_point, bits, spec)
     groups = gram.shape[0]
     step = jnp.broadcast_to(_grid.decode(jnp.ones_like(wide), scale, None), w.shape)
     rest = _grid.decode(codes, scale, zero_point) - wide

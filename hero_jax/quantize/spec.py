@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hero_jax import _check, _tree
 
@@ -86,6 +85,7 @@ class QuantSpec:
             _check.scalar("QuantSpec(percentile=...)", self.percentile)
             if not 50 < self.percentile <= 100:
                 raise ValueError(f"`QuantSpec(percentile=...)` must be in (50, 100]; got {self.percentile!r}.")
+            object.__setattr__(self, "percentile", float(self.percentile))
         _goes_with("group_size", self.group_size, "granularity", self.granularity, "group")
         if self.group_size is not None:
             _check.integer("QuantSpec(group_size=...)", self.group_size, low=1)
@@ -107,7 +107,7 @@ class QuantSpec:
         parts.append(self.grid if self.symmetric else "asymmetric")
         if self.range_rule != "max":
             parts.append("mse" if self.percentile is None else f"p{self.percentile!r}")
-        leaves = f"+only[{','.join(self.leaves)}]" if self.leaves else ""
+        leaves = f"+only[{','.join(map(repr, self.leaves))}]" if self.leaves else ""
         fixed = "".join(f"+{pattern}@{'full' if bits is None else bits}" for pattern, bits in self.overrides)
         return "-".join(parts) + leaves + fixed
 
@@ -178,7 +178,7 @@ def select(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[
 
 
 def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> list[Any]:
-    """The bit width of every leaf, overrides of `spec` included.
+    """The bit width of every leaf, overrides of `spec` included; in a tree unchecked, since some are not used.
 
     `bits` is one integer, traced or not, or a tree of them: that of `params` or a prefix of it.
     """
@@ -192,8 +192,6 @@ def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> 
             _check.matching_tree(f"{name}(bits=...)", bits, jax.tree.map(lambda _: 0, params))
             raise
         widths = jax.tree.leaves(tree)
-        for path, width in zip(paths_of(params), widths, strict=True):
-            _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=jnp.finfo(jnp.float64).bits)
     return [_override(path, spec, width) for path, width in zip(paths_of(params), widths, strict=True)]
 
 

@@ -128,7 +128,7 @@ def quantize(
         width = int(width)
         dtype = jnp.int8 if width <= 8 else jnp.int16
         scale, zero_point = _grid.fit(w, width, spec)
-        codes = _grid.encode(w, scale, zero_point, width, spec, jnp.round)
+        codes = _grid.encode(w, scale, zero_point, width, spec)
         # NaN has no code; its scale is NaN and says so.
         codes, zeros = (jnp.nan_to_num(x, nan=0.0).astype(dtype) for x in (codes, zero_point))
         return QuantizedArray(codes, scale, None if spec.symmetric else zeros, width, w.dtype.name)
@@ -167,7 +167,8 @@ def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: 
         scale, zero_point = _grid.fit(w, width, spec)
         if straight_through:
             scale, zero_point = jax.lax.stop_gradient((scale, zero_point))
-        codes = _grid.encode(w, scale, zero_point, width, spec, _straight_through if straight_through else jnp.round)
+        snap = _grid.straight_through if straight_through else _grid.nearest
+        codes = _grid.encode(w, scale, zero_point, width, spec, snap)
         return _grid.decode(codes, scale, zero_point).astype(w.dtype)
 
     return _map_selected(leaf, params, plan)
@@ -185,7 +186,7 @@ def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
     """How large a network is on a plan of concrete bit widths: entries and bytes.
 
     fraction: of all entries, those that are quantized.
-    mean_bits: average bit width of these; 0 where there is none.
+    mean_bits: average bit width of these, of the leaves where they have no entry; 0 where there is none.
     ideal_bytes: codes at exactly their bit width, the other leaves as they are: what is usually quoted.
     stored_bytes: that, with scales and zero points and each leaf filled up to bytes: the tensors of `save`'s file.
     """
@@ -194,7 +195,8 @@ def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
     for w, width in zip(jax.tree.leaves(params), plan, strict=True):
         n = math.prod(jnp.shape(w))
         if width is None:
-            ideal, stored = ideal + w.nbytes, stored + w.nbytes
+            nbytes = n * jnp.result_type(w).itemsize
+            ideal, stored = ideal + nbytes, stored + nbytes
             continue
         width = int(width)
         scales = math.prod(_grid.scale_shape(jnp.shape(w), spec))
@@ -202,9 +204,10 @@ def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
         ideal += n * width / 8
         stored += -(-n * width // 8) + scales * (4 + (0 if spec.symmetric else 1 if width <= 8 else 2))
     total = _tree.size(params)
+    widths = [int(width) for width in plan if width is not None]
     return {
         "fraction": entries / total if total else 0.0,
-        "mean_bits": code_bits / entries if entries else 0.0,
+        "mean_bits": code_bits / entries if entries else sum(widths) / max(1, len(widths)),
         "ideal_bytes": ideal,
         "stored_bytes": stored,
     }
@@ -218,6 +221,8 @@ def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any)
         if c:
             _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
             _grid.check_groups(path, jnp.shape(w), spec)
+            if jnp.finfo(jnp.result_type(w)).bits < 16:
+                raise TypeError(f"`params` must have 16 bits or more where quantized; {path!r} is {w.dtype}.")
     return [width if c else None for width, c in zip(widths, chosen, strict=True)]
 
 
@@ -226,14 +231,3 @@ def _map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: l
     return structure.unflatten(
         [w if width is None else leaf(jnp.asarray(w), width) for w, width in zip(leaves, plan, strict=True)]
     )
-
-
-@jax.custom_jvp
-def _straight_through(x: jax.Array) -> jax.Array:
-    """`round`, with the derivative of the identity."""
-    return jnp.round(x)
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return jnp.round(primals[0]), tangents[0]
