@@ -6,5 +6,7 @@ methods   the methods compared, as Optax pipelines
 train     the trainer
 runs      run folders: config, environment, metrics, checkpoint
 compare   methods x seeds: train, quantize, measure curvature, one table
-plots     its figures
+hessian   the curvature of a saved run
+quantize  saved runs at low bit widths, their layers, bits for each
+plots     the figures
 """

@@ -6,7 +6,7 @@ hero_jax.penalty       the curvature penalties and their exact gradients
 hero_jax.curvature     products with the Hessian, the Gauss-Newton matrix and the empirical Fisher
 hero_jax.spectrum      eigenvalues, traces, norms and densities, each with its error
 hero_jax.sharpness     worst-case and predicted increases of the loss
-hero_jax.quantize      post-training weight quantization and its evaluation
+hero_jax.quantize      post-training weight quantization: grids, evaluation, rounding, sensitivity, files
 hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
 hero_jax.models        Flax Linen networks (needs flax; imported on first use)
 """

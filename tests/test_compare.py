@@ -100,7 +100,7 @@ def test_table_fits_a_terminal_of_eighty_columns():
         ({"methods": ()}, ValueError, "`methods` must name at least one method"),
         ({"seeds": 0}, ValueError, "`seeds` must be an integer >= 1; got 0"),
         ({"bits": (8, 1)}, ValueError, "`bits` must be an integer in 2..16; got 1"),
-        ({"grid": "wide"}, ValueError, r"`QuantSpec\(grid=...\)` must be one of"),
+        ({"spec": "channel-wide"}, ValueError, "`spec` must be one of"),
         ({"dataset": "mnist"}, ValueError, "`dataset` must be one of"),
     ],
 )

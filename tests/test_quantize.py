@@ -466,7 +466,7 @@ class TestStraightThrough:
     @pytest.mark.parametrize("bits", [2, 4])
     @pytest.mark.parametrize("spec", [PRESETS["narrow"], PRESETS["asymmetric"], QuantSpec("tensor")], ids=name_of)
     def test_one_inside_the_range(self, spec, bits):
-        # The ends of the range are inside: nothing is clipped on these grids. scale * (1 / scale) is 1 but for rounding.
+        # The ends of the range are inside: nothing is clipped on these grids. scale * (1 / scale) is 1 nearly.
         np.testing.assert_allclose(self.grads(weights(), bits, spec), 1, rtol=3e-7)
 
     def test_zero_where_the_full_grid_clips(self):

@@ -9,7 +9,8 @@ import pytest
 import tyro
 
 from benchmarks import curvature, step_cost
-from experiments import compare, hessian, train
+from benchmarks import quantize as sweep
+from experiments import compare, hessian, quantize, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -18,7 +19,9 @@ MAINS = {
     "experiments.train": train.main,
     "experiments.compare": compare.main,
     "experiments.hessian": hessian.main,
+    "experiments.quantize": quantize.main,
     "benchmarks.curvature": curvature.main,
+    "benchmarks.quantize": sweep.main,
     "benchmarks.step_cost": step_cost.main,
 }
 COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", TEXT)

@@ -1,0 +1,159 @@
+"""`experiments.quantize`: saved runs, their tables, steps, sensitivities; by its functions and by its command."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, quantize, train
+from experiments.config import TrainConfig
+from experiments.quantize import QuantizeConfig
+from hero_jax import quantize as library
+
+SIZE = 200
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two seeds of SGD and one of HERO, a few epochs on digits."""
+    base = tmp_path_factory.mktemp("runs")
+    for method, seed in (("sgd", 0), ("sgd", 1), ("hero", 0)):
+        config = TrainConfig(method=method, epochs=6, train_size=SIZE, seed=seed)
+        train.main(config, out=base / f"{method}-{seed}")
+    return base / "sgd-0", base / "sgd-1", base / "hero-0"
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    config = QuantizeConfig(
+        specs=("channel-narrow", "tensor-asymmetric"),
+        bits=(8, 2),
+        steps=("nearest", "rounding+bias", "activations"),
+        activation_bits=3,
+        calibration=100,
+        sensitivity=3,
+        probes=4,
+    )
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    quantize.main(folders, config, out)
+    return out
+
+
+def lines(finished, **wanted):
+    with (finished / "rows.csv").open() as file:
+        return [row for row in csv.DictReader(file) if all(row[k] == str(v) for k, v in wanted.items())]
+
+
+def test_leaves_tables_rows_plots_and_a_record(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"table.md", "rows.csv", "results.json", "bits.png", "layers-0.png", "layers-1.png"}
+    for name in ("bits.png", "layers-0.png"):
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
+    record = json.loads((finished / "results.json").read_text())
+    assert record["runs"] == {"SGD": ["sgd-0", "sgd-1"], "HERO": ["hero-0"]}
+    assert record["environment"]["commit"]
+    assert len(lines(finished)) == 2 * 3 * 3 * 3
+
+
+def test_full_precision_is_the_accuracy_of_the_run(finished, folders):
+    for run, folder in enumerate(folders[:2]):
+        (row,) = lines(finished, spec="channel-narrow", step="nearest", network="SGD", run=run, bits="full")
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert float(row["accuracy"]) == pytest.approx(last["accuracy"])
+        assert float(row["drop"]) == 0
+        assert float(row["flipped"]) == 0
+
+
+def test_table_has_mean_and_deviation_of_the_rows(finished):
+    values = [
+        100 * float(row["accuracy"])
+        for row in lines(finished, spec="tensor-asymmetric", step="nearest", network="SGD", bits=2)
+    ]
+    table = (finished / "table.md").read_text()
+    line = next(x for x in table.splitlines() if x.startswith("| tensor-asymmetric | nearest | SGD | 2 |"))
+    assert f"{np.mean(values):.2f} \u00b1 {np.std(values, ddof=1):.2f} |" in line
+    assert "on 364 images" in table
+
+
+def test_steps_and_specifications_differ(finished):
+    kinds = [(spec, step) for spec in ("channel-narrow", "tensor-asymmetric") for step in ("nearest", "rounding+bias")]
+    losses = [
+        float(lines(finished, spec=spec, step=step, network="HERO", bits=2)[0]["loss"])
+        for spec, step in [*kinds, ("channel-narrow", "activations")]
+    ]
+    assert len(set(losses)) == 5
+    near, optimized = (
+        float(lines(finished, spec="channel-narrow", step=step, network="SGD", run=0, bits=2)[0]["flipped"])
+        for step in ("nearest", "rounding+bias")
+    )
+    assert optimized < near
+    # Three-bit activations change the row of full precision too.
+    full = [
+        float(lines(finished, spec="channel-narrow", step=s, network="HERO", bits="full")[0]["loss"])
+        for s in ("nearest", "activations")
+    ]
+    assert full[0] != full[1]
+
+
+def test_layers(finished):
+    measured = json.loads((finished / "results.json").read_text())["layers"]["SGD"]
+    assert [layer["layer"] for layer in measured["layers"]] == ["dense1/kernel", "dense2/kernel", "head/kernel"]
+    # Near a minimum d^T H d / 2 is what a small change does, but for the gradient.
+    for layer in measured["layers"]:
+        assert layer["by_hessian"] == pytest.approx(layer["increase"], rel=2, abs=0.01)
+    assert measured["allocation"]["mean_bits"] <= 3
+    assert set(measured["accuracy"]) == {"full", "uniform", "allocated"}
+
+
+def test_terminal_tables_fit_eighty_columns():
+    row = library.QuantizedScore(2, {"accuracy": 1.0}, 1.0, "s", {"accuracy": 0.0}, 0.0, 1.0, 1.0, 1.0)
+    rows = [row._replace(bits=bits) for bits in (None, 8, 6, 5, 4, 3, 2)]
+    scores = {("channel-narrow", "nearest", "GRAD L1"): [rows, rows]}
+    output = io.StringIO()
+    for table in quantize.terminal_tables(QuantizeConfig(), scores):
+        cli.Console(width=80, file=output).print(table)
+    assert "\u2026" not in output.getvalue()
+    assert "\u00b10.00" in output.getvalue()
+
+
+def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
+    runs = [(tmp_path / str(i), TrainConfig(seed=i)) for i in range(2)]
+    other = (tmp_path / "longer", TrainConfig(epochs=9))
+    assert quantize.group_runs([*runs, other]) == {
+        "HERO (0)": [path for path, _ in runs],
+        "HERO (longer)": [other[0]],
+    }
+    with pytest.raises(ValueError, match="`folders` must differ"):
+        quantize.group_runs([runs[0], runs[0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"specs": ("channel-narow",)}, "`spec` must be one of"),
+        ({"steps": ("roundin",)}, "`steps` must be one of .* Did you mean 'rounding'"),
+        ({"bits": (1,)}, "`bits` must be an integer in 2..16; got 1"),
+        ({"bits": ()}, "must each name at least one"),
+        ({"calibration": 0}, "`calibration` must be an integer >= 1"),
+        ({"probes": 1}, "`probes` must be an integer >= 2"),
+    ],
+)
+def test_config_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizeConfig(**fields)
+
+
+def test_errors_of_the_command(folders, tmp_path):
+    with pytest.raises(ValueError, match="at least one run folder"):
+        quantize.main((), QuantizeConfig())
+    with pytest.raises(FileNotFoundError, match="must be a run folder with a checkpoint"):
+        quantize.main((tmp_path,), QuantizeConfig())
+    with pytest.raises(ValueError, match="has no BatchNorm after a layer"):
+        quantize.main(folders[:1], QuantizeConfig(steps=("fold",)), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder"):
+        quantize.main(folders[:1], QuantizeConfig(), folders[0])
