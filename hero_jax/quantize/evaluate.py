@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,14 +105,6 @@ def quantize_and_evaluate(
     if report is not None:
         report(0, len(widths) + 1)
 
-    @jax.jit
-    def at_bits(params: PyTree, plan: list[Any]) -> PyTree:
-        return weights.on_plan(params, plan, spec)
-
-    @jax.jit
-    def energies(params: PyTree, quantized: PyTree) -> tuple[jax.Array, jax.Array]:
-        return weights.error_energy(params, quantized, plans[0])
-
     rows = []
     full: dict[str, float] = {}
     full_predictions = None
@@ -120,8 +113,12 @@ def quantize_and_evaluate(
             quantized, ratio = params, math.inf
         else:
             traced = [None if b is None else jnp.asarray(b, jnp.int32) for b in plan]
-            quantized = at_bits(params, traced) if quantizer is None else quantizer(params, width)
-            signal, noise = (float(x) for x in energies(params, quantized))
+            if quantizer is None:
+                quantized, energies = _rounded(params, traced, spec)
+            else:
+                quantized = quantizer(params, width)
+                energies = _energies(params, quantized, traced)
+            signal, noise = (float(x) for x in energies)
             ratio = signal / noise if noise else math.inf if signal else math.nan
         metrics, predictions = _metrics(eval_fn(quantized))
         if plan is None:
@@ -271,9 +268,23 @@ def _placed(params: PyTree, sharding: jax.sharding.NamedSharding) -> PyTree:
     return jax.tree.map(place, params)
 
 
+# Compiled once for all sweeps over one network: `plan` has a traced bit width for each leaf, or None.
+_energies = jax.jit(weights.error_energy)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rounded(params: PyTree, plan: list[Any], spec: QuantSpec) -> tuple[PyTree, tuple[jax.Array, jax.Array]]:
+    quantized = weights.on_plan(params, plan, spec)
+    return quantized, weights.error_energy(params, quantized, plan)
+
+
+@jax.jit
+def _are_finite(leaves: list[Any]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
+
+
 def _check_finite(params: PyTree) -> None:
-    finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])(jax.tree.leaves(params))
-    for path, is_finite in zip(paths_of(params), finite, strict=True):
+    for path, is_finite in zip(paths_of(params), _are_finite(jax.tree.leaves(params)), strict=True):
         if not is_finite:
             raise ValueError(f"`params` must be finite; {path!r} has a NaN or an infinity.")
 
