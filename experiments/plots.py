@@ -41,28 +41,33 @@ def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:
 def quantization(
     lines: Mapping[tuple[str, str, str], Sequence[tuple[float, float]]], names: Sequence[str], path: Path
 ) -> None:
-    """Accuracy against the bit width: a row of panels for each specification, one for each step.
+    """Accuracy against the bit width: a panel for each step, four in a row, and new rows for each specification.
 
     `lines`: by (specification, step, network), (mean, standard deviation) in percent at each of `names`.
     """
     specs, steps, networks = (list(dict.fromkeys(keys)) for keys in zip(*lines, strict=True))
-    figure = Figure(figsize=(1.0 + 3.8 * len(steps), 0.6 + 3.0 * len(specs)), layout="constrained")
-    panels = figure.subplots(len(specs), len(steps), sharey=True, squeeze=False)
+    columns = min(4, len(steps))
+    rows = -(-len(steps) // columns)
+    figure = Figure(figsize=(1.0 + 3.8 * columns, 0.6 + 3.0 * rows * len(specs)), layout="constrained")
+    panels = figure.subplots(rows * len(specs), columns, sharey=True, squeeze=False)
     # A method keeps its colour; what is not a method takes the next one.
     methods = {label: method for method, label in LABELS.items()}
     styles = dict(zip(networks, itertools.cycle(METHODS), strict=False)) | {
         name: methods[name] for name in networks if name in methods
     }
+    for axes in panels.flat:
+        axes.set_visible(False)
     for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):
-        axes = panels[i, j]
+        axes = panels[i * rows + j // columns, j % columns]
+        axes.set_visible(True)
         drawn = [
             (name, lines[spec, step, name], {"color": COLORS[styles[name]], "marker": MARKERS[styles[name]]})
             for name in networks
         ]
         _bits_panel(axes, names, drawn)
         axes.set_title(f"{spec}, {step}", fontsize=9, loc="left")
-        axes.set_xlabel("bits of a weight" if i + 1 == len(specs) else "")
-        axes.set_ylabel("accuracy, %" if j == 0 else "")
+        axes.set_xlabel("bits of a weight" if i * rows + j // columns + 1 == len(panels) else "")
+        axes.set_ylabel("accuracy, %" if j % columns == 0 else "")
     panels[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)
 
