@@ -4,8 +4,9 @@ One process, ResNet20 at its random initialisation (times do not depend on the w
 quantized to 8 .. 2 bits by channel on the stretched grid, which is that of qwix:
 
 1. the sweep by `quantize_and_evaluate`, and by qwix array functions (`qwix.quantize`, `qwix.dequantize` on every
-   kernel) with the same compiled forward pass: cold (with compilation) and warm (again, in turn, medians);
-2. the same with rounding apart from evaluation;
+   kernel, operation by operation) with the same compiled forward pass: cold (with compilation) and warm (again, in
+   turn, medians);
+2. rounding alone, whose cold time is of no interest, as the sweep before it has compiled some of it;
 3. an evaluation by `classifier` against a plain jitted forward loop over the same images.
 """
 

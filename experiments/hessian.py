@@ -60,6 +60,10 @@ class HessianConfig:
             _check.integer("images", self.images, low=1)
         _check.integer("seed", self.seed, low=0)
         _check.positive("rtol", self.rtol)
+        if self.max_products < self.eigenvalues:
+            raise ValueError(
+                f"`max_products` must be at least the {self.eigenvalues} eigenvalues; got {self.max_products}."
+            )
 
 
 def measure(

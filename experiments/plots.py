@@ -52,9 +52,9 @@ def quantization(
     panels = figure.subplots(rows * len(specs), columns, sharey=True, squeeze=False)
     # A method keeps its colour; what is not a method takes the next one.
     methods = {label: method for method, label in LABELS.items()}
-    styles = dict(zip(networks, itertools.cycle(METHODS), strict=False)) | {
-        name: methods[name] for name in networks if name in methods
-    }
+    styles = {name: methods[name] for name in networks if name in methods}
+    free = itertools.cycle([method for method in METHODS if method not in styles.values()] or METHODS)
+    styles |= {name: next(free) for name in networks if name not in styles}
     for axes in panels.flat:
         axes.set_visible(False)
     for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):

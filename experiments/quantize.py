@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -64,16 +64,30 @@ class QuantizeConfig:
             raise ValueError("`specs`, `bits` and `steps` must each name at least one.")
         for name in self.specs:
             quantize.named(name)
-        for width in (*self.bits, self.activation_bits, *(() if self.sensitivity is None else (self.sensitivity,))):
-            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        sensitivity_bits = [] if self.sensitivity is None else [self.sensitivity]
+        widths = {"bits": self.bits, "activation_bits": [self.activation_bits], "sensitivity": sensitivity_bits}
+        for name, values in widths.items():
+            for width in values:
+                _check.integer(name, width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         for step in self.steps:
             for part in step.split("+") if step != "nearest" else ():
                 _check.one_of("steps", part, STEPS)
+            _check_once("steps", step.split("+"))
+        _check_once("specs", [quantize.named(name).name for name in self.specs])
+        _check_once("bits", self.bits)
+        _check_once("steps", self.steps)
         for name in ("calibration", "images"):
             if getattr(self, name) is not None:
                 _check.integer(name, getattr(self, name), low=1)
         _check.integer("probes", self.probes, low=2)
         _check.integer("seed", self.seed, low=0)
+
+
+def _check_once(argument: str, values: Sequence[Any]) -> None:
+    """Raises ValueError where a value comes twice: it would count twice."""
+    for value in values:
+        if list(values).count(value) > 1:
+            raise ValueError(f"`{argument}` must name each once; got {value!r} twice.")
 
 
 class Network(NamedTuple):
@@ -171,6 +185,7 @@ def measure_layers(
     return {
         "images": len(images.labels),
         "layers": [layer._asdict() for layer in layers],
+        "trace_sem": jax.tree.map(float, found.sem["params"]),
         "correlation": {
             "trace": sensitivity.correlation(by_trace, increases)._asdict(),
             "hessian": sensitivity.correlation(by_hessian, increases)._asdict(),
@@ -193,9 +208,11 @@ def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Pa
         seeds.add(config)
         groups.setdefault(dataclasses.replace(config, seed=0), []).append(path)
     labels = [LABELS[config.method] for config in groups]
+    folders = [paths[0] for paths in groups.values()]
+    are_apart = len({folder.name for folder in folders}) == len(folders)
     names = [
-        label if labels.count(label) == 1 else f"{label} ({paths[0].name})"
-        for label, paths in zip(labels, groups.values(), strict=True)
+        label if labels.count(label) == 1 else f"{label} ({folder.name if are_apart else folder})"
+        for label, folder in zip(labels, folders, strict=True)
     ]
     return dict(zip(names, groups.values(), strict=True))
 
@@ -344,7 +361,8 @@ def main(
             f" loss on {measured['images']} images. Spearman correlation with the prediction by trace"
             f" {measured['correlation']['trace']['spearman']:.2f}, by d'Hd/2"
             f" {measured['correlation']['hessian']['spearman']:.2f}. Accuracy full {accuracy['full']}, uniform"
-            f" {accuracy['uniform']}, bits allocated by trace at the same mean {accuracy['allocated']}."
+            f" {accuracy['uniform']}, bits allocated by trace (mean {measured['allocation']['mean_bits']:.2f})"
+            f" {accuracy['allocated']}. First run and first specification."
         )
     cli.console.print(f"{time.monotonic() - started:.0f} s. Results are in {out}.")
 

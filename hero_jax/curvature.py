@@ -128,10 +128,11 @@ def hessian_operator(
         result is then the mean over batches of their Hessians, not the Hessian of the whole.
 
     Returns:
-      `vector -> H vector`, in float32 or wider; symmetric up to rounding.
+      `vector -> H vector`, stored in float32 or wider but computed in the types of `params`; symmetric up to rounding.
 
     Raises:
-      ValueError: no examples; batch leaves of different lengths; data that change from pass to pass; a loss that
+      ValueError: no examples; batch leaves of different lengths; data whose total weight changes from pass to pass; a
+      loss that
         couples a batch that is to be split (found by comparing the loss of four examples with that of one and three,
         for concrete values only).
       TypeError: both or neither of `batch` and `batches`; a one-shot iterator; parameters that are not floating point.

@@ -71,8 +71,7 @@ def worst_case(
     """Looks for the largest increase of the loss in a ball around the weights, by projected gradient ascent.
 
         max L(w + s u) - L(w) over ||u|| <= rho,   s = 1, or |w| element-wise where `adaptive`
-        u <- project(u + a_t s grad L(w + s u) / ||s grad L(w + s u)||),   a_t falling linearly from 5 rho / num_steps
-        to 0
+        u <- project(u + a_t s grad L(w + s u) / ||s grad L(w + s u)||),   a_t = rho (1 - t / num_steps)
 
     The first start goes straight to the SAM or ASAM point, so the result is at least the increase there; the others
     begin at random points of the sphere. The best of all points visited is kept.

@@ -321,3 +321,103 @@ def _step(q, shape):
     for axis, n in enumerate(repeats):
         scale = jnp.repeat(scale, n, axis)
     return np.asarray(scale)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(5, name="dense")
+        return layer(10.0 * layer(inputs=x))
+
+
+class Shared(nn.Module):
+    """Two layers before one BatchNorm, and one layer before two."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm, layer = nn.BatchNorm(True, name="bn"), nn.Dense(4, name="both")
+        y = norm(nn.Dense(4, name="a")(x)) + norm(nn.Dense(4, name="b")(x))
+        return y + nn.BatchNorm(True, name="one")(layer(x)) + nn.BatchNorm(True, name="two")(layer(2 * x))
+
+
+class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(nn.Dense)(3, name="dense")(x)
+
+
+class TestSharedAndWrappedModules:
+    def test_all_calls_of_a_layer_count(self):
+        x = jax.random.normal(jax.random.key(0), (9, 5))
+        variables = Twice().init(jax.random.key(1), x)
+        kernel, bias = (variables["params"]["dense"][name] for name in ("kernel", "bias"))
+        inputs = jnp.concatenate([x, 10 * (x @ kernel + bias)])
+        gram = linen.input_grams(Twice().apply, variables, [x])["dense/kernel"][0]
+        np.testing.assert_allclose(gram, inputs.T @ inputs / 18, rtol=1e-4)
+        quantized = fake_quantize(variables["params"], 2)
+        corrected = linen.bias_correction(Twice().apply, variables, [x])(quantized)
+        shift = (inputs @ (quantized["dense"]["kernel"] - kernel)).mean(0)
+        np.testing.assert_allclose(bias - corrected["params"]["dense"]["bias"], shift, rtol=1e-3, atol=1e-5)
+
+    def test_a_network_that_is_one_layer(self):
+        x = jax.random.normal(jax.random.key(0), (9, 5))
+        variables = nn.Dense(2).init(jax.random.key(1), x)
+        assert set(linen.input_grams(nn.Dense(2).apply, variables, [x])) == {"kernel"}
+
+    def test_shared_batch_norms_are_no_pairs(self):
+        x = jnp.ones((3, 4))
+        variables = Shared().init(jax.random.key(0), x)
+        assert linen.batch_norm_pairs(Shared().apply, variables, x) == {}
+        pair = linen.BatchNormPair("bn", 1e-5)
+        with pytest.raises(ValueError, match="must not name a BatchNorm twice; it does 'bn'"):
+            linen.fold_batch_norm(variables, {"a": pair, "b": pair})
+
+    def test_layers_inside_transformations_are_refused(self):
+        x = jnp.ones((3, 4))
+        variables = Remat().init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match=r"'dense' is inside jit, nn\.scan or nn\.remat"):
+            linen.activation_ranges(Remat().apply, variables, [x])
+        inner = jax.jit(nn.Dense(2).apply)
+        variables = nn.Dense(2).init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match="is inside jit"):
+            linen.quantized_activations(lambda v, x: inner(v, x), {}, 4)(variables, x)
+
+    def test_stacked_layers_are_not_folded(self):
+        params = {"dense": {"kernel": jnp.ones((5, 5, 5))}, "bn": {"scale": jnp.ones((5, 5))}}
+        stats = {"bn": {"mean": jnp.zeros((5, 5)), "var": jnp.ones((5, 5))}}
+        with pytest.raises(ValueError, match=r"not stacked; 'bn' has statistics of shape \(5, 5\)"):
+            linen.fold_batch_norm({"params": params, "batch_stats": stats}, {"dense": linen.BatchNormPair("bn", 1e-5)})
+
+    def test_reestimation_is_exact_far_from_one_and_refuses_evaluation_mode(self):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x, train=False):
+                return nn.BatchNorm(not train, momentum=0.99, name="bn")(x)
+
+        x = 4000.0 * jax.random.normal(jax.random.key(0), (50, 3)) + 9000
+        stats = Net().init(jax.random.key(1), x)["batch_stats"]
+        params = Net().init(jax.random.key(1), x)["params"]
+
+        def update(stats, x, train=True):
+            variables = {"params": params, "batch_stats": stats}
+            return Net().apply(variables, x, train=train, mutable=["batch_stats"])[1]["batch_stats"]
+
+        found = linen.reestimate_batch_stats(update, stats, [x])
+        np.testing.assert_allclose(found["bn"]["var"], np.var(np.asarray(x, np.float64), axis=0), rtol=1e-3)
+        with pytest.raises(ValueError, match="must move the statistics"):
+            linen.reestimate_batch_stats(functools.partial(update, train=False), stats, [x])
+
+    def test_more_sweeps_do_not_hurt(self):
+        w = {"kernel": jax.random.normal(jax.random.key(0), (12, 3))}
+        grams = {"kernel": random_gram(jax.random.key(1), 12)}
+        errors = [
+            float(
+                rounding.output_error(
+                    w["kernel"], rounding.optimized(w, 3, grams, num_sweeps=n)["kernel"], grams["kernel"]
+                )
+            )
+            for n in (1, 2, 8)
+        ]
+        assert errors[0] > errors[1] >= errors[2]

@@ -128,6 +128,8 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
         "HERO (0)": [path for path, _ in runs],
         "HERO (longer)": [other[0]],
     }
+    same = [(tmp_path / name / "run", TrainConfig(epochs=n)) for n, name in ((3, "x"), (4, "y"))]
+    assert len(quantize.group_runs(same)) == 2
     with pytest.raises(ValueError, match="`folders` must differ"):
         quantize.group_runs([runs[0], runs[0]])
 
@@ -139,6 +141,10 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
         ({"steps": ("roundin",)}, "`steps` must be one of .* Did you mean 'rounding'"),
         ({"bits": (1,)}, "`bits` must be an integer in 2..16; got 1"),
         ({"bits": ()}, "must each name at least one"),
+        ({"activation_bits": 1}, "`activation_bits` must be an integer in 2..16; got 1"),
+        ({"specs": ("qwix", "channel-stretched")}, "`specs` must name each once; got 'channel-stretched' twice"),
+        ({"steps": ("bias", "bias")}, "`steps` must name each once; got 'bias' twice"),
+        ({"steps": ("bias+bias",)}, "`steps` must name each once; got 'bias' twice"),
         ({"calibration": 0}, "`calibration` must be an integer >= 1"),
         ({"probes": 1}, "`probes` must be an integer >= 2"),
     ],

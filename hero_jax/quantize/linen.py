@@ -1,8 +1,8 @@
 """Steps that have to see a Linen network run: activations, batch normalisation, biases, the inputs of its layers.
 
 Each takes `apply_fn(variables, inputs)`, evaluation mode, with variables {"params": ..., "batch_stats": ...}, and looks
-at the `nn.Conv` and `nn.Dense` modules that it calls. It must not be compiled, nor call anything compiled that holds
-such modules: what is compiled would not be looked at. None of the steps is done unless asked for. Needs flax.
+at the `nn.Conv` and `nn.Dense` modules that it calls. It must not be compiled, and its layers not be inside `jax.jit`,
+`nn.scan` or `nn.remat`: that is refused. None of the steps is done unless asked for. Needs flax.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import tracers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hero_jax import _check, _tree
@@ -112,28 +113,31 @@ def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[st
       inputs: one batch, or its shapes (`jax.ShapeDtypeStruct`); nothing is computed.
 
     Returns:
-      By path of the module, the BatchNorm. A module whose output goes to a BatchNorm and elsewhere is not told apart;
-      `fold_batch_norm` would change that network: compare its outputs.
+      By path of the module, the BatchNorm; without modules and BatchNorms that are called more than once. A module
+      whose output goes to a BatchNorm and elsewhere is not told apart: folding would change that network.
     """
     _check_plain(apply_fn)
-    pairs: dict[str, BatchNormPair] = {}
+    found: list[tuple[str, BatchNormPair]] = []
+    calls: list[str] = []
     outputs: list[tuple[Any, str]] = []
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
-            for output, path in outputs:
-                if args[0] is output:
-                    pairs[path] = BatchNormPair("/".join(module.path), module.epsilon)
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm | nn.Conv | nn.Dense):
+            return next_fun(*args, **kwargs)
+        calls.append(path)
+        if isinstance(module, nn.BatchNorm):
+            before = [name for output, name in outputs if output is _inputs(args, kwargs)]
+            found.extend((name, BatchNormPair(path, module.epsilon)) for name in before)
         result = next_fun(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, nn.Conv | nn.Dense):
-            outputs.append((result, "/".join(module.path)))
+        if not isinstance(module, nn.BatchNorm):
+            outputs.append((result, path))
         return result
 
     with nn.intercept_methods(intercept):
         # A function of its own: jax remembers what it traced and would not call the network a second time.
         jax.eval_shape(lambda *arguments: apply_fn(*arguments), variables, inputs)
-    return pairs
+    return {name: pair for name, pair in found if calls.count(name) == calls.count(pair.path) == 1}
 
 
 def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> PyTree:
@@ -152,16 +156,24 @@ def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> Py
       The new variables.
 
     Raises:
-      ValueError: a pair that is not in `variables`.
+      ValueError: a pair that is not in `variables`, two with the same BatchNorm, layers stacked by a scan.
 
     Source: Jacob et al., CVPR 2018, section 3.2.
     """
-    params, stats = (_flat(variables[name]) for name in ("params", "batch_stats"))
+    params, stats = (_flat(variables.get(name, {})) for name in ("params", "batch_stats"))
+    norms = [pair.path for pair in pairs.values()]
     for path, (norm, epsilon) in pairs.items():
+        if norms.count(norm) > 1:
+            raise ValueError(f"`fold_batch_norm(pairs=...)` must not name a BatchNorm twice; it does {norm!r}.")
         for tree, key in ((params, f"{path}/kernel"), (stats, f"{norm}/mean"), (stats, f"{norm}/var")):
             if key not in tree:
                 raise ValueError(f"`fold_batch_norm(pairs=...)` must name modules of the network; it has no {key!r}.")
         factor = params.get(f"{norm}/scale", 1) / jnp.sqrt(stats[f"{norm}/var"] + epsilon)
+        if factor.shape != params[f"{path}/kernel"].shape[-1:]:
+            raise ValueError(
+                f"`fold_batch_norm(pairs=...)` must name layers that are not stacked; {norm!r} has statistics of shape"
+                f" {factor.shape}."
+            )
         for key in (f"{path}/kernel", f"{path}/bias"):
             if key in params:
                 params[key] = (params[key] * factor).astype(params[key].dtype)
@@ -189,19 +201,23 @@ def reestimate_batch_stats(
       The new statistics. Each layer's inputs are normalised by the statistics of the batch, as in training.
 
     Raises:
-      ValueError: no batches.
+      ValueError: no batches; statistics that `update_fn` does not move.
 
     Cost: two forward passes of the first batch, one of each other.
 
     Source: Sun, Cao, Yang and Dong, Hybrid 8-bit floating point training, NeurIPS 2019 (re-tuning BatchNorm
     statistics); Finkelstein et al., Fighting quantization bias with bias, 2019.
     """
-    zeros, ones = (jax.tree.map(lambda x, v=v: jnp.full_like(x, v), batch_stats) for v in (0, 1))
+    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
     parts, sizes, keep = [], [], None
     for inputs in batches:
         moved = update_fn(zeros, inputs)  # (1 - m) batch statistic
         if keep is None:
-            keep = jax.tree.map(jnp.subtract, update_fn(ones, inputs), moved)  # m
+            # From statistics as large as what is added to them, so that nothing cancels.
+            start = jax.tree.map(lambda x: jnp.abs(x) + 1, moved)
+            keep = jax.tree.map(lambda x, y, s: (x - y) / s, update_fn(start, inputs), moved, start)  # m
+            if any(bool((m >= 1).any()) for m in jax.tree.leaves(keep)):
+                raise ValueError("`update_fn` must move the statistics; in evaluation mode BatchNorm keeps them.")
         parts.append(jax.tree.map(lambda x, m: x / (1 - m), moved, keep))
         sizes.append(jax.tree.leaves(inputs)[0].shape[0])
     if not parts:
@@ -252,12 +268,13 @@ def bias_correction(
         seen = {}
 
         def watch(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
-            error = _linear(module, change[f"{path}/kernel"], inputs)
-            seen[path] = error.mean(axis=tuple(range(error.ndim - 1)))
+            error = _linear(module, change[_join(path, "kernel")], inputs)
+            total, count = seen.get(path, (0, 0))
+            seen[path] = total + error.sum(axis=tuple(range(error.ndim - 1))), count + error[..., 0].size
             return outputs
 
         _watched(apply_fn, watch, variables, inputs)
-        return seen
+        return {path: total / count for path, (total, count) in seen.items()}
 
     def correct(quantized: PyTree) -> PyTree:
         new = _flat(quantized)
@@ -266,7 +283,7 @@ def bias_correction(
         shifts = _mean_over(batches, functools.partial(measure, variables, change))
         is_corrected = False
         for path, shift in shifts.items():
-            bias, mean = f"{path}/bias", f"{pairs[path].path}/mean" if pairs and path in pairs else None
+            bias, mean = _join(path, "bias"), f"{pairs[path].path}/mean" if pairs and path in pairs else None
             if bias in new:
                 new[bias] = (new[bias] - shift).astype(new[bias].dtype)
             elif mean is not None:
@@ -308,11 +325,12 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
             # A kernel that copies: its outputs are the inputs of each position.
             copies = jnp.tile(jnp.eye(size).reshape(*kernel.shape[:-1], size), groups)
             x = _linear(module, copies, inputs).reshape(-1, groups, size)
-            seen[f"{path}/kernel"] = jnp.einsum("ngk,ngj->gkj", x, x, precision="highest") / x.shape[0]
+            total, count = seen.get(path, (0, 0))
+            seen[path] = total + jnp.einsum("ngk,ngj->gkj", x, x, precision="highest"), count + x.shape[0]
             return outputs
 
         _watched(apply_fn, watch, variables, inputs)
-        return seen
+        return {_join(path, "kernel"): total / count for path, (total, count) in seen.items()}
 
     return _mean_over(batches, functools.partial(measure, variables))
 
@@ -335,23 +353,40 @@ def _linear(module: nn.Module, kernel: jax.Array, inputs: Any) -> jax.Array:
 def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any) -> Any:
     """`apply_fn(variables, inputs)`, each Conv and Dense giving `watch(module, path, inputs, outputs)` instead."""
     _check_plain(apply_fn)
-    seen = 0
+    seen, is_watching, trace = 0, False, tracers.current_trace()
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal seen
-        module = context.module
+        nonlocal seen, is_watching
+        module, path = context.module, "/".join(context.module.path)
+        # What `watch` calls is not watched.
+        if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or is_watching:
+            return next_fun(*args, **kwargs)
+        if tracers.current_trace() != trace:
+            raise ValueError(
+                f"`apply_fn` must call its layers itself; {path!r} is inside jit, nn.scan or nn.remat, where what"
+                " happens to it would stay."
+            )
         outputs = next_fun(*args, **kwargs)
-        # A module without a path is one that `_linear` made.
-        if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or not module.path:
-            return outputs
-        seen += 1
-        return watch(module, "/".join(module.path), args[0], outputs)
+        seen, is_watching = seen + 1, True
+        try:
+            return watch(module, path, _inputs(args, kwargs), outputs)
+        finally:
+            is_watching = False
 
     with nn.intercept_methods(intercept):
         result = apply_fn(variables, inputs)
     if not seen:
         raise ValueError("`apply_fn` must be a Linen network with a Conv or a Dense inside; it called none.")
     return result
+
+
+def _inputs(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _join(path: str, name: str) -> str:
+    """The path of a parameter; that of a network which is one layer has no folder."""
+    return f"{path}/{name}" if path else name
 
 
 def _over(batches: Iterable[Any], function: Callable[[Any], Any]) -> list[Any]:

@@ -48,7 +48,8 @@ def optimized(
       num_sweeps: passes over the weights.
 
     Returns:
-      The tree with the rounded weights, in the types of `params`.
+      The tree with the rounded weights, in the types of `params`. Their codes are not kept: `quantize` would fit a
+      scale to them anew, which gives the same weights only where the largest code is in use.
 
     Raises:
       ValueError: no path in `grams` is that of a quantized leaf, a matrix does not fit its kernel, or what

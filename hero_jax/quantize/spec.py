@@ -38,7 +38,9 @@ class QuantSpec:
     Args:
       granularity: what has a scale of its own. "channel": each entry of the last axis, the output channel of Flax
         Dense, Conv, depthwise and grouped kernels. "group": each `group_size` consecutive entries of the last axis but
-        one, the input channel, at every position of the other axes. "tensor": the leaf. A leaf with fewer than two
+        one, the input channel, at every position of the other axes; a depthwise kernel has one input channel, hence a
+        scale for every weight: leave it out there. "tensor": the leaf. Layers stacked by a scan share scales by
+        "channel": give `fake_quantize` under `jax.vmap` the stack. A leaf with fewer than two
         axes always has one scale.
       grid: "narrow", "full" or "stretched".
       symmetric: False for the asymmetric grid, which uses all codes: `grid` must then be "full".
@@ -102,7 +104,7 @@ class QuantSpec:
 
     @property
     def name(self) -> str:
-        """What the specification is in one word, such as "channel-narrow"; no two have the same one."""
+        """What the specification is in one word, such as "channel-narrow"."""
         parts = [self.granularity if self.group_size is None else f"group{self.group_size}"]
         parts.append(self.grid if self.symmetric else "asymmetric")
         if self.range_rule != "max":
@@ -125,6 +127,8 @@ def named(name: str) -> QuantSpec:
     QuantSpec(granularity='group', grid='full', symmetric=False, range_rule='percentile', percentile=99.9,
               group_size=32, leaves=(), overrides=())
     """
+    if not isinstance(name, str):
+        raise TypeError(f"`spec` must be a name; got {_check.brief(name)}.")
     if name in PRESETS:
         return PRESETS[name]
     match = re.fullmatch(

@@ -257,8 +257,9 @@ class Ritz(NamedTuple):
 def krylov_space(matvec: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int) -> Space:
     """The Krylov space of `v0`, of at most `num_steps` dimensions and at most that of the whole space."""
     solver = _Krylov(min(num_steps, _tree.size(v0)), _basis.Packing.of(v0))
-    space = _empty(solver.num_steps, solver.packing, jax.tree.map(lambda x: jnp.asarray(x)[None], v0))
-    return _loop.run(solver, matvec, space)
+    # The empty space goes straight into the loop, so that nothing else holds its memory.
+    start = jax.tree.map(lambda x: jnp.asarray(x)[None], v0)
+    return _loop.run(solver, matvec, _empty(solver.num_steps, solver.packing, start))
 
 
 def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest", first: Any = 0) -> Ritz:
