@@ -97,6 +97,8 @@ class Network(NamedTuple):
     variables: PyTree
     dataset: data.Dataset
     calibration: list[np.ndarray]
+    # Compiled once for every specification and step that leaves the activations alone.
+    classify: Callable[..., dict[str, Any]]
 
 
 def evaluate(
@@ -107,12 +109,12 @@ def evaluate(
     trainer, batches = network.trainer, network.calibration
     variables = network.variables
     forward = trainer.forward
-    pairs = linen.batch_norm_pairs(forward, variables, batches[0])
+    pairs = linen.batch_norm_pairs(forward, variables, batches[0]) if parts else {}
     if not pairs and not {"fold", "batch-norm"}.isdisjoint(parts):
         raise ValueError(f"`steps` has {step!r}, but the network has no BatchNorm after a layer.")
     if "fold" in parts:
         variables = linen.fold_batch_norm(variables, pairs)
-    quantizer = None
+    quantizer, classify = None, network.classify
     if "rounding" in parts:
         grams = linen.input_grams(forward, variables, batches)
         optimized = jax.jit(functools.partial(rounding.optimized, spec=spec))
@@ -122,7 +124,7 @@ def evaluate(
     if "activations" in parts:
         ranges = linen.activation_ranges(forward, variables, batches)
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
-    classify = quantize.classifier(forward, batch_size=training.EVAL_BATCH)
+        classify = quantize.classifier(forward, batch_size=training.EVAL_BATCH)
     test = data.Split(*(x[: config.images] for x in network.dataset.test))
 
     def eval_fn(params: PyTree) -> dict[str, Any]:
@@ -289,7 +291,8 @@ def load(folder: Path, data_dir: Path | None, display: Any, calibration: int) ->
     config, trainer, variables, dataset = training.load(folder, data_dir, display)
     images = dataset.train.images[:calibration]
     batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-    return config, Network(trainer, variables, dataset, batches)
+    classify = quantize.classifier(trainer.forward, batch_size=training.EVAL_BATCH)
+    return config, Network(trainer, variables, dataset, batches, classify)
 
 
 def main(

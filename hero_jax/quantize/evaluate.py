@@ -112,7 +112,7 @@ def quantize_and_evaluate(
         if plan is None:
             quantized, ratio = params, math.inf
         else:
-            traced = [None if b is None else jnp.asarray(b, jnp.int32) for b in plan]
+            traced = weights.traced(plan)
             if quantizer is None:
                 quantized, energies = _rounded(params, traced, spec)
             else:

@@ -113,7 +113,7 @@ def sensitivities(
     _check.integer("sensitivities(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
     plan = weights.plan_of("sensitivities", params, bits, spec, mask)
     layer_traces = _layer_traces("sensitivities", traces, params)
-    quantized, energies = _quantized(params, _traced(plan), spec)
+    quantized, energies = _quantized(params, weights.traced(plan), spec)
     leaves, structure = jax.tree.flatten(params)
     chosen = tuple(i for i, width in enumerate(plan) if width is not None)
     forms: list[Any] = [None] * len(leaves)
@@ -216,7 +216,7 @@ def predicted_costs(
     for width in widths:
         _check.integer("predicted_costs(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
         plan = weights.plan_of("predicted_costs", params, width, spec, mask)
-        energies = _quantized(params, _traced(plan), spec)[1]
+        energies = _quantized(params, weights.traced(plan), spec)[1]
         rows = zip(paths_of(params), jax.tree.leaves(params), plan, layer_traces, energies, strict=True)
         for path, w, b, trace, energy in rows:
             if b is not None:
@@ -262,10 +262,6 @@ def _quantized(params: PyTree, plan: list[Any], spec: QuantSpec) -> tuple[PyTree
     quantized = weights.on_plan(params, plan, spec)
     errors = jax.tree.leaves(_tree.subtract(quantized, params))
     return quantized, [_tree.dot(d, d) for d in errors]
-
-
-def _traced(plan: list[Any]) -> list[Any]:
-    return [None if b is None else jnp.asarray(b, jnp.int32) for b in plan]
 
 
 def _layer_traces(name: str, traces: PyTree, params: PyTree) -> list[float]:

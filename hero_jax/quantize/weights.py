@@ -176,10 +176,12 @@ def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: 
 
 def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[jax.Array, jax.Array]:
     """(sum of w^2, sum of (w_hat - w)^2) over the leaves whose entry of `plan` is not None."""
-    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(quantized), plan, strict=True))
-    chosen = [(w, q) for w, q, width in leaves if width is not None]
-    rest = [_tree.wide(q) - _tree.wide(w) for w, q in chosen]
-    return _tree.dot([w for w, _ in chosen], [w for w, _ in chosen]), _tree.dot(rest, rest)
+    before, after = (
+        [x for x, width in zip(jax.tree.leaves(tree), plan, strict=True) if width is not None]
+        for tree in (params, quantized)
+    )
+    rest = _tree.subtract(after, before)
+    return _tree.dot(before, before), _tree.dot(rest, rest)
 
 
 def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
@@ -224,6 +226,11 @@ def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any)
             if jnp.finfo(jnp.result_type(w)).bits < 16:
                 raise TypeError(f"`params` must have 16 bits or more where quantized; {path!r} is {w.dtype}.")
     return [width if c else None for width, c in zip(widths, chosen, strict=True)]
+
+
+def traced(plan: list[Any]) -> list[Any]:
+    """A plan whose bit widths are arrays: as an argument of a compiled function, one program serves all widths."""
+    return [None if width is None else jnp.asarray(width, jnp.int32) for width in plan]
 
 
 def _map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: list[Any]) -> PyTree:
