@@ -69,6 +69,7 @@ def quantization(
         axes.set_xlabel("bits of a weight" if i * rows + j // columns + 1 == len(panels) else "")
         axes.set_ylabel("accuracy, %" if j % columns == 0 else "")
     panels[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
+    figure.suptitle("over each panel: quantizer, step; mean \u00b1 standard deviation over seeds", fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, quantize, train
+from experiments import cli, plots, quantize, train
 from experiments.config import TrainConfig
 from experiments.quantize import QuantizeConfig
 from hero_jax import quantize as library
@@ -119,6 +119,21 @@ def test_terminal_tables_fit_eighty_columns():
         cli.Console(width=80, file=output).print(table)
     assert "\u2026" not in output.getvalue()
     assert "\u00b10.00" in output.getvalue()
+
+
+def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(monkeypatch, tmp_path):
+    seen = {}
+
+    def panel(axes, names, lines):
+        seen.update({name: style["color"] for name, _, style in lines})
+        axes.plot([0], [0], label="x")
+
+    monkeypatch.setattr(plots, "_bits_panel", panel)
+    networks = ("HERO (a)", "SGD", "HERO (b)", "HERO")
+    lines = {("spec", "nearest", name): [(1.0, 0.0)] for name in networks}
+    plots.quantization(lines, ["full"], tmp_path / "plot.png")
+    assert len(set(seen.values())) == 4
+    assert (seen["SGD"], seen["HERO"]) == (plots.COLORS["sgd"], plots.COLORS["hero"])
 
 
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
