@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -58,7 +59,7 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         """Appends one evaluation to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint of `state`, a tree of arrays, unless that step is saved already."""
@@ -93,7 +94,8 @@ def load_variables(path: Path) -> PyTree:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The evaluations of a run, oldest first; a last line that a killed run left unfinished is dropped."""
     lines = (path / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = [json.loads(line) for line in lines[:-1]]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def environment() -> dict[str, Any]:
@@ -121,10 +123,18 @@ def commit() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; numbers that are not finite, which JSON lacks, become null."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -125,6 +125,12 @@ def floating_tree(argument: str, tree: PyTree) -> None:
             )
 
 
+def not_empty(argument: str, tree: PyTree) -> None:
+    """Raises unless the leaves of `tree` have at least one entry together."""
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(f"`{argument}` must have at least one entry; got only empty leaves.")
+
+
 def no_masked_nodes(argument: str, tree: PyTree) -> None:
     """Raises when `tree` went through `optax.masked` or `optax.partition`, which hide leaves from `grad_fn`."""
 

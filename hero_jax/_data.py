@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hero_jax import _check, _tree, parallel
 
@@ -40,6 +41,11 @@ class BatchMean:
     axis_name: parallel.AxisName | None = None
 
     def __call__(self, batch: PyTree, *args: PyTree) -> PyTree:
+        """The mean, compiled."""
+        return _mean(self, batch, args)
+
+    def mean(self, batch: PyTree, args: tuple[PyTree, ...]) -> PyTree:
+        """The mean."""
         if self.axis_name is not None:
             args = parallel.vary(args, self.axis_name)
             batch = parallel.vary(batch, self.axis_name)
@@ -78,6 +84,11 @@ class BatchMean:
         # The first one, or the smaller rest, gives the sums their types.
         first = jax.tree.map(lambda x: x[num_whole * m :], batch) if rest else microbatch(0)
         return jax.lax.fori_loop(0 if rest else 1, num_whole, add, self.weighted(first, *args))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean(mean: BatchMean, batch: PyTree, args: tuple[PyTree, ...]) -> PyTree:
+    return mean.mean(batch, args)
 
 
 class StreamedMean:
@@ -119,6 +130,8 @@ class StreamedMean:
         return jax.tree.map(lambda x: x / weight.astype(x.dtype), total)
 
     def _check_weight(self, weight: float) -> None:
+        if weight == 0:
+            raise ValueError(f"`{self._name}(batches=...)` must have a total weight other than 0.")
         if self._weight is None:
             self._weight = weight
         if not np.isclose(weight, self._weight, rtol=1e-5):
@@ -211,11 +224,11 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
     if num_examples(batch) < 2 or any(isinstance(x, Tracer) for x in jax.tree.leaves((batch, params))):
         return
     count = min(4, num_examples(batch))
-    losses = _grouped_losses(loss_fn, weight_fn, params, jax.tree.map(lambda x: x[:count], batch))
-    whole, split = (float(x) for x in losses)
+    losses = _grouped_losses(loss_fn, weight_fn, params, jax.tree.map(lambda x: _first(x, count), batch))
+    whole, split, size = (float(x) for x in losses)
     rtol = max(COUPLING_RTOL, 4 * float(jnp.finfo(losses[0].dtype).eps))
     # Two NaN are no sign of coupling, one is.
-    if not np.isclose(whole, split, rtol=rtol, atol=0, equal_nan=True):
+    if not np.isclose(whole, split, rtol=0, atol=rtol * np.nan_to_num(size), equal_nan=True):
         raise ValueError(
             f"`{name}` needs a loss whose batches can be split, or `coupled=True`; of {count} examples together it is"
             f" {whole:.6g}, of 1 and {count - 1} {split:.6g}. Batch normalisation in training mode couples a batch:"
@@ -223,17 +236,28 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
         )
 
 
+def _first(x: Any, count: int) -> Any:
+    """The first examples, on all devices where the axis is split over them by explicit types."""
+    sharding = _tree.sharding_of(x)
+    if sharding is None or not _tree.is_explicit(sharding):
+        return x[:count]
+    return x.at[:count].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _grouped_losses(
     loss_fn: Callable[[PyTree, PyTree], Any], weight_fn: Any, params: PyTree, batch: PyTree
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss of all examples, the mean of the losses of one and the others, and the size of what is compared."""
     parts = [jax.tree.map(lambda x: x[:1], batch), jax.tree.map(lambda x: x[1:], batch)]
     weights = [weight_of(weight_fn, part) for part in parts]
     losses = [jnp.mean(jnp.asarray(loss_fn(params, part))) for part in parts]
     whole = jnp.mean(jnp.asarray(loss_fn(params, batch)))
-    sums = [jnp.where(w == 0, 0, w * x) for w, x in zip(weights, losses, strict=True)]
-    # Where these examples have no weight, nothing can be said.
-    return whole, jnp.where(sum(weights) == 0, whole, sum(sums) / sum(weights))
+    total = jnp.asarray(sum(weights), whole.dtype)
+    shares = [jnp.where(w == 0, 0, w * x / total) for w, x in zip(weights, losses, strict=True)]
+    # Where these examples have no weight, nothing can be said. Shares that cancel leave their rounding errors.
+    size = jnp.maximum(jnp.abs(whole), sum(map(jnp.abs, shares)))
+    return whole, jnp.where(total == 0, whole, sum(shares)), size
 
 
 def _check_examples(name: str, batch: PyTree) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -90,12 +92,12 @@ def kernels(params: PyTree) -> PyTree:
 
 
 def random_normal(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent standard normal entries, wide, in the shapes of `like`."""
+    """Independent standard normal entries, wide, in the shapes of `like` and sharded as it says."""
     return _random(jax.random.normal, key, like)
 
 
 def random_signs(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent entries +1 or -1 with equal probability, wide, in the shapes of `like`."""
+    """Independent entries +1 or -1 with equal probability, wide, in the shapes of `like` and sharded as it says."""
     return _random(jax.random.rademacher, key, like)
 
 
@@ -106,9 +108,30 @@ def _random(sample: Any, key: jax.Array, like: PyTree) -> PyTree:
     sizes = [math.prod(jnp.shape(x)) for x in leaves]
     flat = sample(key, (sum(sizes),), functools.reduce(jnp.promote_types, dtypes))
     parts = [flat[end - n : end] for n, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-    return structure.unflatten(
-        [x.reshape(jnp.shape(y)).astype(dtype) for x, y, dtype in zip(parts, leaves, dtypes, strict=True)]
-    )
+    drawn = [x.reshape(jnp.shape(y)).astype(dtype) for x, y, dtype in zip(parts, leaves, dtypes, strict=True)]
+    return structure.unflatten([place(x, sharding_of(y)) for x, y in zip(drawn, leaves, strict=True)])
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """How an array, or the shape of one, is split over devices; None where it is not, or where that is not known."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    is_split = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+    return sharding if is_split else None
+
+
+def place(x: jax.Array, sharding: NamedSharding | None, new_axes: int = 0) -> jax.Array:
+    """`x` split over devices as `sharding` says, on all of them along `new_axes` axes before those it speaks of."""
+    if sharding is None:
+        return x
+    spec = PartitionSpec(*[None] * new_axes, *sharding.spec)
+    sharding = NamedSharding(sharding.mesh, spec)
+    # A constraint on axes of an explicit mesh only asserts.
+    return jax.sharding.reshard(x, sharding) if is_explicit(sharding) else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Whether shardings are a part of the types in a program (`jax.sharding.AxisType.Explicit`)."""
+    return AxisType.Explicit in sharding.mesh.axis_types
 
 
 def size(tree: PyTree) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hero_jax import _check, _data, _tree, parallel
 from hero_jax._loop import HostOperator
@@ -74,21 +75,40 @@ def hvp(loss_fn: Callable[..., jax.Array], params: PyTree, vector: PyTree, *args
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994.
     """
-    _check.floating_tree("params", params)
-    _check.matching_tree("vector", vector, params)
     return grad_product(lambda w: jax.grad(loss_fn)(w, *args), params, vector)
 
 
 def grad_product(grad_fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> PyTree:
     """Multiplies the Jacobian of a gradient function by a vector: `hvp` for a caller who has `grad_fn` only.
 
-        d/dt grad_fn(w + t u) at t = 0
+        H(w) u = d/dt grad_fn(w + t u) at t = 0
 
-    Only the tangent is returned. Where the caller also evaluates `grad_fn(params)`, XLA's common-subexpression
-    elimination merges that with the primal of this product under `jit`, so both cost 1 + 2 gradients (a test counts the
-    operations). `jax.linearize` compiles to the same program, except around a `scan` (microbatching), where it would
-    keep the residuals of every microbatch: ten times the memory.
+    Args:
+      grad_fn: `params -> gradient`, shaped like `params`: which batch, which mean and whether an average over devices
+        is in it are the caller's choice.
+      params: pytree of floating-point arrays, w.
+      vector: pytree with the structure and shapes of `params`, u; taken in the types of `params`.
+
+    Returns:
+      H(w) u alone, shaped like `grad_fn(params)`.
+
+    Raises:
+      ValueError: `vector` does not match `params` (names the first path that differs).
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: as `hvp`. Where the caller also evaluates `grad_fn(params)`, XLA's common-subexpression elimination merges
+    that with the primal of this product under `jit`, so both cost 1 + 2 gradients (a test counts the operations).
+    `jax.linearize` compiles to the same program, except around a `scan` (microbatching), where it would keep the
+    residuals of every microbatch: ten times the memory.
+
+    >>> import jax, jax.numpy as jnp
+    >>> grad_product(jax.grad(lambda w: (w**3).sum()), jnp.array([1.0, 2.0]), jnp.array([1.0, -1.0]))
+    Array([  6., -12.], dtype=float32)
+
+    Source: see `hvp`.
     """
+    _check.floating_tree("params", params)
+    _check.matching_tree("vector", vector, params)
     return jax.jvp(grad_fn, (params,), (_tree.cast_like(vector, params),))[1]
 
 
@@ -131,10 +151,9 @@ def hessian_operator(
       `vector -> H vector`, stored in float32 or wider but computed in the types of `params`; symmetric up to rounding.
 
     Raises:
-      ValueError: no examples; batch leaves of different lengths; data whose total weight changes from pass to pass; a
-      loss that
-        couples a batch that is to be split (found by comparing the loss of four examples with that of one and three,
-        for concrete values only).
+      ValueError: no examples; batch leaves of different lengths; data whose total weight is 0, or changes from pass to
+        pass; a loss that couples a batch that is to be split (found by comparing the loss of four examples with that of
+        one and three). Values are looked at outside a trace only; under one a total weight of 0 gives NaN.
       TypeError: both or neither of `batch` and `batches`; a one-shot iterator; parameters that are not floating point.
 
     Which batch statistics: those `loss_fn` uses. Running statistics (evaluation mode) are constants of the function;
@@ -187,11 +206,13 @@ def ggn_operator(
       params, batch, batches, microbatch_size, weight_fn, mask, axis_name, coupled: as in `hessian_operator`.
 
     Returns:
-      `vector -> G vector`, in float32 or wider; symmetric, and without negative eigenvalues where the loss is convex in
-      the outputs.
+      `vector -> G vector`, stored and computed as in `hessian_operator`; symmetric, and without negative eigenvalues
+      where the loss is convex in the outputs.
 
     Raises:
       As `hessian_operator`.
+
+    Batch statistics: as `hessian_operator`.
 
     Cost: one forward-mode and one reverse-mode pass through the model, about 1.5 gradients; memory as
     `hessian_operator`.
@@ -233,10 +254,12 @@ def empirical_fisher_operator(
       params, batch, batches, microbatch_size, mask, axis_name, coupled: as in `hessian_operator`.
 
     Returns:
-      `vector -> F vector`, in float32 or wider; symmetric and without negative eigenvalues.
+      `vector -> F vector`, stored and computed as in `hessian_operator`; symmetric and without negative eigenvalues.
 
     Raises:
       ValueError: `losses_fn` returns anything but one loss an example. Otherwise as `hessian_operator`.
+
+    Batch statistics: as `hessian_operator`.
 
     Cost: one forward-mode and one reverse-mode pass, about 1.5 gradients; no per-example gradient is stored.
 
@@ -273,6 +296,17 @@ def restrict(tree: PyTree, mask: PyTree | Callable[[PyTree], PyTree]) -> PyTree:
     """
     selected = _check.bool_tree("mask", mask, tree)
     return jax.tree.map(lambda keep, x: x if keep else None, selected, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PeakScaled:
+    """A linear product, of the vector over its largest entry: 16 bits have no room for the entries of a unit vector."""
+
+    product: Callable[..., PyTree]
+
+    def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
+        scaled, peak = _tree.peak_scaled(vector)
+        return _tree.scale(peak, self.product(params, others, scaled, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +378,8 @@ def _operator(
         selected = restrict(params, keep)
         others = jax.tree.map(lambda keep, x: None if keep else x, keep, params)
     _check.floating_tree("params", selected)
+    if any(jnp.result_type(x).itemsize < 4 for x in jax.tree.leaves(selected)):
+        product = _PeakScaled(product)
     mean = _data.mean_over(
         name,
         product,

@@ -92,8 +92,10 @@ def worst_case(
     Raises:
       ValueError: `rho` negative, fewer than one step or start; otherwise as `curvature.hessian_operator`.
 
-    Cost: num_starts x (num_steps + 1) gradients over all the data. Compiled and looped as `spectrum.power_iteration`
-    is.
+    Batch statistics: as `curvature.hessian_operator`.
+
+    Cost: num_starts x (num_steps + 1) gradients over all the data; memory of one gradient and five vectors. Compiled
+    and looped as `spectrum.power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -164,6 +166,8 @@ def increase_along(
 
     Raises:
       ValueError: `direction` does not match `params`; otherwise as `curvature.hessian_operator`.
+
+    Batch statistics: as `curvature.hessian_operator`.
 
     Cost: two forward passes and one twice-differentiated one in forward mode (about 6 forward passes), and no memory
     beyond them.

@@ -72,6 +72,15 @@ def test_vector_that_does_not_match():
         curvature.hvp(lambda p: p["w"].sum(), {"w": jnp.ones(2)}, {"w": jnp.ones(3)})
 
 
+def test_grad_product_is_the_product_of_its_gradient(x64):
+    loss_fn, params, hessian = problems.quadratic()
+    vector = problems.random_like(jax.random.key(0), params)
+    product = curvature.grad_product(jax.grad(loss_fn), params, vector)
+    np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ ravel_pytree(vector)[0], rtol=1e-12)
+    with pytest.raises(ValueError, match="`vector` must have the shapes of `params`"):
+        curvature.grad_product(jax.grad(loss_fn), params, jax.tree.map(lambda x: x[:1], params))
+
+
 def test_integer_parameters():
     with pytest.raises(TypeError, match="`params` must have floating-point leaves; at params it has int32"):
         curvature.hvp(lambda p: p.sum(), jnp.arange(2), jnp.arange(2))
@@ -471,6 +480,17 @@ def test_microbatches_of_a_sharded_batch_stay_sharded():
 # --- types, memory, compilation ---
 
 
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_small_vectors_do_not_vanish_in_16_bits(kind, dtype):
+    params = net_params(dtype)
+    operator = make(kind, params, net_batch(dtype=dtype))
+    vector = jax.tree.map(lambda x: x.astype(jnp.float32), problems.random_like(jax.random.key(0), params))
+    small, normal = operator(reference.scale(1e-9, vector)), operator(vector)
+    problems.assert_close(small, reference.scale(1e-9, normal), rtol=1e-5)
+    assert ravel_pytree(normal)[0].any()
+
+
 @pytest.mark.parametrize(("dtype", "driver"), [(jnp.float32, "uneven"), (jnp.bfloat16, "remainder")])
 def test_results_are_wide(dtype, driver):
     params, batch = net_params(dtype), net_batch(dtype=dtype)
@@ -606,6 +626,24 @@ def test_loss_that_couples_its_batch(x64, driver):
         expected = sum(s * p for s, p in zip(sizes, products, strict=True)) / 12
         np.testing.assert_allclose(multiply(operator, vector), expected, rtol=1e-11)
         assert not np.allclose(expected, whole_product(params, vector, batch), rtol=1e-2)
+
+
+def test_loss_whose_mean_cancels_is_not_coupled():
+    x = jnp.array([[1.0], [-1.0], [3.0], [-3.0], [1.0]]) * jnp.array([0.1, 0.7])
+
+    def loss_fn(w, x):
+        return jnp.mean(x @ w**3)
+
+    operator = curvature.hessian_operator(loss_fn, jnp.array([0.3, 0.9]), x, microbatch_size=2)
+    np.testing.assert_allclose(operator(jnp.ones(2)), 6 * jnp.array([0.3, 0.9]) * x.mean(0), rtol=1e-4)
+
+
+def test_no_weight_at_all_is_an_error():
+    batch = net_batch(dtype=jnp.float32) | {"weight": jnp.zeros(N)}
+    params = net_params(jnp.float32)
+    operator = curvature.hessian_operator(token_loss, params, batches=[batch, batch], weight_fn=token_weight)
+    with pytest.raises(ValueError, match=r"`hessian_operator\(batches=...\)` must have a total weight other than 0"):
+        operator(params)
 
 
 @pytest.mark.parametrize("driver", ["whole", "larger"])

@@ -191,6 +191,22 @@ def test_krylov_space_that_ends(x64, eigenvalues, dimension):
         assert abs(mass.mean() - multiplicity / N) < 4 * error + 1e-12
 
 
+@pytest.mark.parametrize("spread", [3e-5, 1e-6])
+@pytest.mark.parametrize("bandwidth", [None, 1e-9])
+def test_spectrum_that_is_narrow_for_its_distance_from_zero(spread, bandwidth):
+    diagonal = 1 + spread * jnp.linspace(0, 1, 200)
+    operator = jax.tree_util.Partial(jnp.multiply, diagonal)
+    options = {"num_probes": 2, "num_steps": 16, "bandwidth": bandwidth}
+    result = spectrum.spectral_density(operator, diagonal, jax.random.key(0), **options)
+    assert np.isfinite(result.density).all()
+    assert np.isfinite(result.sem).all()
+    if bandwidth is None:
+        # The points of the grid stay apart, and their mean distance is the width of a cell.
+        assert (np.diff(result.grid) > 0).all()
+        cell = float(result.grid[-1] - result.grid[0]) / (len(result.grid) - 1)
+        np.testing.assert_allclose(result.density.sum() * cell, 1, rtol=1e-2)
+
+
 def test_one_probe_has_no_band(x64):
     result = solve(problems.symmetric(EIGENVALUES)[0], num_steps=4, num_probes=1)
     assert np.isinf(result.sem).all()
@@ -269,6 +285,7 @@ def test_tree_in_bfloat16():
         ({"bandwidth": 0.0}, ValueError, r"`spectral_density\(bandwidth=...\)` must be positive and finite; got 0.0"),
         ({"bandwidth": "wide"}, TypeError, r"`spectral_density\(bandwidth=...\)` must be a real scalar; got 'wide'"),
         ({"params": jnp.arange(3)}, TypeError, "`params` must have floating-point leaves"),
+        ({"params": jnp.zeros((3, 0))}, ValueError, "`params` must have at least one entry; got only empty leaves"),
         ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v\)` must have the shapes of `v`; .* it is \(2,\)"),
     ],
 )

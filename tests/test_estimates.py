@@ -391,6 +391,7 @@ def test_operator_that_averages_over_devices(x64, check_vma):
         ({"rtol": lambda count: 0.1}, TypeError, r"`{}\(rtol=...\)` must be a real scalar"),
         ({"params": jnp.arange(3)}, TypeError, "`params` must have floating-point leaves"),
         ({"params": {}}, ValueError, "`params` must have at least one array"),
+        ({"params": jnp.zeros((3, 0))}, ValueError, "`params` must have at least one entry; got only empty leaves"),
         ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(z\)` must have the shapes of `z`; .* it is \(2,\)"),
     ],
 )

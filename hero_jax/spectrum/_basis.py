@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hero_jax import _tree
 
@@ -24,12 +24,15 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How vectors shaped like a parameter tree are kept. Hashable."""
+    """How vectors shaped like a parameter tree are kept. Hashable.
+
+    shardings: of the leaves, None where they are not split over devices.
+    """
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
-    is_flat: bool
+    shardings: tuple[NamedSharding | None, ...]
 
     @classmethod
     def of(cls, params: PyTree) -> Packing:
@@ -37,11 +40,26 @@ class Packing:
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jnp.shape(x) for x in leaves)
         dtypes = tuple(jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves)
-        return cls(structure, shapes, dtypes, not any(map(_is_sharded, leaves)))
+        return cls(structure, shapes, dtypes, tuple(map(_tree.sharding_of, leaves)))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the leaves are joined."""
+        return not any(self.shardings)
 
     def like(self) -> PyTree:
-        """Shapes and types of a vector."""
-        return self.structure.unflatten(list(map(jax.ShapeDtypeStruct, self.shapes, self.dtypes)))
+        """Shapes, types and shardings of a vector."""
+        leaves = zip(self.shapes, self.dtypes, self.shardings, strict=True)
+        return self.structure.unflatten([jax.ShapeDtypeStruct(*leaf[:2], sharding=leaf[2]) for leaf in leaves])
+
+    def empty_basis(self, num_rows: int) -> PyTree:
+        """A basis with no vector set."""
+        if self.is_flat:
+            return jnp.zeros(
+                (num_rows, sum(map(math.prod, self.shapes))), functools.reduce(jnp.promote_types, self.dtypes)
+            )
+        leaves = zip(self.shapes, self.dtypes, self.shardings, strict=True)
+        return [_tree.place(jnp.zeros((num_rows, *shape), dtype), s, new_axes=1) for shape, dtype, s in leaves]
 
     def pack(self, tree: PyTree) -> PyTree:
         """`tree` as it is kept."""
@@ -62,15 +80,6 @@ class Packing:
         )
 
 
-def _is_sharded(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.sharding.is_fully_replicated
-
-
-def zeros(num_rows: int, like: PyTree) -> PyTree:
-    """A basis with no vector set, wide."""
-    return jax.tree.map(lambda x: jnp.zeros((num_rows, *jnp.shape(x)), _tree.wide(x).dtype), like)
-
-
 def row(basis: PyTree, i: Any) -> PyTree:
     """The i-th vector."""
     return jax.tree.map(lambda q: jax.lax.dynamic_index_in_dim(q, i, keepdims=False), basis)
@@ -83,10 +92,14 @@ def with_row(basis: PyTree, i: Any, vector: PyTree) -> PyTree:
 
 def project(basis: PyTree, vector: PyTree) -> jax.Array:
     """Q v: the dot product of every row with `vector`, (rows,)."""
-    products = jax.tree.map(
-        lambda q, v: jnp.tensordot(q, v.astype(q.dtype), v.ndim, precision="highest"), basis, vector
-    )
-    return functools.reduce(jnp.add, jax.tree.leaves(products))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(_project, basis, vector)))
+
+
+def _project(q: jax.Array, v: jax.Array) -> jax.Array:
+    # A sum over an axis that is split over devices ends up on all of them, which explicit types want said.
+    sharding = jax.typeof(q).sharding
+    out_sharding = NamedSharding(sharding.mesh, PartitionSpec(None)) if _tree.is_explicit(sharding) else None
+    return jnp.tensordot(q, v.astype(q.dtype), v.ndim, precision="highest", out_sharding=out_sharding)
 
 
 def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
@@ -102,15 +115,14 @@ def orthogonalize(basis: PyTree, vector: PyTree) -> tuple[PyTree, jax.Array]:
     return _tree.subtract(vector, combine(second, basis)), first + second
 
 
-def random_direction(key: jax.Array, basis: PyTree) -> PyTree:
+def random_direction(key: jax.Array, basis: PyTree, packing: Packing) -> PyTree:
     """A random unit vector orthogonal to the rows of `basis`, or zero where they span the whole space."""
-    like = jax.tree.map(lambda q: q[0], basis)
-    vector, length = _tree.normalize(_tree.random_normal(key, like))
+    vector, length = _tree.normalize(packing.pack(_tree.random_normal(key, packing.like())))
     vector, _ = orthogonalize(basis, vector)
     left = _tree.norm(vector)
     unit, _ = _tree.normalize(vector)
     # What was left may be short: rounding is then a larger part of it.
     unit, _ = _tree.normalize(orthogonalize(basis, unit)[0])
     # In n dimensions at least one is missing: the part outside the span has a length near n^-1/2 or more.
-    exhausted = left <= 1e-3 / jnp.sqrt(_tree.size(like))
+    exhausted = left <= 1e-3 / jnp.sqrt(_tree.size(vector))
     return _tree.scale(jnp.where(exhausted | (length == 0), 0.0, 1.0), unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hero_jax import _check, _tree
-from hero_jax.spectrum import krylov
+from hero_jax.spectrum import _basis, krylov
 
 PyTree = Any
 # Beyond five bandwidths a Gaussian has less than 1e-6 of its mass.
@@ -58,11 +59,13 @@ def spectral_density(
     H up to order 2 num_steps - 1, given the probe.
 
     The default bandwidth is (theta_max - theta_min) / num_steps, about the distance of neighbouring nodes and so what
-    the quadrature can resolve; outliers of the spectrum widen it. The density is averaged over each cell of the grid
-    (by the error function, not sampled), so that its integral is one whatever the bandwidth.
+    the quadrature can resolve; outliers of the spectrum widen it. It is at least 2 num_points eps max|theta|, so that
+    the points of the grid stay apart as floats (with a smaller `bandwidth` they may coincide; the density is right).
+    The density is averaged over each cell of the grid (by the error function, not sampled), so that its integral is one
+    whatever the bandwidth.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes.
       num_probes: starts with independent random signs; two or more for a band. Static.
@@ -91,47 +94,59 @@ def spectral_density(
     Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density, ICML 2019.
     """
     _check.floating_tree("params", params)
+    _check.not_empty("params", params)
     _check.integer("spectral_density(num_probes=...)", num_probes, low=1)
     _check.integer("spectral_density(num_steps=...)", num_steps, low=1)
     _check.integer("spectral_density(num_points=...)", num_points, low=2)
     if bandwidth is not None:
         _check.positive("spectral_density(bandwidth=...)", bandwidth)
-    nodes, weights, products, asymmetries, scales = [], [], [], [], []
-    for key_probe in jax.random.split(key, num_probes):
-        space = krylov.krylov_space(matvec, _tree.random_signs(key_probe, params), num_steps)
-        ritz = krylov.ritz_pairs(space, 0.0)
-        nodes.append(ritz.values)
-        weights.append(ritz.components[0] ** 2)
-        products.append(space.num_matvecs)
-        asymmetries.append(space.asymmetry)
-        scales.append(space.scale)
+    keys, packing = jax.random.split(key, num_probes), _basis.Packing.of(params)
+    probes = [_quadrature(matvec, _signs(key_probe, packing), num_steps) for key_probe in keys]
+    nodes, weights, products, asymmetries, scales = map(jnp.stack, zip(*probes, strict=True))
     # A probe with a broken product is not one with fewer nodes.
-    is_broken = ~jnp.isfinite(jnp.stack(scales)).all()
-    nodes, weights = jnp.where(is_broken, jnp.nan, jnp.stack(nodes)), jnp.stack(weights)
+    is_broken = ~jnp.isfinite(scales).all()
+    nodes = jnp.where(is_broken, jnp.nan, nodes)
     lowest, highest = jnp.nanmin(nodes), jnp.nanmax(nodes)
     if bandwidth is None:
+        eps, size = jnp.finfo(nodes.dtype).eps, jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
         # Of a multiple of the identity there is no width; any will do that its size makes visible.
-        spread = jnp.where(highest - lowest > krylov.ROUNDING * jnp.finfo(nodes.dtype).eps * jnp.abs(highest), 1, 0)
-        size = jnp.where(highest == 0, 1, jnp.abs(highest))
-        width = jnp.where(spread == 1, highest - lowest, size) / num_steps
+        is_wide = highest - lowest > krylov.ROUNDING * eps * size
+        width = jnp.where(is_wide, highest - lowest, jnp.where(size == 0, 1, size)) / num_steps
+        # Cells near the spacing of floats would have centers that coincide.
+        width = jnp.maximum(width, 2 * num_points * eps * size)
     else:
         width = jnp.asarray(bandwidth, nodes.dtype)
-    edges = jnp.linspace(lowest - MARGIN * width, highest + MARGIN * width, num_points + 1)
-    cells = jax.vmap(lambda nodes, weights: _cell_masses(edges, nodes, weights, width))(nodes, weights)
+    # Relative to the middle, where floats are dense: a spectrum may be narrow and far from 0.
+    middle = lowest + (highest - lowest) / 2
+    margin = MARGIN * width
+    edges = jnp.linspace(lowest - middle - margin, highest - middle + margin, num_points + 1)
+    cells = jax.vmap(lambda nodes, weights: _cell_masses(edges, nodes - middle, weights, width))(nodes, weights)
     cells = jnp.where(is_broken, jnp.nan, cells)
     # Squares of masses, which have no unit, stay in range whatever the size of the eigenvalues.
     sem = jnp.std(cells, 0, ddof=1) / jnp.sqrt(num_probes) if num_probes > 1 else jnp.full(num_points, jnp.inf)
     widths = jnp.diff(edges)
     return SpectralDensity(
-        grid=(edges[1:] + edges[:-1]) / 2,
+        grid=middle + (edges[1:] + edges[:-1]) / 2,
         density=cells.mean(0) / widths,
         sem=sem / widths,
         bandwidth=width,
         nodes=nodes,
         weights=weights,
-        num_matvecs=sum(products[1:], start=products[0]),
-        asymmetry=jnp.stack(asymmetries).max(),
+        num_matvecs=products.sum(dtype=jnp.int32),
+        asymmetry=asymmetries.max(),
     )
+
+
+def _quadrature(matvec: Callable[[PyTree], PyTree], start: PyTree, num_steps: int) -> tuple[jax.Array, ...]:
+    """Nodes and weights from one start, products taken, asymmetry and scale; the space itself is let go."""
+    space = krylov.krylov_space(matvec, start, num_steps)
+    ritz = krylov.ritz_pairs(space, 0.0)
+    return ritz.values, ritz.components[0] ** 2, space.num_matvecs, space.asymmetry, space.scale
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _signs(key: jax.Array, packing: _basis.Packing) -> PyTree:
+    return _tree.random_signs(key, packing.like())
 
 
 def _cell_masses(edges: jax.Array, nodes: jax.Array, weights: jax.Array, width: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ The mean over n probes has the standard error s / sqrt(n), where s is the sample
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def trace(
     and averages over the rest: much the smaller standard error where few eigenvalues dominate, as they do in networks.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes.
       num_probes: most probes to take.
@@ -74,7 +75,8 @@ def trace(
       ValueError: an argument out of its range, or `matvec` not shape-preserving.
       TypeError: a leaf of `params` is not floating point.
 
-    Cost: one product a probe and two a sketch vector; memory of `sketch_size` vectors. The variance of one probe is
+    Cost: one product a probe and two a sketch vector; memory of `sketch_size` vectors in float32 or wider, and
+    as many again during a step. The variance of one probe is
     2 (||H||_F^2 - ||diag H||^2). Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
@@ -90,9 +92,8 @@ def trace(
     if not sketch_size:
         return _rescaled(*_average(_quadratic_form, matvec, params, key, num_probes, rtol))
     packing = _basis.Packing.of(params)
-    like = packing.pack(jax.tree.map(jnp.asarray, params))
-    sketch = _Sketch(_basis.zeros(sketch_size, like), jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2**31))
-    basis = _loop.run(_SketchSolver(packing), matvec, sketch).basis
+    # Handed straight into the loop, so that nothing else holds its memory.
+    basis = _loop.run(_SketchSolver(packing), matvec, _empty_sketch(packing, sketch_size, key)).basis
     dtype = _tree.dot(basis, basis).dtype
     exact = _loop.run(
         _ExactSolver(packing), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
@@ -114,7 +115,7 @@ def layer_traces(
         tr H_ii = E z_i^T (H z)_i,   i over leaves; their sum is z^T H z, a sample of the whole trace
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes.
       num_probes: most probes to take.
@@ -128,7 +129,8 @@ def layer_traces(
       ValueError: an argument out of its range, or `matvec` not shape-preserving.
       TypeError: a leaf of `params` is not floating point.
 
-    Cost: one product a probe, for all layers together. Compiled and looped as `power_iteration` is.
+    Cost: one product a probe, for all layers together; memory of one product and two vectors. Compiled and looped as
+    `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
@@ -155,7 +157,7 @@ def diagonal(
         diag H = E z * (H z)
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes.
       num_probes: most probes to take.
@@ -196,7 +198,7 @@ def hessian_norm(
         ||H||_F = sqrt(E ||H z||^2),   sem = sem(||H z||^2) / (2 ||H||_F)
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes.
       num_probes: most probes to take.
@@ -209,7 +211,7 @@ def hessian_norm(
       ValueError: an argument out of its range, or `matvec` not shape-preserving.
       TypeError: a leaf of `params` is not floating point.
 
-    Cost: one product a probe. Compiled and looped as `power_iteration` is.
+    Cost: one product a probe; memory of one product and two vectors. Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> result = hessian_norm(lambda v: jnp.array([3.0, -4.0]) * v, jnp.zeros(2), jax.random.key(0), num_probes=3)
@@ -238,7 +240,7 @@ def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, 
         mean of z^T H z,   of z_i^T (H z)_i,   and the root of the mean of ||H z||^2
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
       params: pytree of floating-point arrays, for its shapes and types only.
       key: for the probes: with the same key, `trace`, `layer_traces` and `hessian_norm` alone give the same numbers.
       num_probes: probes to take.
@@ -250,7 +252,7 @@ def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, 
       ValueError: an argument out of its range, or `matvec` not shape-preserving.
       TypeError: a leaf of `params` is not floating point.
 
-    Cost: one product a probe. Compiled and looped as `power_iteration` is.
+    Cost: one product a probe; memory of one product and two vectors. Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
@@ -269,6 +271,7 @@ def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, 
 def _check_arguments(name: str, params: PyTree, num_probes: Any, rtol: Any) -> None:
     _check.scalar(f"{name}(rtol=...)", rtol)
     _check.floating_tree("params", params)
+    _check.not_empty("params", params)
     _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
     _check.non_negative(f"{name}(rtol=...)", rtol)
 
@@ -386,7 +389,7 @@ def _average(
 ) -> tuple[Estimate, jax.Array]:
     """The mean of `statistic(z, H z / unit)` over probes orthogonal to `basis`, plus `offset` / unit; and the unit."""
     packing = _basis.Packing.of(params)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(statistic, packing.like(), packing.like()))
+    zero = _zero(statistic, packing)
     dtype = jnp.result_type(*jax.tree.leaves(zero))
     offset = jnp.asarray(offset, dtype)
     limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
@@ -403,10 +406,22 @@ def _average(
     return estimate, carry.unit
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zero(statistic: Callable[[PyTree, PyTree], PyTree], packing: _basis.Packing) -> PyTree:
+    """The statistic of zeros, which are zeros split over devices as its other values are."""
+    zeros = jax.tree.map(lambda x: _tree.place(jnp.zeros(x.shape, x.dtype), x.sharding), packing.like())
+    return statistic(zeros, zeros)
+
+
 class _Sketch(NamedTuple):
     basis: PyTree
     num_rows: jax.Array
     key: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_sketch(packing: _basis.Packing, num_rows: int, key: jax.Array) -> _Sketch:
+    return _Sketch(packing.empty_basis(num_rows), jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2**31))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ so the residual of a Ritz pair (theta, y = Q_j s) is known without another produ
 
     ||H y - theta y|| = ||T s - theta [s; 0]||
 
+exactly until a restart leaves a part of T out, and at most that plus the length of what was left out from then on;
 and ||T_j - T_j^T|| says how far the operator is from symmetric, where T_j is T without its last rows.
 """
 
@@ -40,7 +41,8 @@ class Eigenpairs(NamedTuple):
 
     eigenvalues: (k,), float32 or wider; sign kept. NaN, with NaN residuals, where fewer than k products were taken.
     eigenvectors: pytree whose leaves have a new first axis of k; orthonormal, in the types of the parameters.
-    residuals: (k,), ||H v - lambda v|| / |lambda|; 0 where both vanish.
+    residuals: (k,), ||H v - lambda v|| / |lambda|, or an upper bound of it after a restart with an operator that is not
+      symmetric; 0 where both vanish.
     converged: (k,), whether the residual is at most `rtol`, or ||H v - lambda v|| is at the rounding error of the
       operator (64 eps ||H||), which is how an eigenvalue 0 is recognised.
     num_matvecs: int32, products taken.
@@ -147,10 +149,7 @@ def top_eigenpairs(
         basis_size = max(2 * k, k + 60)
     else:
         _check.integer("top_eigenpairs(basis_size=...)", basis_size, low=min(k + 1, dimension))
-    key_start, key = jax.random.split(key)
-    if v0 is None:
-        v0 = jax.tree.map(lambda x: x[None], _tree.random_normal(key_start, params))
-    num_starts = _check_starts(v0, params)
+    num_starts = 1 if v0 is None else _check_starts(v0, params)
     packing = _basis.Packing.of(params)
     solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts, packing)
     carry = _loop.run(solver, matvec, _start(solver, v0, key, rtol, max_matvecs))
@@ -181,7 +180,8 @@ def lanczos(
     gives that eigenvalue alone.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees shaped like `v0`.
+      matvec: `vector -> vector`, a symmetric linear operator H on pytrees shaped like `v0`; which loss, batch and mean
+        are the caller's.
       v0: start vector, pytree of floating-point arrays, not zero.
       num_steps: m, products to take at most; the dimension where that is smaller. Static.
       rtol: relative residual below which a Ritz pair counts as converged.
@@ -193,7 +193,8 @@ def lanczos(
       ValueError: `v0` zero or not finite, `num_steps` or `rtol` not positive, `matvec` not shape-preserving.
       TypeError: a leaf of `v0` is not floating point.
 
-    Cost: at most m products; two times m vectors in float32 or wider. Compiled and looped as `power_iteration` is.
+    Cost: at most m products; m vectors in float32 or wider, and as many again during a step and for the result.
+    Compiled and looped as `power_iteration` is.
 
     >>> import jax.numpy as jnp
     >>> result = lanczos(lambda v: jnp.array([2.0, -1.0, 5.0]) * v, jnp.array([3.0, 0.0, 4.0]))
@@ -227,7 +228,7 @@ class Space(NamedTuple):
 
     basis: m + b rows, those beyond the ones found being zero; b is the number of start vectors.
     coefficients: (m + b, m), T above.
-    defects: (m,), the length of the part of H q that a restart left out.
+    defects: (m,), at most the length of the part of H q that a restart left out.
     num_multiplied: rows whose product is in `coefficients`; row `num_multiplied` is multiplied next.
     num_matvecs: products taken; more than `num_multiplied` after a restart.
     scale: the longest product so far, a lower bound of ||H||.
@@ -282,7 +283,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     components = jnp.where(is_real, vectors[:, chosen], 0)
     padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
     lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * jnp.where(is_real, values, 0))
-    residual_norms = jnp.where(is_real, jnp.hypot(lengths, _weighted(space.defects, components)), jnp.nan)
+    residual_norms = jnp.where(is_real, lengths + _left_out(space, components), jnp.nan)
     # A comparison with NaN is False.
     converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
     return Ritz(values, components, residual_norms, converged)
@@ -377,7 +378,8 @@ class _TopEigenpairs:
         )
         # Of H y, the part in the old span but not along y is what asymmetry and rounding leave.
         left_out = _product(space.coefficients[:m], kept.components) - kept.components * kept.values
-        defects = jnp.hypot(jax.vmap(_tree.norm, 1)(left_out), _weighted(space.defects, kept.components))
+        lengths = jnp.stack([jax.vmap(_tree.norm, 1)(left_out), _left_out(space, kept.components)])
+        defects = _added(space, lengths)
         space = space._replace(
             basis=_basis.combine(rotation, space.basis),
             coefficients=coefficients,
@@ -393,8 +395,10 @@ class _TopEigenpairs:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start(solver: _TopEigenpairs, v0: PyTree, key: jax.Array, rtol: Any, max_matvecs: Any) -> _Carry:
-    key_start, key = jax.random.split(key)
+def _start(solver: _TopEigenpairs, v0: PyTree | None, key: jax.Array, rtol: Any, max_matvecs: Any) -> _Carry:
+    key_default, key_start, key = jax.random.split(key, 3)
+    if v0 is None:
+        v0 = jax.tree.map(lambda x: x[None], _tree.random_normal(key_default, solver.packing.like()))
     space = _empty(solver.basis_size, solver.packing, v0, key_start)
     limits = (jnp.asarray(rtol, space.scale.dtype), jnp.asarray(max_matvecs, jnp.int32))
     return _Carry(
@@ -423,8 +427,7 @@ def _empty(num_columns: int, packing: _basis.Packing, v0: PyTree, key: jax.Array
     """
     v0 = jax.vmap(packing.pack)(v0)
     num_starts = len(jax.tree.leaves(v0)[0])
-    like = jax.tree.map(lambda x: x[0], v0)
-    basis = _basis.zeros(num_columns + num_starts, like)
+    basis = packing.empty_basis(num_columns + num_starts)
     for i in range(num_starts):
         vector, _ = _tree.normalize(_basis.row(v0, i))
         vector, _ = _basis.orthogonalize(basis, vector)
@@ -435,11 +438,13 @@ def _empty(num_columns: int, packing: _basis.Packing, v0: PyTree, key: jax.Array
             # NaN or zero starts are replaced as well.
             is_new = left > 1e-3
             vector = jax.tree.map(
-                lambda a, b, is_new=is_new: jnp.where(is_new, a, b), vector, _basis.random_direction(key_random, basis)
+                lambda a, b, is_new=is_new: jnp.where(is_new, a, b),
+                vector,
+                _basis.random_direction(key_random, basis, packing),
             )
             vector, _ = _tree.normalize(_basis.orthogonalize(basis, vector)[0])
         basis = _basis.with_row(basis, i, vector)
-    dtype = _tree.dot(like, like).dtype
+    dtype = _tree.dot(v0, v0).dtype
     return Space(
         basis=basis,
         coefficients=jnp.zeros((num_columns + num_starts, num_columns), dtype),
@@ -477,7 +482,7 @@ def _extend(
     if key is None:
         unit = _tree.scale(jnp.where(has_ended, 0, 1), unit)
     else:
-        unit = jax.lax.cond(has_ended, lambda: _basis.random_direction(key, space.basis), lambda: unit)
+        unit = jax.lax.cond(has_ended, lambda: _basis.random_direction(key, space.basis, packing), lambda: unit)
     new = j + num_starts
     coefficients = space.coefficients.at[:, j].set(column.astype(dtype).at[new].set(length))
     basis = _basis.with_row(space.basis, new, unit)
@@ -510,9 +515,19 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-def _weighted(defects: jax.Array, components: jax.Array) -> jax.Array:
-    """The length that independent defects of the rows add up to in each combination of them."""
-    return jax.vmap(_tree.norm, 1)(defects[:, None] * components)
+def _left_out(space: Space, components: jax.Array) -> jax.Array:
+    """The length that the defects of the rows add up to in each combination of rows."""
+    return _added(space, jnp.abs(space.defects[:, None] * components))
+
+
+def _added(space: Space, lengths: jax.Array) -> jax.Array:
+    """The length of the sum, over the first axis, of vectors whose lengths alone are known.
+
+    At most the sum of the lengths; the root of the sum of their squares where all are rounding errors, which are
+    independent of each other.
+    """
+    most = lengths.sum(0)
+    return jnp.where(most > _rounding(space), most, jax.vmap(_tree.norm, 1)(lengths))
 
 
 def _relative(residual_norms: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Curvature of parameters that are split over devices: the numbers of one device, and no vector whole on any."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hero_jax import curvature, sharpness, spectrum
+from tests import problems
+
+KEY = jax.random.key(3)
+
+
+def loss_fn(params, batch):
+    """Products and sums, since explicit types leave a matrix product over a split axis to its caller."""
+    x, y = batch
+    hidden = jnp.tanh(jnp.sum(x[:, :, None] * params["hidden"], 1) + params["bias"])
+    return jnp.mean((jnp.sum(hidden[:, :, None] * params["head"], 1) - y) ** 2)
+
+
+def problem():
+    params = {"hidden": jnp.zeros((16, 24)), "bias": jnp.zeros(24), "head": jnp.zeros((24, 3))}
+    params = jax.tree.map(lambda x: 0.4 * x, problems.random_like(jax.random.key(0), params))
+    x = jax.random.normal(jax.random.key(1), (32, 16))
+    return params, (x, jnp.sin(3 * x[:, :3]))
+
+
+def split(tree, mesh):
+    """Every leaf over its first axis."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def solve(params, batch, microbatch_size=None):
+    """What solvers that draw, keep and average vectors say."""
+    matvec = curvature.hessian_operator(loss_fn, params, batch, microbatch_size=microbatch_size)
+    return {
+        "top": spectrum.top_eigenpairs(matvec, params, KEY, k=2, rtol=1e-4),
+        "sketch": spectrum.trace(matvec, params, KEY, num_probes=3, sketch_size=2),
+        "diagonal": spectrum.diagonal(matvec, params, KEY, num_probes=3),
+        "density": spectrum.spectral_density(matvec, params, KEY, num_probes=2, num_steps=4, num_points=30),
+        "worst": sharpness.worst_case(loss_fn, params, batch, key=KEY, rho=0.1, num_steps=2),
+    }
+
+
+@functools.cache
+def on_one_device():
+    """(Called under x64.)"""
+    return solve(*problem())
+
+
+@pytest.mark.parametrize("which", ["params", "batch"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_every_solver_equals_one_device(x64, axis_type, which):
+    expected, (params, batch) = on_one_device(), problem()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        found = solve(split(params, mesh), batch) if which == "params" else solve(params, split(batch, mesh), 8)
+    for name in expected:
+        # The same random numbers, so that only orders of summation differ.
+        for x, y in zip(*map(jax.tree.leaves, (found[name], expected[name])), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_vectors_are_split_as_the_parameters_are():
+    params, batch = problem()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = split(params, mesh)
+    seen = []
+
+    def host_product(vector):
+        seen.append(vector)
+        return product(vector)
+
+    product = jax.jit(lambda vector: curvature.hvp(loss_fn, params, vector, batch))
+    matvec = curvature.HostOperator(host_product)
+    top = spectrum.top_eigenpairs(matvec, params, KEY, k=2, max_matvecs=3, basis_size=3)
+    spectrum.trace(matvec, params, KEY, num_probes=2, sketch_size=2)
+    diagonal = spectrum.diagonal(matvec, params, KEY, num_probes=2)
+    assert len(seen) == 3 + 4 + 2 + 2
+    for vector in [*seen, diagonal.mean, diagonal.sem, jax.tree.map(lambda x: x[0], top.eigenvectors)]:
+        for x in jax.tree.leaves(vector):
+            assert x.addressable_shards[0].data.size == x.size / 8
