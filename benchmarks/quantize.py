@@ -3,9 +3,9 @@
 One process, ResNet20 at its random initialisation (times do not depend on the weights), random images, weights
 quantized to 8 .. 2 bits by channel on the stretched grid, which is that of qwix:
 
-1. the sweep by `quantize_and_evaluate`, and by qwix array functions (`qwix.quantize`, `qwix.dequantize` on every
-   kernel, operation by operation) with the same compiled forward pass: cold (with compilation) and warm (again, in
-   turn, medians);
+1. the sweep by `quantize_and_evaluate`, and by qwix array functions on every kernel: either `qwix.quantize` and
+   `qwix.dequantize` operation by operation and the same compiled forward pass, or a forward pass that takes the codes
+   of `qwix.quantize` and is compiled for each type of them; cold (with compilation) and warm (again, in turn, medians);
 2. rounding alone, whose cold time is of no interest, as the sweep before it has compiled some of it;
 3. an evaluation by `classifier` against a plain jitted forward loop over the same images.
 """
@@ -64,15 +64,27 @@ def in_turn(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return {name: {"cold": seconds[0], "warm": statistics.median(seconds[1:])} for name, seconds in times.items()}
 
 
-def with_qwix(params: PyTree, bits: int) -> PyTree:
-    """The kernels rounded by qwix, by output channel."""
+def qwix_codes(params: PyTree, bits: int) -> PyTree:
+    """The kernels as arrays of qwix, by output channel."""
     import qwix  # optional: of the test extra
 
-    def leaf(w: jax.Array) -> jax.Array:
-        qtype = {4: jnp.int4, 8: jnp.int8}.get(bits, f"int{bits}")
-        return qwix.dequantize(qwix.quantize(w, qtype, channelwise_axes=(w.ndim - 1,))) if w.ndim >= 2 else w
+    qtype = {4: jnp.int4, 8: jnp.int8}.get(bits, f"int{bits}")
+    return jax.tree.map(lambda w: qwix.quantize(w, qtype, channelwise_axes=(w.ndim - 1,)) if w.ndim >= 2 else w, params)
 
-    return jax.tree.map(leaf, params)
+
+def qwix_weights(codes: PyTree) -> PyTree:
+    """The weights that arrays of qwix stand for."""
+    import qwix
+
+    def is_array(x: Any) -> bool:
+        return isinstance(x, qwix.QArray)
+
+    return jax.tree.map(lambda x: qwix.dequantize(x) if is_array(x) else x, codes, is_leaf=is_array)
+
+
+def with_qwix(params: PyTree, bits: int) -> PyTree:
+    """The kernels rounded by qwix, by output channel."""
+    return qwix_weights(qwix_codes(params, bits))
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
@@ -114,6 +126,11 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     else:
         functions["qwix sweep"] = lambda: [
             evaluate(p)["loss"] for p in (params, *(with_qwix(params, bits) for bits in arguments.bits))
+        ]
+        classify_codes = quantize.classifier(lambda codes, x: apply(qwix_weights(codes), x), batch_size=size)
+        functions["qwix sweep, codes in the forward pass"] = lambda: [
+            classify_codes(p, images, labels)["loss"]
+            for p in (params, *(qwix_codes(params, bits) for bits in arguments.bits))
         ]
         functions["qwix rounding"] = lambda: [with_qwix(params, bits) for bits in arguments.bits]
     measured = compiled | in_turn(functions, arguments.repeats)

@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import tyro
-from rich import box
-from rich.table import Table
 
-from experiments import cli, data, plots, progress, runs
+from experiments import cli, data, plots, progress, runs, tables
 from experiments import train as training
 from experiments.config import LABELS, METHODS, TrainConfig
 from hero_jax import _check, quantize, spectrum
@@ -158,30 +154,26 @@ def summarize(results: list[Measured]) -> list[Row]:
             Row(
                 method=method,
                 n=len(runs_of),
-                accuracy={bits: _spread([r.accuracy[bits] for r in runs_of]) for bits in runs_of[0].accuracy},
-                eigenvalue=_spread([r.eigenvalue for r in runs_of]),
+                accuracy={
+                    bits: quantize.Spread.of([r.accuracy[bits] for r in runs_of])[:2] for bits in runs_of[0].accuracy
+                },
+                eigenvalue=quantize.Spread.of([r.eigenvalue for r in runs_of])[:2],
                 all_converged=all(r.eigenvalue_converged for r in runs_of),
             )
         )
     return rows
 
 
-def terminal_table(rows: list[Row]) -> Table:
-    """The table for a terminal of 80 columns, standard deviations under the means."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    header, cells = _cells(rows, separator="\n\u00b1")
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    return table
-
-
-def markdown_table(rows: list[Row]) -> str:
-    """The same table in Markdown."""
-    header, cells = _cells(rows, separator=" \u00b1 ")
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table."""
+    widths = [bits for bits in rows[0].accuracy if bits is not None]
+    header = ["method", "n", "full", *(f"{bits} bit" for bits in widths), "top eig."]
+    lines = []
+    for row in rows:
+        accuracies = [tables.cell(*spread) for spread in row.accuracy.values()]
+        eigenvalue = tables.cell(*row.eigenvalue, (".3g", ".2g")) + ("" if row.all_converged else "*")
+        lines.append([LABELS[row.method], str(row.n), *accuracies, eigenvalue])
+    return header, lines
 
 
 def caption(config: CompareConfig, dataset: data.Dataset) -> str:
@@ -197,28 +189,6 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."
     )
-
-
-def _cells(rows: list[Row], separator: str) -> tuple[list[str], list[list[str]]]:
-    widths = [bits for bits in rows[0].accuracy if bits is not None]
-    header = ["method", "n", "full", *(f"{bits} bit" for bits in widths), "top eig."]
-    cells = []
-    for row in rows:
-        accuracies = [_cell(spread, separator, (".2f", ".2f")) for spread in row.accuracy.values()]
-        eigenvalue = _cell(row.eigenvalue, separator, (".3g", ".2g")) + ("" if row.all_converged else "*")
-        cells.append([LABELS[row.method], str(row.n), *accuracies, eigenvalue])
-    return header, cells
-
-
-def _cell(spread: tuple[float, float], separator: str, formats: tuple[str, str]) -> str:
-    """Mean and deviation; the mean alone where one run has no deviation."""
-    mean, deviation = spread
-    return f"{mean:{formats[0]}}" + ("" if math.isnan(deviation) else f"{separator}{deviation:{formats[1]}}")
-
-
-def _spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1; NaN for one value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def main(
@@ -241,6 +211,7 @@ def main(
         dataset = data.subset(dataset, config.train_size, config.validation_size)
         results = compare(config, dataset, out, display)
     rows = summarize(results)
+    header, lines = cells(rows)
     text = caption(config, dataset)
     record = {
         "config": runs.to_json(config),
@@ -248,13 +219,13 @@ def main(
         "results": [r._asdict() | {"accuracy": {str(b or "full"): a for b, a in r.accuracy.items()}} for r in results],
     }
     runs.write_json(out / "results.json", record)
-    (out / "table.md").write_text(f"{markdown_table(rows)}\n{text}\n")
+    (out / "table.md").write_text(f"{tables.markdown(header, lines)}\n{text}\n")
     plots.accuracy_over_bits(rows, config.spec, out / "bits.png")
     plots.eigenvalues(results, out / "eigenvalues.png")
     plots.training(
         {m: [out / "runs" / f"{m}-s{s}" for s in range(config.seeds)] for m in config.methods}, out / "training.png"
     )
-    cli.console.print(terminal_table(rows))
+    cli.console.print(tables.terminal(header, lines))
     cli.console.print(text)
     cli.console.print(f"{time.monotonic() - started:.0f} s. Table, plots and runs are in {out}.")
 

@@ -2,7 +2,7 @@
 
 Accuracy at each bit width for named specifications and optional steps after rounding, one line for each network; runs
 that differ in their seed only are one network with a mean and a spread. Leaves table.md, rows.csv, results.json and
-bits.png; with `--sensitivity` also layers.csv and layers-*.png, and an allocation of bits to layers.
+bits.png; with `--sensitivity` also layers-*.png, and an allocation of bits to layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, data, plots, progress, runs
+from experiments import cli, data, plots, progress, runs, tables
 from experiments import train as training
 from experiments.config import LABELS, TrainConfig
 from hero_jax import _check, curvature, quantize, spectrum
@@ -101,6 +101,10 @@ class Network(NamedTuple):
     classify: Callable[..., dict[str, Any]]
 
 
+# Compiled once for each specification and architecture.
+_optimized = jax.jit(rounding.optimized, static_argnames="spec")
+
+
 def evaluate(
     config: QuantizeConfig, network: Network, spec: quantize.QuantSpec, step: str, report: Callable[[int, int], None]
 ) -> list[quantize.QuantizedScore]:
@@ -117,9 +121,7 @@ def evaluate(
     quantizer, classify = None, network.classify
     if "rounding" in parts:
         grams = linen.input_grams(forward, variables, batches)
-        optimized = jax.jit(functools.partial(rounding.optimized, spec=spec))
-        quantizer = lambda params, bits: optimized(params, bits, grams)  # noqa: E731
-
+        quantizer = lambda params, bits: _optimized(params, bits, grams, spec)  # noqa: E731
     correct = linen.bias_correction(forward, variables, batches, pairs) if "bias" in parts else None
     if "activations" in parts:
         ranges = linen.activation_ranges(forward, variables, batches)
@@ -220,39 +222,15 @@ def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Pa
 
 
 def cells(
-    config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]], separator: str
+    config: QuantizeConfig, spreads: dict[Key, list[quantize.Spread]]
 ) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
-    """Header and, by specification and step, lines of text: accuracy in percent, mean and deviation over seeds."""
+    """Header and, by specification and step, lines of a table."""
     header = ["network", "n", "full", *(f"{bits} bit" for bits in config.bits)]
     lines: dict[tuple[str, str], list[list[str]]] = {}
-    for (spec, step, name), seeds in scores.items():
-        spreads = quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"])
-        text = [f"{s.mean:.2f}" + (f"{separator}{s.std:.2f}" if s.n > 1 else "") for s in spreads]
-        lines.setdefault((spec, step), []).append([name, str(len(seeds)), *text])
+    for (spec, step, name), row in spreads.items():
+        accuracies = [tables.cell(spread.mean, spread.std) for spread in row]
+        lines.setdefault((spec, step), []).append([name, str(row[0].n), *accuracies])
     return header, lines
-
-
-def markdown_table(config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> str:
-    """One table for everything."""
-    header, lines = cells(config, scores, " \u00b1 ")
-    rows = [["spec", "step", *header], ["---"] * 3 + ["---:"] * (len(header) - 1)]
-    rows += [[*kind, *line] for kind, part in lines.items() for line in part]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-def terminal_tables(config: QuantizeConfig, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> list[Table]:
-    """A table of 80 columns for each specification and step, standard deviations under the means."""
-    header, lines = cells(config, scores, "\n\u00b1")
-    found = []
-    for (spec, step), part in lines.items():
-        title = f"weights {spec}, {step}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for name in header:
-            table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-        for line in part:
-            table.add_row(*line)
-        found.append(table)
-    return found
 
 
 def write_rows(path: Path, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> None:
@@ -268,7 +246,7 @@ def write_rows(path: Path, scores: dict[Key, list[list[quantize.QuantizedScore]]
                         row.metrics["accuracy"],
                         row.metrics["loss"],
                         row.drop["accuracy"],
-                        *row[5:6],
+                        row.flipped,
                         row.sqnr_db,
                     )
                     sizes = (row.fraction, row.ideal_bytes, row.stored_bytes)
@@ -286,13 +264,21 @@ def layer_tables(measured: dict[str, Any]) -> Table:
     return table
 
 
-def load(folder: Path, data_dir: Path | None, display: Any, calibration: int) -> tuple[TrainConfig, Network]:
-    """A run folder as a `Network`."""
-    config, trainer, variables, dataset = training.load(folder, data_dir, display)
-    images = dataset.train.images[:calibration]
-    batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-    classify = quantize.classifier(trainer.forward, batch_size=training.EVAL_BATCH)
-    return config, Network(trainer, variables, dataset, batches, classify)
+def load(
+    folders: Iterable[Path], data_dir: Path | None, display: Any, calibration: int
+) -> dict[Path, tuple[TrainConfig, Network]]:
+    """Run folders as `Network`s; those that differ in their seed only share data and what is compiled."""
+    loaded = {}
+    shared: dict[TrainConfig, Network] = {}
+    for folder in folders:
+        config, trainer, variables, dataset = training.load(folder, data_dir, display)
+        images = dataset.train.images[:calibration]
+        batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
+        classify = quantize.classifier(trainer.forward, batch_size=training.EVAL_BATCH)
+        network = Network(trainer, variables, dataset, batches, classify)
+        network = shared.setdefault(dataclasses.replace(config, seed=0), network)
+        loaded[folder] = config, network._replace(variables=variables)
+    return loaded
 
 
 def main(
@@ -316,7 +302,7 @@ def main(
     scores: dict[Key, list[list[quantize.QuantizedScore]]] = {}
     layers: dict[str, Any] = {}
     with progress.bar() as display:
-        loaded = {path: load(path, data_dir, display, config.calibration) for path in folders}
+        loaded = load(folders, data_dir, display, config.calibration)
         names = {network[0].dataset for network in loaded.values()}
         if len(names) > 1:
             raise ValueError(f"`folders` must be of one data set; got {', '.join(sorted(names))}.")
@@ -337,7 +323,12 @@ def main(
         f"{names.pop()}: accuracy in percent on {images:,} images, kernels rounded after training; mean \u00b1 standard"
         f" deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
     )
-    (out / "table.md").write_text(f"{markdown_table(config, scores)}\n{text}\n")
+    spreads = {
+        key: quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"]) for key, seeds in scores.items()
+    }
+    header, lines = cells(config, spreads)
+    rows = [[*kind, *line] for kind, part in lines.items() for line in part]
+    (out / "table.md").write_text(f"{tables.markdown(['spec', 'step', *header], rows, left=3)}\n{text}\n")
     write_rows(out / "rows.csv", scores)
     record = {"config": runs.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
     results = [
@@ -347,13 +338,10 @@ def main(
     runs.write_json(
         out / "results.json", record | {"results": results, "layers": layers, "environment": runs.environment()}
     )
-    plotted = {
-        key: [(s.mean, s.std) for s in quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"])]
-        for key, seeds in scores.items()
-    }
+    plotted = {key: [spread[:2] for spread in row] for key, row in spreads.items()}
     plots.quantization(plotted, ["full", *map(str, config.bits)], out / "bits.png")
-    for table in terminal_tables(config, scores):
-        cli.console.print(table)
+    for (spec, step), part in lines.items():
+        cli.console.print(tables.terminal(header, part, f"weights {spec}, {step}"))
     cli.console.print(text)
     for i, (name, measured) in enumerate(layers.items()):
         plots.sensitivity(measured["layers"], measured["correlation"]["trace"], out / f"layers-{i}.png")

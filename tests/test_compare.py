@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, compare
+from experiments import cli, compare, tables
 from experiments import train as training
 from experiments.compare import CompareConfig, Measured
 
@@ -77,16 +77,20 @@ def test_summary_marks_a_method_with_a_run_that_did_not_converge():
     assert row.n == 2
     assert row.accuracy[None] == (91.0, pytest.approx(2**0.5))
     assert row.eigenvalue == (4.0, pytest.approx(2**0.5))
-    assert "4 \u00b1 1.4*" in compare.markdown_table([row])
+    assert "4 \u00b1 1.4*" in tables.markdown(*compare.cells([row]))
     (alone,) = compare.summarize(results[:1])
-    assert "| 90.00 | 50.00 | 3 |" in compare.markdown_table([alone])
+    assert tables.markdown(*compare.cells([alone])) == (
+        "| method | n | full | 2 bit | top eig. |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| SGD | 1 | 90.00 | 50.00 | 3 |\n"
+    )
 
 
 def test_table_fits_a_terminal_of_eighty_columns():
     spread = dict.fromkeys((None, 8, 6, 5, 4, 3, 2), (100.0, 10.0))
     row = compare.Row("grad_l1", 10, spread, (0.123456, 0.0123), False)
     output = io.StringIO()
-    cli.Console(width=80, file=output).print(compare.terminal_table([row]))
+    cli.Console(width=80, file=output).print(tables.terminal(*compare.cells([row])))
     text = output.getvalue()
     assert "\u2026" not in text
     assert "GRAD L1" in text

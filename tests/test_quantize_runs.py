@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, plots, quantize, train
+from experiments import cli, plots, progress, quantize, tables, train
 from experiments.config import TrainConfig
 from experiments.quantize import QuantizeConfig
 from hero_jax import quantize as library
@@ -111,14 +111,24 @@ def test_layers(finished):
 
 
 def test_terminal_tables_fit_eighty_columns():
-    row = library.QuantizedScore(2, {"accuracy": 1.0}, 1.0, "s", {"accuracy": 0.0}, 0.0, 1.0, 1.0, 1.0)
-    rows = [row._replace(bits=bits) for bits in (None, 8, 6, 5, 4, 3, 2)]
-    scores = {("channel-narrow", "nearest", "GRAD L1"): [rows, rows]}
+    spreads = {("channel-narrow", "nearest", "GRAD L1"): [library.Spread.of([100.0, 100.0])] * 7}
+    header, lines = quantize.cells(QuantizeConfig(), spreads)
     output = io.StringIO()
-    for table in quantize.terminal_tables(QuantizeConfig(), scores):
-        cli.Console(width=80, file=output).print(table)
+    for kind, part in lines.items():
+        cli.Console(width=80, file=output).print(tables.terminal(header, part, ", ".join(kind)))
     assert "\u2026" not in output.getvalue()
+    assert "channel-narrow, nearest" in output.getvalue()
     assert "\u00b10.00" in output.getvalue()
+
+
+def test_seeds_of_a_network_share_what_is_compiled(folders):
+    with progress.bar() as display:
+        loaded = quantize.load(folders, None, display, 100)
+    (_, first), (_, second), (_, other) = (loaded[folder] for folder in folders)
+    assert first.classify is second.classify is not other.classify
+    assert first.trainer is second.trainer is not other.trainer
+    kernels = [network.variables["params"]["head"]["kernel"] for network in (first, second)]
+    assert not np.allclose(*kernels)
 
 
 def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(monkeypatch, tmp_path):

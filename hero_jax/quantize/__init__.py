@@ -3,7 +3,7 @@
 spec         QuantSpec, named, PRESETS: what decides a quantized weight
 weights      fake_quantize, quantize, dequantize
 evaluate     quantize_and_evaluate, classifier, aggregate
-rounding     optimized: up or down, whichever changes a layer's outputs least
+rounding     optimized, quantized: up or down, whichever changes a layer's outputs least
 linen        activations, BatchNorm folding and re-estimation, bias correction (needs flax; import it by name)
 sensitivity  each layer quantized alone against what the Hessian predicts
 allocation   bit widths of layers under a budget

@@ -52,6 +52,11 @@ class Spread(NamedTuple):
     std: float
     n: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one number a run."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
 
 def quantize_and_evaluate(
     eval_fn: Callable[[PyTree], Mapping[str, Any] | jax.typing.ArrayLike],
@@ -82,7 +87,8 @@ def quantize_and_evaluate(
       A list of `QuantizedScore`, full precision first.
 
     Raises:
-      ValueError: an empty `bits`, a weight that is not finite (named), or what `fake_quantize` raises.
+      ValueError: an empty `bits`, a weight that is not finite (named), metrics whose names, or predictions whose
+        shape, differ between calls, or what `fake_quantize` raises.
       TypeError: `bits` is not a sequence; a metric that is not a scalar.
 
     Cost: `len(bits) + 1` evaluations; quantizing compiles once, since the bit width is traced.
@@ -123,6 +129,11 @@ def quantize_and_evaluate(
         metrics, predictions = _metrics(eval_fn(quantized))
         if plan is None:
             full, full_predictions = metrics, predictions
+        elif (kinds := _kinds(metrics, predictions)) != (first := _kinds(full, full_predictions)):
+            raise ValueError(
+                "`quantize_and_evaluate(eval_fn=...)` must return the same metrics in every call; got"
+                f" {', '.join(first)}, then {', '.join(kinds)}."
+            )
         size = weights.sizes(params, plan or [None] * len(plans[0]), spec)
         mean_bits = size.pop("mean_bits")
         rows.append(
@@ -169,7 +180,7 @@ def aggregate(runs: Sequence[Sequence[QuantizedScore]], value: Callable[[Quantiz
                 f" {kinds[0]} and {kind}."
             )
     columns = zip(*([value(row) for row in rows] for rows in runs), strict=True)
-    return [Spread(statistics.fmean(c), statistics.stdev(c) if len(runs) > 1 else math.nan, len(runs)) for c in columns]
+    return [Spread.of(column) for column in columns]
 
 
 def classifier(
@@ -299,3 +310,8 @@ def _metrics(result: Mapping[str, Any] | jax.typing.ArrayLike) -> tuple[dict[str
             _check.scalar(f"eval_fn(...)[{name!r}]", value)
             metrics[name] = float(value)
     return metrics, None if predictions is None else np.asarray(predictions)
+
+
+def _kinds(metrics: dict[str, float], predictions: np.ndarray | None) -> list[str]:
+    """What every row must have alike."""
+    return sorted(metrics) + ([] if predictions is None else [f"predictions of shape {predictions.shape}"])

@@ -47,7 +47,7 @@ TYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
-    """Writes what `quantize` returned to one safetensors file, each code in exactly its bit width.
+    """Writes what `quantize` or `rounding.quantized` gave to one safetensors file, codes in exactly their bit width.
 
     The file is written under another name in the same folder and then renamed: a run killed on the way, or a full
     disk, leaves an older file as it was.
@@ -55,7 +55,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
     Args:
       path: the file; replaced where it exists. Its folder must exist.
       tree: nested dicts of `QuantizedArray` and other arrays; keys are strings without "/".
-      spec: what `quantize` was given.
+      spec: what that function was given.
 
     Raises:
       TypeError: a tree that is not nested dicts of arrays, an array whose type has no safetensors name.

@@ -27,6 +27,8 @@ Apply = Callable[[PyTree, Any], Any]
 Interceptor = Callable[[nn.Module, str, Any, Any], Any]
 
 _ACTIVATIONS = QuantSpec("tensor", "full", symmetric=False)
+# Layers that use their kernel as it is; a subclass may standardise it.
+_PLAIN = (nn.Conv, nn.Dense)
 
 
 class BatchNormPair(NamedTuple):
@@ -113,8 +115,9 @@ def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[st
       inputs: one batch, or its shapes (`jax.ShapeDtypeStruct`); nothing is computed.
 
     Returns:
-      By path of the module, the BatchNorm; without modules and BatchNorms that are called more than once. A module
-      whose output goes to a BatchNorm and elsewhere is not told apart: folding would change that network.
+      By path of the module, the BatchNorm; without modules and BatchNorms that are called more than once, and without
+      subclasses of Conv and Dense, which may not use their kernel as it is. A module whose output goes to a BatchNorm
+      and elsewhere is not told apart: folding would change that network.
     """
     _check_plain(apply_fn)
     found: list[tuple[str, BatchNormPair]] = []
@@ -130,7 +133,7 @@ def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[st
             before = [name for output, name in outputs if output is _inputs(args, kwargs)]
             found.extend((name, BatchNormPair(path, module.epsilon)) for name in before)
         result = next_fun(*args, **kwargs)
-        if not isinstance(module, nn.BatchNorm):
+        if type(module) in _PLAIN:
             outputs.append((result, path))
         return result
 
@@ -254,7 +257,7 @@ def bias_correction(
       pair stay as they are.
 
     Raises:
-      ValueError: no batches, no Conv or Dense, or nothing that could be corrected.
+      ValueError: no batches, no Conv or Dense, one that is a subclass, or nothing that could be corrected.
 
     Cost: two forward passes of the batches for each call, which compile once.
 
@@ -309,7 +312,7 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
       in the order of the kernel's axes, g the number of groups of a grouped convolution.
 
     Raises:
-      ValueError: no batches, or no Conv and no Dense.
+      ValueError: no batches, no Conv and no Dense, a Conv with a mask, or one that is a subclass.
 
     Cost: a forward pass with K outputs in place of each layer's own, and K^2 multiplications for each position.
     """
@@ -319,6 +322,12 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
         seen = {}
 
         def watch(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
+            if getattr(module, "mask", None) is not None:
+                # It would mask the kernel that copies; and each output has inputs, and a matrix, of its own.
+                raise ValueError(
+                    f"`input_grams(apply_fn=...)` must have no nn.Conv with a mask; {path!r} has one. Multiply the"
+                    " kernel by it and leave it out."
+                )
             kernel = module.variables["params"]["kernel"]
             groups = getattr(module, "feature_group_count", 1)
             size = math.prod(kernel.shape[:-1])
@@ -346,6 +355,11 @@ def _flat(tree: PyTree) -> dict[str, Any]:
 
 def _linear(module: nn.Module, kernel: jax.Array, inputs: Any) -> jax.Array:
     """What a Conv or Dense without bias and with another kernel makes of the inputs, wide."""
+    if type(module) not in _PLAIN:
+        raise ValueError(
+            f"`apply_fn` must call nn.Conv and nn.Dense themselves; {'/'.join(module.path)!r} is a"
+            f" {type(module).__name__}, which may not use its kernel as it is."
+        )
     other: Any = module.clone(parent=None, name=None, features=kernel.shape[-1], use_bias=False, dtype=None)  # pyright: ignore
     return other.apply({"params": {"kernel": kernel}}, _tree.wide(inputs))
 

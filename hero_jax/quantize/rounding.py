@@ -48,8 +48,8 @@ def optimized(
       num_sweeps: passes over the weights.
 
     Returns:
-      The tree with the rounded weights, in the types of `params`. Their codes are not kept: `quantize` would fit a
-      scale to them anew, which gives the same weights only where the largest code is in use.
+      The tree with the rounded weights, in the types of `params`. To keep them, take `quantized`: `quantize` would fit
+      a scale to them anew, which gives the same weights only where the largest code is in use.
 
     Raises:
       ValueError: no path in `grams` is that of a quantized leaf, a matrix does not fit its kernel, or what
@@ -70,16 +70,52 @@ def optimized(
     """
     _check.integer("optimized(num_sweeps=...)", num_sweeps, low=1)
     plan = weights.plan_of("optimized", params, bits, spec, mask)
-    leaves, structure = jax.tree.flatten(params)
-    paths = paths_of(params)
-    if not any(path in grams for path, width in zip(paths, plan, strict=True) if width is not None):
-        raise ValueError(f"`optimized(grams=...)` must have a path that is quantized; got {sorted(grams)[:3]}.")
-    nearest = jax.tree.leaves(weights.on_plan(params, plan, spec))
-    for i, (path, w, width) in enumerate(zip(paths, leaves, plan, strict=True)):
-        if width is not None and path in grams:
-            _check_gram(path, grams[path], w)
-            nearest[i] = _optimize(w, grams[path], width, spec, num_sweeps)
-    return structure.unflatten(nearest)
+
+    def leaf(w: jax.Array, entry: tuple[Any, jax.Array | None]) -> jax.Array:
+        return _grid.decode(*_codes(w, *entry, spec, num_sweeps)).astype(w.dtype)
+
+    return weights.map_selected(leaf, params, _with_grams("optimized", params, plan, grams))
+
+
+def quantized(
+    params: PyTree,
+    bits: PyTree,
+    grams: Mapping[str, jax.Array],
+    spec: QuantSpec = QuantSpec(),
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    *,
+    num_sweeps: int = 10,
+) -> PyTree:
+    """Turns weights into the integer codes of `optimized`, with scales and zero points, as `quantize` does to nearest.
+
+    `dequantize(quantized(...))` is `optimized(...)`, bit for bit where both are compiled with static `bits`, or neither
+    is; otherwise to the rounding of the scale, which may tip a weight between its neighbours.
+
+    Args:
+      params, grams, spec, mask, num_sweeps: as in `optimized`.
+      bits: as in `optimized`, but Python integers, since the type of the codes depends on them.
+
+    Returns:
+      The tree with a `QuantizedArray` in place of each leaf that is quantized, which `save` writes.
+
+    Raises:
+      As `optimized`; TypeError where `bits` is traced.
+
+    Cost: as `optimized`.
+
+    >>> import jax.numpy as jnp
+    >>> w = {"kernel": jnp.array([[1.0], [0.4], [0.4]])}
+    >>> g = jnp.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]])
+    >>> quantized(w, 2, {"kernel": g})["kernel"].codes[:, 0]
+    Array([1, 1, 0], dtype=int8)
+    """
+    _check.integer("quantized(num_sweeps=...)", num_sweeps, low=1)
+    plan = weights.static("quantized", weights.plan_of("quantized", params, bits, spec, mask), "optimized")
+
+    def leaf(w: jax.Array, entry: tuple[int, jax.Array | None]) -> weights.QuantizedArray:
+        return weights.packed(w, entry[0], spec, *_codes(w, *entry, spec, num_sweeps))
+
+    return weights.map_selected(leaf, params, _with_grams("quantized", params, plan, grams))
 
 
 def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
@@ -100,17 +136,22 @@ def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
     return jnp.einsum("gko,gkj,gjo->", rest, gram.astype(rest.dtype), rest, precision="highest")
 
 
-def _optimize(w: jax.Array, gram: jax.Array, bits: Any, spec: QuantSpec, num_sweeps: int) -> jax.Array:
+def _codes(
+    w: jax.Array, bits: Any, gram: jax.Array | None, spec: QuantSpec, num_sweeps: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes in floating point, scale and zero point of a leaf."""
     wide = _tree.wide(w)
     scale, zero_point = _grid.fit(wide, bits, spec)
-    position = _grid.encode(wide, scale, zero_point, bits, spec, jnp.clip)  # not rounded
     codes = _grid.encode(wide, scale, zero_point, bits, spec)
+    if gram is None:
+        return codes, scale, zero_point
+    position = _grid.encode(wide, scale, zero_point, bits, spec, jnp.clip)  # not rounded
     groups = gram.shape[0]
     step = jnp.broadcast_to(_grid.decode(jnp.ones_like(wide), scale, None), w.shape)
     rest = _grid.decode(codes, scale, zero_point) - wide
     columns = [_columns(x, groups) for x in (step, rest, codes, jnp.floor(position), jnp.ceil(position))]
     codes = jax.vmap(lambda g, *x: _descend(g, *x, num_sweeps=num_sweeps))(gram.astype(wide.dtype), *columns)
-    return _grid.decode(_from_columns(codes, w.shape), scale, zero_point).astype(w.dtype)
+    return _from_columns(codes, w.shape), scale, zero_point
 
 
 def _descend(
@@ -153,10 +194,23 @@ def _from_columns(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return columns.transpose(1, 0, 2).reshape(shape)
 
 
-def _check_gram(path: str, gram: jax.Array, w: jax.Array) -> None:
+def _with_grams(
+    name: str, params: PyTree, plan: list[Any], grams: Mapping[str, jax.Array]
+) -> list[tuple[Any, jax.Array | None] | None]:
+    """For each leaf its bit width and its matrix, or None; None where it passes through."""
+    paths = paths_of(params)
+    if not any(path in grams for path, width in zip(paths, plan, strict=True) if width is not None):
+        raise ValueError(f"`{name}(grams=...)` must have a path that is quantized; got {sorted(grams)[:3]}.")
+    for path, w, width in zip(paths, jax.tree.leaves(params), plan, strict=True):
+        if width is not None and path in grams:
+            _check_gram(name, path, grams[path], w)
+    return [None if width is None else (width, grams.get(path)) for path, width in zip(paths, plan, strict=True)]
+
+
+def _check_gram(name: str, path: str, gram: jax.Array, w: jax.Array) -> None:
     inputs = math.prod(w.shape[:-1])
     if w.ndim < 2 or gram.ndim != 3 or gram.shape[1:] != (inputs, inputs) or w.shape[-1] % gram.shape[0]:
         raise ValueError(
-            f"`optimized(grams=...)[{path!r}]` must be (groups, K, K) with K = {inputs} and groups that divide the"
+            f"`{name}(grams=...)[{path!r}]` must be (groups, K, K) with K = {inputs} and groups that divide the"
             f" output channels; got {gram.shape} for a kernel of shape {w.shape}."
         )

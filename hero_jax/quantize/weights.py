@@ -98,7 +98,7 @@ def quantize(
     """Turns weights into integer codes, scales and zero points.
 
     `dequantize(quantize(params, bits, spec))` is `fake_quantize(params, bits, spec)`, bit for bit where both are
-    compiled, or neither.
+    compiled with static `bits`, or neither is; otherwise to the rounding of the scale.
 
     Args:
       params, spec, mask: as in `fake_quantize`.
@@ -120,20 +120,13 @@ def quantize(
     >>> q["kernel"].scale
     Array([[0.33333334, 1.3333334 ]], dtype=float32)
     """
-    plan = plan_of("quantize", params, bits, spec, mask)
+    plan = static("quantize", plan_of("quantize", params, bits, spec, mask), "fake_quantize")
 
-    def leaf(w: jax.Array, width: Any) -> QuantizedArray:
-        if isinstance(width, Tracer):
-            raise TypeError("`quantize(bits=...)` must be Python integers; got a traced one: `fake_quantize` takes it.")
-        width = int(width)
-        dtype = jnp.int8 if width <= 8 else jnp.int16
+    def leaf(w: jax.Array, width: int) -> QuantizedArray:
         scale, zero_point = _grid.fit(w, width, spec)
-        codes = _grid.encode(w, scale, zero_point, width, spec)
-        # NaN has no code; its scale is NaN and says so.
-        codes, zeros = (jnp.nan_to_num(x, nan=0.0).astype(dtype) for x in (codes, zero_point))
-        return QuantizedArray(codes, scale, None if spec.symmetric else zeros, width, w.dtype.name)
+        return packed(w, width, spec, _grid.encode(w, scale, zero_point, width, spec), scale, zero_point)
 
-    return _map_selected(leaf, params, plan)
+    return map_selected(leaf, params, plan)
 
 
 def dequantize(tree: PyTree) -> PyTree:
@@ -160,6 +153,16 @@ def dequantize(tree: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
+def packed(
+    w: jax.Array, bits: int, spec: QuantSpec, codes: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> QuantizedArray:
+    """The leaf `w` as integers, from codes and a zero point in floating point."""
+    dtype = jnp.int8 if bits <= 8 else jnp.int16
+    # NaN has no code; its scale is NaN and says so.
+    codes, zeros = (jnp.nan_to_num(x, nan=0.0).astype(dtype) for x in (codes, zero_point))
+    return QuantizedArray(codes, scale, None if spec.symmetric else zeros, bits, w.dtype.name)
+
+
 def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: bool = False) -> PyTree:
     """`fake_quantize` with the bit width of every leaf, None where it passes through."""
 
@@ -171,7 +174,7 @@ def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: 
         codes = _grid.encode(w, scale, zero_point, width, spec, snap)
         return _grid.decode(codes, scale, zero_point).astype(w.dtype)
 
-    return _map_selected(leaf, params, plan)
+    return map_selected(leaf, params, plan)
 
 
 def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[jax.Array, jax.Array]:
@@ -233,8 +236,16 @@ def traced(plan: list[Any]) -> list[Any]:
     return [None if width is None else jnp.asarray(width, jnp.int32) for width in plan]
 
 
-def _map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: list[Any]) -> PyTree:
+def static(name: str, plan: list[Any], twin: str) -> list[int | None]:
+    """A plan whose bit widths are Python integers; raises TypeError at a traced one, which `twin` takes."""
+    if any(isinstance(width, Tracer) for width in plan):
+        raise TypeError(f"`{name}(bits=...)` must be Python integers; got a traced one: `{twin}` takes it.")
+    return [None if width is None else int(width) for width in plan]
+
+
+def map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: list[Any]) -> PyTree:
+    """The tree with `leaf(w, entry)` in place of each leaf whose entry of `plan` is not None."""
     leaves, structure = jax.tree.flatten(params)
     return structure.unflatten(
-        [w if width is None else leaf(jnp.asarray(w), width) for w, width in zip(leaves, plan, strict=True)]
+        [w if entry is None else leaf(jnp.asarray(w), entry) for w, entry in zip(leaves, plan, strict=True)]
     )
