@@ -10,7 +10,9 @@ R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") o
     gradient_l1   G = sum_R ||g||_1                      grad G = H(w) sign(g) on R       GRAD L1, with e = 0
 
 In each of them e (and v) is constant when differentiating. Products are `jax.jvp` of the gradient function, nested once
-for the third derivative. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
+for the third derivative, each along its vector scaled to a largest entry of 1: D d underflows in float16. `grad_fn` is
+that of one device and `mean` the average over devices: what goes together is averaged together, linear combinations
+after they are formed. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
 with a leaked tracer.)
 
 Source: Yang et al., HERO, DAC 2022 (arXiv 2111.11986); Alizadeh et al., Gradient l1 regularization for quantization
@@ -29,6 +31,7 @@ from hero_jax import _tree, curvature
 
 PyTree = Any
 GradFn = Callable[[PyTree], PyTree]
+Mean = Callable[[PyTree], PyTree]
 
 
 class Point(NamedTuple):
@@ -60,38 +63,41 @@ def selection(mask: PyTree, params: PyTree, reduction: str) -> PyTree:
     return jax.tree.map(weight, mask, params)
 
 
-def none(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def none(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """G = 0: SAM or ASAM, at their cost of 2 gradients a step."""
     del diagonal, eigenvector
     zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
-    return Penalty(grad_fn(point.perturbed), jnp.zeros((), jnp.float32), zeros)
+    return Penalty(mean(grad_fn(point.perturbed)), jnp.zeros((), jnp.float32), zeros)
 
 
-def unchanged(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def unchanged(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """G = 0 without perturbation: the gradient itself, at no further cost."""
-    del grad_fn, diagonal, eigenvector
+    del grad_fn, mean, diagonal, eigenvector
     zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
     return Penalty(point.grads, jnp.zeros((), jnp.float32), zeros)
 
 
-def detached(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def detached(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 H(w*) D d; 4 gradients a step with g and g*."""
     del eigenvector
-    perturbed_grads, d, scaled = _difference(grad_fn, point, diagonal)
-    grads = _tree.scale(2.0, _product(grad_fn, point.perturbed, scaled))
-    return Penalty(perturbed_grads, _tree.dot(d, scaled), grads)
+    perturbed_grads, d, scaled = _difference(mean(grad_fn(point.perturbed)), point, diagonal)
+    along, peak = _tree.peak_scaled(scaled)
+    product = mean(curvature.grad_product(grad_fn, point.perturbed, along))
+    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
 
 
-def difference(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def difference(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 [H(w*) - H(w)] D d; 6 gradients a step with g and g*."""
     del eigenvector
-    perturbed_grads, d, scaled = _difference(grad_fn, point, diagonal)
-    at_perturbed = _product(grad_fn, point.perturbed, scaled)
-    at_params = _product(grad_fn, point.params, scaled)
-    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2.0, _tree.subtract(at_perturbed, at_params)))
+    perturbed_grads, d, scaled = _difference(mean(grad_fn(point.perturbed)), point, diagonal)
+    along, peak = _tree.peak_scaled(scaled)
+    at_perturbed = curvature.grad_product(grad_fn, point.perturbed, along)
+    at_params = curvature.grad_product(grad_fn, point.params, along)
+    change = mean(_tree.subtract(at_perturbed, at_params))
+    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, change))
 
 
-def hvp(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def hvp(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 T(w)[e, D H(w) e], the derivative of w -> H(w) e along D H(w) e."""
     del eigenvector
     along, peak = _tree.peak_scaled(point.perturbation)
@@ -99,13 +105,15 @@ def hvp(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | N
     def product(params: PyTree) -> PyTree:
         return curvature.grad_product(grad_fn, params, along)
 
-    curved = _tree.scale(peak, product(point.params))
+    curved = _tree.scale(peak, mean(product(point.params)))
     scaled = _times(diagonal, curved)
-    grads = _tree.scale(2.0 * peak, _product(product, point.params, scaled))
-    return Penalty(grad_fn(point.perturbed), _tree.dot(curved, scaled), grads)
+    along_curved, peak_curved = _tree.peak_scaled(scaled)
+    third = curvature.grad_product(product, point.params, along_curved)
+    perturbed_grads, third = mean((grad_fn(point.perturbed), third))
+    return Penalty(perturbed_grads, _tree.dot(curved, scaled), _tree.scale(2 * peak * peak_curved, third))
 
 
-def eigenvalue(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def eigenvalue(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = s T(w*)[v, v]; g*, H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
     scaled, peak = _tree.peak_scaled(eigenvector)
     along = _tree.cast_like(scaled, point.params)
@@ -114,25 +122,26 @@ def eigenvalue(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyT
         return jax.jvp(grad_fn, (params,), (along,))
 
     (perturbed_grads, product), (_, third) = jax.jvp(grads_and_product, (point.perturbed,), (along,))
+    perturbed_grads, product, third = mean((perturbed_grads, product, third))
     restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), _tree.scale(peak, product))
     rayleigh = _tree.dot(eigenvector, restricted)
     grads = _tree.scale(jnp.sign(rayleigh) * peak**2, third)
     return Penalty(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
 
 
-def gradient_l1(grad_fn: GradFn, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def gradient_l1(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = H(w) sign(g) on R; 3 gradients a step with g."""
     del eigenvector
     signs = _times(diagonal, jax.tree.map(jnp.sign, point.grads))
-    return Penalty(point.grads, _tree.dot(point.grads, signs), _product(grad_fn, point.params, signs))
+    product = mean(curvature.grad_product(grad_fn, point.params, signs))
+    return Penalty(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
 
 
 PENALTIES = {"detached": detached, "difference": difference, "hvp": hvp, "eigenvalue": eigenvalue}
 
 
-def _difference(grad_fn: GradFn, point: Point, diagonal: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+def _difference(perturbed_grads: PyTree, point: Point, diagonal: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     """g*, d = g* - g and D d."""
-    perturbed_grads = grad_fn(point.perturbed)
     d = _tree.subtract(perturbed_grads, point.grads)
     return perturbed_grads, d, _times(diagonal, d)
 
@@ -140,9 +149,3 @@ def _difference(grad_fn: GradFn, point: Point, diagonal: PyTree) -> tuple[PyTree
 def _times(diagonal: PyTree, tree: PyTree) -> PyTree:
     """D u, wide. Multiplies by 0.0 rather than making zeros, which would lose the device axis that u varies over."""
     return jax.tree.map(lambda c, x: c * _tree.wide(x), diagonal, tree)
-
-
-def _product(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
-    """The product along `vector`, wide, taken along it scaled to a peak of 1: D d underflows in float16."""
-    scaled, peak = _tree.peak_scaled(vector)
-    return _tree.scale(peak, curvature.grad_product(grad_fn, params, scaled))

@@ -110,9 +110,11 @@ def hero(
         `grad_fn(params)` in place of `updates`, where these cannot be told from a sum.) None under plain `jit`, also
         with sharded data or parameters, and for a loss already averaged inside `shard_map(check_vma=True)`.
       sync: True perturbs with the averaged gradient: the result is that of one device with the whole batch, for one
-        parameter-sized all-reduce a gradient and a product (2 for gamma = 0, 3 for "detached", 4 for the others).
+        all-reduce for each quantity that the next one depends on, and not only linearly: g, then g*, then the products.
+        That is 2 for gamma = 0, 3 for the penalties, of one parameter-sized vector each (the last of "hvp" has two),
+        and 2 for "eigenvalue", of one and of three.
         False perturbs with the local one (m-sharpness): the mean over devices of the HERO direction of each, for one
-        all-reduce ("eigenvalue": one more, for v). Needs `axis_name`.
+        all-reduce, of a parameter-sized vector and the metrics ("eigenvalue": of two). Needs `axis_name`.
       eps: added to the norm in e, >= 0. A zero gradient gives e = 0, whatever `eps`.
 
     Returns:
@@ -328,14 +330,14 @@ def _transformation(
     ) -> tuple[PyTree, OptState]:
         del extra_args
         grad_fn = _required_grad_fn(name, updates, params, grad_fn, value_fn)
-        device_grads, mean_grads = _grad_fns(grad_fn, axis_name)
-        grads = _device_updates(updates, params, device_grads, axis_name, sync)
+        # That of this device alone; a jvp of it is right in every mode.
+        grad_fn = parallel.local_grad_fn(grad_fn, axis_name)
+        mean = functools.partial(parallel.mean, axis_name=axis_name if sync else None)
+        grads = mean(_device_updates(updates, params, grad_fn, axis_name, sync))
         eigenvector = state.eigenvector
-        if sync:
-            grad_fn, grads = mean_grads, parallel.mean(grads, axis_name)
-        else:
+        if not sync:
             assert axis_name is not None
-            grad_fn, params, eigenvector = device_grads, *parallel.vary((params, eigenvector), axis_name)
+            params, eigenvector = parallel.vary((params, eigenvector), axis_name)
 
         diagonal = penalties.selection(selected(params), params, reduction)
         if follows_eigenvector:
@@ -344,7 +346,7 @@ def _transformation(
 
         e = perturb(params, grads, _at(f"{name}(rho=...)", rho, state.count))
         perturbed = _tree.cast_like(_tree.add(params, e), params)
-        result = penalize(grad_fn, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
+        result = penalize(grad_fn, mean, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
         strength = _at(f"{name}(gamma=...)", gamma, state.count)
         # A strength of 0 adds nothing, even to a product that is not finite (0 * inf is NaN).
         added = jax.tree.map(lambda x: jnp.where(strength == 0, 0, x), _tree.scale(strength, result.grads))
@@ -400,14 +402,6 @@ def _required_grad_fn(
         return grads
 
     return checked_grad_fn
-
-
-def _grad_fns(
-    grad_fn: Callable[[PyTree], PyTree], axis_name: parallel.AxisName | None
-) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
-    """The gradient of this device alone, and its mean over devices; a jvp of either is right in every mode."""
-    device_grads = parallel.local_grad_fn(grad_fn, axis_name)
-    return device_grads, lambda params: parallel.mean(device_grads(params), axis_name)
 
 
 def _device_updates(

@@ -1,6 +1,8 @@
 """One answer on every device layout: vmap axis, pmap, both shard_maps, sharded jit; and m-sharpness."""
 
 import functools
+import math
+import re
 
 import chex
 import jax
@@ -31,6 +33,23 @@ def mesh():
     return jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
 
 
+def problem():
+    """Parameters of a network of two layers, and a batch of 8: a small one, as each layout compiles it anew."""
+    rng = np.random.default_rng(0)
+    params = {
+        "hidden": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)},
+        "head": rng.normal(size=(4, 2)),
+    }
+    return jax.tree.map(jnp.asarray, (params, (rng.normal(size=(8, 3)), rng.normal(size=(8, 2)))))
+
+
+def mean_loss(params, batch):
+    """Its third derivative is nowhere zero; the mean over devices is the mean over the batch."""
+    x, y = batch
+    x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return jnp.mean(jnp.cosh(x @ params["head"] - y))
+
+
 def shards(batch):
     """The batch with a leading device axis."""
     return jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
@@ -56,13 +75,14 @@ def mapped(layout, step, mesh):
     return jax.jit(jax.shard_map(one_shard, mesh=mesh, in_specs=in_specs, out_specs=spec("data"), check_vma=check_vma))
 
 
-def run(layout, name, mesh, updates="local", **options):
+@functools.cache
+def run(layout, name, mesh, updates="local", sync=True):
     """Two steps at fixed parameters on 4 devices: (direction, state) of every device, stacked."""
-    tx = TRANSFORMATIONS[name](axis_name="data", **options)
-    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+    tx = TRANSFORMATIONS[name](axis_name="data", sync=sync)
+    params, batch = problem()
 
     def step(params, state, batch):
-        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
         grads = grad_fn(parallel.vary(params, "data")) if updates == "local" else grad_fn(params)
         return tx.update(grads, state, params, grad_fn=grad_fn)
 
@@ -70,28 +90,17 @@ def run(layout, name, mesh, updates="local", **options):
     _, state = step(params, tx.init(params), shards(batch))
     for leaf in jax.tree.leaves(state):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # identical on every device
-    return step(params, jax.tree.map(lambda x: x[0], state), shards(batch))
-
-
-@functools.cache
-def one_device_update(name, **options):
-    """The jitted update of one device, compiled once for each batch shape: `(state, batch) -> (direction, state)`."""
-    tx = TRANSFORMATIONS[name](**options)
-    params = problems.convnet_params()
-
-    @jax.jit
-    def update(state, batch):
-        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
-        return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
-
-    return tx.init(params), update
+    # On no device, as the first state: else it is compiled once more.
+    return step(params, jax.tree.map(lambda x: np.asarray(x[0]), state), shards(batch))
 
 
 def run_one(name, batch):
     """The same two steps on one device."""
-    state, update = one_device_update(name)
-    _, state = update(state, batch)
-    return update(state, batch)
+    tx = TRANSFORMATIONS[name]()
+    params, _ = problem()
+    grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
+    _, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+    return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
 
 
 def assert_everywhere(stacked, expected, rtol=1e-10):
@@ -103,7 +112,7 @@ def assert_everywhere(stacked, expected, rtol=1e-10):
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_layout_equals_one_device_with_the_whole_batch(x64, mesh, layout, name):
     direction, state = run(layout, name, mesh)
-    expected, expected_state = run_one(name, problems.convnet_batch(8))
+    expected, expected_state = run_one(name, problem()[1])
     assert_everywhere(direction, expected)
     assert_everywhere(state, expected_state, rtol=1e-5)  # metrics are float32
 
@@ -111,14 +120,15 @@ def test_layout_equals_one_device_with_the_whole_batch(x64, mesh, layout, name):
 @pytest.mark.parametrize("name", ["detached", "eigenvalue"])
 def test_gradient_that_shard_map_has_summed_is_not_mistaken_for_a_local_one(x64, mesh, name):
     direction, _ = run("shard_map", name, mesh, updates="summed")
-    assert_everywhere(direction, run_one(name, problems.convnet_batch(8))[0])
+    assert_everywhere(direction, run_one(name, problem()[1])[0])
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_sharded_jit_equals_one_device(x64, mesh, name):
-    batch = jax.device_put(problems.convnet_batch(8), NamedSharding(mesh, PartitionSpec("data")))
-    direction, state = run_one(name, batch)
-    expected, expected_state = run_one(name, problems.convnet_batch(8))
+    _, batch = problem()
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    direction, state = jax.jit(run_one, static_argnums=0)(name, sharded)
+    expected, expected_state = run_one(name, batch)
     problems.assert_close(direction, expected)
     problems.assert_close(state, expected_state, rtol=1e-5)
 
@@ -127,7 +137,7 @@ def test_sharded_jit_equals_one_device(x64, mesh, name):
 @pytest.mark.parametrize("name", [n for n in TRANSFORMATIONS if n != "eigenvalue"])
 def test_without_sync_the_direction_is_the_mean_of_per_device_ones(x64, mesh, layout, name):
     direction, state = run(layout, name, mesh, sync=False)
-    batches = shards(problems.convnet_batch(8))
+    batches = shards(problem()[1])
     local = [run_one(name, jax.tree.map(lambda x, i=i: x[i], batches)) for i in range(DEVICES)]
     assert_everywhere(direction, jax.tree.map(lambda *x: sum(x) / DEVICES, *[d for d, _ in local]))
     metrics = jax.tree.map(lambda *x: sum(x) / DEVICES, *[s.metrics for _, s in local])
@@ -138,7 +148,8 @@ def test_without_sync_the_direction_is_the_mean_of_per_device_ones(x64, mesh, la
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_sync_the_eigenvector_follows_the_mean_product(x64, mesh, layout):
-    params, batches = problems.convnet_params(), shards(problems.convnet_batch(8))
+    params, batch = problem()
+    batches = shards(batch)
     mask = problems.kernels_mask(params)
     v = reference.restrict(problems.random_like(jax.random.key(5), params), mask)
     v = reference.scale(1 / reference.norm(v), v)
@@ -146,13 +157,13 @@ def test_without_sync_the_eigenvector_follows_the_mean_product(x64, mesh, layout
     state = tx.init(params)._replace(eigenvector=v)
 
     def step(params, state, batch):
-        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
         return tx.update(grad_fn(parallel.vary(params, "data")), state, params, grad_fn=grad_fn)
 
     direction, state = mapped(layout, step, mesh)(params, state, batches)
     directions, products = [], []
     for i in range(DEVICES):
-        loss_fn = functools.partial(problems.separable_loss, batch=jax.tree.map(lambda x, i=i: x[i], batches))
+        loss_fn = functools.partial(mean_loss, batch=jax.tree.map(lambda x, i=i: x[i], batches))
         options = {"penalty": "eigenvalue", "adaptive": True, "mask": mask, "eigenvector": v}
         directions.append(reference.direction(loss_fn, params, 0.3, 20.0, **options))
         e = reference.perturbation(params, jax.grad(loss_fn)(params), 0.3, adaptive=True)
@@ -181,27 +192,27 @@ def test_vary_is_the_identity_and_keeps_gradients_local(mesh):
 
 def test_several_axis_names(x64):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("host", "chip"))
-    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+    params, batch = problem()
     tx = hero_jax.hero(0.3, 20.0, axis_name=("host", "chip"))
 
     def step(params, batch):
-        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
         return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
 
     spec = PartitionSpec
     step = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec(("host", "chip"))), out_specs=spec())
-    grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+    grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
     one = hero_jax.hero(0.3, 20.0)
     expected, _ = one.update(grad_fn(params), one.init(params), params, grad_fn=grad_fn)
     chex.assert_trees_all_close(jax.jit(step)(params, batch), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_state_does_not_vary_so_it_can_be_scanned_inside_shard_map(x64, mesh):
-    params, batch = problems.convnet_params(), problems.convnet_batch(8)
+    params, batch = problem()
     tx = hero_jax.hero(0.3, 0.1, penalty="eigenvalue", axis_name="data")
 
     def train(params, batch):
-        grad_fn = functools.partial(jax.grad(problems.separable_loss), batch=batch)
+        grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
 
         def body(carry, _):
             params, state = carry
@@ -236,3 +247,45 @@ def test_spectrum_of_sharded_parameters_equals_one_device(x64):
 
     by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     problems.assert_close(run(*jax.device_put((params, batch), by_rows)), run(params, batch), rtol=1e-8)
+
+
+# --- what is sent ---
+
+# All-reduces of a step, each as the number of parameter-sized vectors in it: what depends on a mean waits for it.
+REDUCED = {
+    "detached": [1, 1, 1],  # g, g*, H(w*) D d
+    "difference": [1, 1, 1],  # g, g*, [H(w*) - H(w)] D d
+    "hvp": [1, 1, 2],  # g, H(w) e, g* with T[e, D H(w) e]
+    "eigenvalue": [1, 3],  # g, all of one nest
+    "sam": [1, 1],  # g, g*
+    "grad_l1": [1, 1],  # g, H(w) sign(g)
+}
+
+
+def all_reduces(compiled):
+    """The number of float32 entries in each all-reduce of a compiled program, smallest first."""
+    found = re.findall(r"= (.*?) all-reduce(?:-start)?\(", compiled.as_text())
+    shapes = [re.findall(r"f32\[([\d,]*)\]", result) for result in found]
+    return sorted(sum(math.prod(int(n) for n in dims.split(",") if n) for dims in result) for result in shapes)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "vmap"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_all_reduces_of_a_step(mesh, layout, name):
+    params, batch = jax.tree.map(lambda x: x.astype(jnp.float32), problem())
+    size = sum(x.size for x in jax.tree.leaves(params))
+    num_metrics = len(hero_jax.Metrics._fields)
+    for sync in (True, False):
+        tx = TRANSFORMATIONS[name](axis_name="data", sync=sync)
+
+        def step(params, state, batch, tx=tx):
+            grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
+            return tx.update(grad_fn(parallel.vary(params, "data")), state, params, grad_fn=grad_fn)
+
+        compiled = mapped(layout, step, mesh).lower(params, tx.init(params), shards(batch)).compile()
+        if sync:
+            assert all_reduces(compiled) == [n * size for n in REDUCED[name]]
+        else:
+            (sent,) = all_reduces(compiled)
+            # A metric that is zero by definition is not sent.
+            assert 0 <= (2 if name == "eigenvalue" else 1) * size + num_metrics - sent <= 1

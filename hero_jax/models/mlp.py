@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,4 +32,7 @@ class MLP(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
-mlp = MLP
+def mlp(num_classes: int = 10, *, axis_name: str | None = None, **options: Any) -> MLP:
+    """Builds the `MLP`; `axis_name` changes nothing, since there is no BatchNorm."""
+    del axis_name
+    return MLP(num_classes, **options)
