@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hero_jax
-from hero_jax import curvature, parallel, sharpness, spectrum
+from hero_jax import parallel
 from tests import problems, reference
 
 DEVICES = 4
@@ -226,27 +226,6 @@ def test_state_does_not_vary_so_it_can_be_scanned_inside_shard_map(x64, mesh):
     (_, state), penalties = jax.jit(train)(params, batch)
     assert int(state.count) == 5
     assert np.isfinite(penalties).all()
-
-
-def test_spectrum_of_sharded_parameters_equals_one_device(x64):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {"a": jax.random.normal(keys[0], (16, 24)), "b": jax.random.normal(keys[1], (24, 8))}
-    batch = jax.random.normal(keys[2], (64, 16)), jax.random.normal(keys[3], (64, 8))
-
-    def loss_fn(params, batch):
-        x, y = batch
-        return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
-
-    def run(params, batch):
-        matvec = curvature.hessian_operator(loss_fn, params, batch)
-        pairs = spectrum.top_eigenpairs(matvec, params, jax.random.key(1), k=2)
-        trace = spectrum.trace(matvec, params, jax.random.key(1), num_probes=3, sketch_size=2)
-        worst = sharpness.worst_case(loss_fn, params, batch, key=jax.random.key(1), rho=0.1, num_steps=3)
-        return pairs.eigenvalues, pairs.num_matvecs, trace.mean, worst.increase
-
-    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    problems.assert_close(run(*jax.device_put((params, batch), by_rows)), run(params, batch), rtol=1e-8)
 
 
 # --- what is sent ---

@@ -168,7 +168,7 @@ def test_preserves_the_type_of_the_parameters(factory, dtype):
     build, options = factory
     tx = build(**options)
     params = start(dtype)
-    updates, _ = jax.jit(lambda p, s: tx.update(grad_fn(p), s, p, grad_fn=grad_fn))(params, tx.init(params))
+    updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
     chex.assert_trees_all_equal_dtypes(updates, params)
 
 
@@ -177,16 +177,14 @@ def test_vmap_over_runs_equals_a_loop(factory):
     tx = optax.chain(build(**options), optax.sgd(0.1))
     offsets = jnp.array([0.0, 0.3, -0.7])
 
+    @jax.jit
     def train(offset):
         params = [x + offset for x in start()]
-        state = tx.init(params)
-        for _ in range(3):
-            params, state = step(tx, params, state)
-        return params, state
+        return jax.lax.scan(lambda carry, _: (step(tx, *carry), None), (params, tx.init(params)), length=3)[0]
 
-    together = jax.jit(jax.vmap(train))(offsets)
+    together = jax.vmap(train)(offsets)
     for i, offset in enumerate(offsets):
-        alone = jax.jit(train)(offset)
+        alone = train(offset)
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-5, atol=1e-6)
 
 

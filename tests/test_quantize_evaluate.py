@@ -1,5 +1,6 @@
 """What a quantized network is worth: rows against NumPy, sizes by hand, the classifier on one device and on eight."""
 
+import itertools
 import math
 
 import jax
@@ -24,7 +25,7 @@ from hero_jax.quantize import weights as weights_module
 
 
 def weights(shape=(7, 5), seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 class TestEvaluate:
@@ -407,3 +408,39 @@ class TestShardedClassifier:
         evaluate = classifier(linear, batch_size=10, sharding=NamedSharding(mesh, PartitionSpec("data")))
         with pytest.raises(ValueError, match=r"`classifier\(batch_size=...\)` must be divided by the 4 shards; got 10"):
             evaluate(*problem(20))
+
+
+class TestResultsThatDiffer:
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            ({"a": 1.0}, {"b": 1.0}, r"got a, then b\."),
+            ({"a": 1.0}, {"a": 1.0, "b": 2.0}, r"got a, then a, b\."),
+            ({"a": 1.0, "b": 2.0}, {"a": 1.0}, r"got a, b, then a\."),
+            ({"a": 1.0}, 1.0, r"got a, then value\."),
+            # Each would count as flipped.
+            ({"a": 1.0}, {"a": 1.0, "predictions": np.arange(3)}, r"got a, then a, predictions of shape \(3,\)\."),
+            ({"a": 1.0, "predictions": np.arange(3)}, {"a": 1.0}, r"got a, predictions of shape \(3,\), then a\."),
+            (
+                {"predictions": np.arange(3)},
+                {"predictions": np.arange(1)},
+                r"\(3,\), then predictions of shape \(1,\)\.",
+            ),
+        ],
+    )
+    def test_results_that_differ_are_refused(self, first, second, message):
+        results = itertools.chain([first], itertools.repeat(second))
+        with pytest.raises(ValueError, match=r"must return the same metrics in every call; .*" + message):
+            quantize_and_evaluate(lambda w: next(results), weights((2, 2)), bits=(4,))
+
+    def test_a_metric_that_stops_being_a_scalar_is_refused(self):
+        results = iter([{"a": 1.0}, {"a": jnp.ones(2)}])
+        with pytest.raises(
+            TypeError, match=r"`eval_fn\(...\)\['a'\]` must be a real scalar; got an array of shape \(2,\)"
+        ):
+            quantize_and_evaluate(lambda w: next(results), weights((2, 2)), bits=(4,))
+
+    def test_the_order_of_metrics_does_not_matter(self):
+        results = iter([{"a": 1.0, "b": 2.0}, {"b": 4.0, "a": 3.0}])
+        row = quantize_and_evaluate(lambda w: next(results), weights((2, 2)), bits=(4,))[1]
+        assert row.drop == {"a": -2.0, "b": -2.0}

@@ -27,7 +27,7 @@ UNEVEN = QuantSpec("channel", "full", symmetric=False)
 
 
 def weights(shape=(6, 5), seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype) + jnp.asarray(0.3, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(0.3, size=shape), dtype)
 
 
 def params(dtype=jnp.float32):
@@ -120,10 +120,10 @@ class TestRoundTrip:
         save(path, tree, QuantSpec())
         assert_identical(load(path)[0], jax.tree.map(jnp.asarray, {**tree, "big_endian": np.arange(3, dtype="f4")}))
 
-    @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (2, 0, 3), (), (7,), (1, 1)])
     @pytest.mark.parametrize("spec", [QuantSpec(), UNEVEN, QuantSpec("group", group_size=2)], ids=lambda s: s.name)
-    def test_empty_and_scalar_leaves(self, path, shape, spec):
-        q = quantize({"x": weights(shape)}, 5, spec, mask={"x": True})
+    def test_empty_and_scalar_leaves(self, path, spec):
+        shapes = [(0, 5), (4, 0), (2, 0, 3), (), (7,), (1, 1)]
+        q = quantize({str(shape): weights(shape) for shape in shapes}, 5, spec, mask=lambda _: True)
         save(path, q, spec)
         assert_identical(load(path)[0], q)
 

@@ -17,10 +17,9 @@ SHAPES = {"conv": {"kernel": (3, 4), "bias": (4,)}, "head": {"kernel": (5, 3)}, 
 KERNELS = ["conv/kernel", "head/kernel", "mid/kernel"]
 
 
-def tree(seed, draw=jax.random.normal):
-    shapes, structure = jax.tree.flatten(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return structure.unflatten([draw(key, shape) for key, shape in zip(keys, shapes, strict=True)])
+def tree(seed, draw="normal"):
+    draw = getattr(np.random.default_rng(seed), draw)
+    return jax.tree.map(lambda shape: jnp.asarray(draw(size=shape)), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def quadratic(minimum, diagonal):
@@ -46,7 +45,7 @@ CURVATURES = {"conv": {"kernel": 3.0, "bias": 50.0}, "head": {"kernel": 0.25}, "
 class TestSensitivities:
     @pytest.mark.parametrize("bits", [2, 3, 8])
     def test_the_hessian_form_is_the_increase_at_a_minimum(self, bits):
-        params, diagonal = tree(0), tree(1, jax.random.uniform)
+        params, diagonal = tree(0), tree(1, "random")
         loss_fn, matvec = quadratic(params, diagonal)
         rows = sensitivity.sensitivities(loss_fn, params, bits, sums(diagonal), matvec=matvec)
         assert [row.layer for row in rows] == KERNELS
@@ -56,7 +55,7 @@ class TestSensitivities:
             assert abs(row.by_trace / row.increase - 1) > 1e-3
 
     def test_neither_form_has_the_gradient_term(self):
-        params, minimum, diagonal = tree(0), tree(5), tree(1, jax.random.uniform)
+        params, minimum, diagonal = tree(0), tree(5), tree(1, "random")
         loss_fn, matvec = quadratic(minimum, diagonal)
         quantized, gradient = fake_quantize(params, 2), jax.grad(loss_fn)(params)
         for row in sensitivity.sensitivities(loss_fn, params, 2, sums(diagonal), matvec=matvec):

@@ -13,6 +13,7 @@ import hero_jax
 from experiments import data, methods, runs
 from experiments import train as training
 from experiments.config import METHODS, PRESETS, TAKES, TrainConfig
+from hero_jax.models import resnet
 from tests import problems
 
 
@@ -23,6 +24,13 @@ def digits():
 
 def short(**options):
     return TrainConfig(**{"epochs": 2, "batch_size": 64, **options}).resolved()
+
+
+@pytest.fixture(scope="module")
+def sgd(digits):
+    """A configuration and its trainer, compiled once."""
+    config = short(method="sgd", epochs=4)
+    return config, training.build(config, digits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,9 +138,8 @@ class TestRunFolder:
             runs.load_variables(tmp_path)
 
 
-def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digits, tmp_path):
-    config = short(method="sgd", epochs=4)
-    trainer = training.build(config, digits)
+def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digits, sgd, tmp_path):
+    config, trainer = sgd
 
     def failing_step(state, images, labels, indices):
         step = int(state.step)
@@ -150,9 +157,8 @@ def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digit
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
 
 
-def test_interruption_saves_the_last_evaluated_state(digits, tmp_path):
-    config = short(method="sgd", epochs=4)
-    trainer = training.build(config, digits)
+def test_interruption_saves_the_last_evaluated_state(digits, sgd, tmp_path):
+    config, trainer = sgd
 
     def interrupted_step(state, *rest):
         if int(state.step) == 6:
@@ -166,13 +172,15 @@ def test_interruption_saves_the_last_evaluated_state(digits, tmp_path):
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
-    first, again, other = (training.train(short(seed=seed), digits) for seed in (3, 3, 4))
+    trainer = training.build(short(), digits)
+    first, again, other = (training.train(short(seed=seed), digits, trainer=trainer) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first.variables, again.variables)
     assert not np.allclose(first.variables["params"]["head"]["kernel"], other.variables["params"]["head"]["kernel"])
 
 
-def test_batch_statistics_are_those_of_the_clean_pass():
+def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     """After one step from the same weights, HERO and SGD have the same running statistics and other weights."""
+    monkeypatch.setattr(training.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     rng = np.random.default_rng(0)
     split = data.Split(rng.integers(0, 256, (16, 8, 8, 3), np.uint8), np.arange(16, dtype=np.int32) % 10)
     images = data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
@@ -188,14 +196,13 @@ def test_batch_statistics_are_those_of_the_clean_pass():
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
-def test_evaluation_masks_the_last_batch(digits, monkeypatch):
-    config = short(method="sgd")
-    trainer = training.build(config, digits)
+def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
+    config, trainer = sgd
     state = trainer.init(0)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     whole = trainer.evaluate(variables, digits.test)
     monkeypatch.setattr(training, "EVAL_BATCH", 50)  # 364 = 7 * 50 + 14
-    parts = trainer.evaluate(variables, digits.test)
+    parts = training.build(config, digits).evaluate(variables, digits.test)
     assert whole["accuracy"] == parts["accuracy"]
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-5)
 

@@ -21,10 +21,12 @@ PENALTIES = ("detached", "difference", "hvp", "eigenvalue")
 
 
 def updated(tx, params, loss_fn, state=None):
-    """One jitted update of `tx` at `params`: (direction, new state)."""
+    """One update of `tx` at `params`: (direction, new state).
+
+    Not jitted: the operations of one network are compiled once for all tests, a jitted update for each of them.
+    """
     grad_fn = jax.grad(loss_fn)
-    state = tx.init(params) if state is None else state
-    return jax.jit(lambda p, s: tx.update(grad_fn(p), s, p, grad_fn=grad_fn))(params, state)
+    return tx.update(grad_fn(params), tx.init(params) if state is None else state, params, grad_fn=grad_fn)
 
 
 @pytest.fixture
@@ -36,20 +38,40 @@ def net(x64):
 class TestExactness:
     @pytest.mark.parametrize(
         ("penalty", "scope", "reduction", "adaptive"),
-        [
-            *itertools.product(("detached", "difference", "hvp"), ("global",), ("mean", "sum"), (True, False)),
-            ("detached", "leaf", "mean", True),
-            ("hvp", "leaf", "sum", False),
+        [  # the defaults, and every pair of values
+            ("detached", "global", "mean", True),
+            ("detached", "leaf", "mean", False),
+            ("detached", "global", "sum", False),
+            ("difference", "global", "mean", False),
+            ("difference", "leaf", "sum", True),
+            ("hvp", "leaf", "mean", False),
+            ("hvp", "global", "sum", True),
         ],
     )
-    def test_direction_is_autodiff_of_the_penalty(self, net, penalty, scope, reduction, adaptive):
+    def test_direction_is_autodiff_of_the_penalty_and_metrics_are_as_stated(
+        self, net, penalty, scope, reduction, adaptive
+    ):
         params, loss_fn = net
         options = {"penalty": penalty, "scope": scope, "reduction": reduction, "adaptive": adaptive}
+        mask = problems.kernels_mask(params)
         direction, state = updated(hero_jax.hero(0.3, 700.0, **options), params, loss_fn)
-        expected = reference.direction(loss_fn, params, 0.3, 700.0, mask=problems.kernels_mask(params), **options)
+        expected = reference.direction(loss_fn, params, 0.3, 700.0, mask=mask, **options)
         problems.assert_close(direction, expected)
         # The penalty must matter here, or the comparison says nothing of it.
         assert state.metrics.penalty_grad_norm > 0.01 * state.metrics.perturbed_grad_norm
+        g = jax.grad(loss_fn)(params)
+        e = reference.perturbation(params, g, 0.3, adaptive=adaptive, scope=scope)
+        perturbed = jax.grad(loss_fn)(reference.add(params, e))
+        metrics = hero_jax.Metrics(
+            grad_norm=reference.norm(g),
+            perturbed_grad_norm=reference.norm(perturbed),
+            perturbation_norm=reference.norm(e),
+            penalty=reference.penalty_value(loss_fn, params, e, penalty=penalty, reduction=reduction, mask=mask),
+            penalty_grad_norm=reference.norm(reference.subtract(direction, perturbed)),
+        )
+        for name in hero_jax.Metrics._fields:
+            np.testing.assert_allclose(getattr(state.metrics, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
+            assert getattr(state.metrics, name).dtype == jnp.float32
 
     @pytest.mark.parametrize("adaptive", [True, False])
     def test_eigenvalue_direction_is_autodiff_of_the_rayleigh_quotient(self, net, adaptive):
@@ -73,29 +95,43 @@ class TestExactness:
         params, loss_fn = net
         tx = hero_jax.hero(0.0, 1.0, penalty="eigenvalue")
         state = tx.init(params)._replace(eigenvector=problems.random_like(jax.random.key(5), params))
-        positive, _ = updated(tx, params, loss_fn, state)
-        negative, _ = updated(tx, params, lambda p: -loss_fn(p), state)
+
+        @jax.jit
+        def direction(sign):
+            grad_fn = jax.grad(lambda p: sign * loss_fn(p))
+            return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)[0]
+
+        positive, negative = direction(1.0), direction(-1.0)
         g = jax.grad(loss_fn)(params)
         added = reference.subtract(positive, g)
         problems.assert_close(reference.subtract(negative, reference.scale(-1, g)), added)
 
-    @pytest.mark.parametrize("rho", [0.0, 0.4])
-    def test_tracked_vector_converges_to_the_dominant_eigenvector(self, net, rho):
+    def test_tracked_vector_converges_to_the_dominant_eigenvector(self, net):
         params, loss_fn = net
         mask = problems.kernels_mask(params)
-        tx = hero_jax.hero(rho, 0.1, penalty="eigenvalue")
         grad_fn = jax.grad(loss_fn)
-        state = tx.init(params)
-        step = jax.jit(lambda s: tx.update(grad_fn(params), s, params, grad_fn=grad_fn)[1])
-        for _ in range(400):
-            state = step(state)
-        e = reference.perturbation(params, grad_fn(params), rho, adaptive=True)
-        hessian = reference.restricted_hessian(loss_fn, reference.add(params, e), mask)
-        eigenvalues, eigenvectors = np.linalg.eigh(hessian)
-        dominant = np.argmax(np.abs(eigenvalues))
-        v, _ = jax.flatten_util.ravel_pytree(state.eigenvector)
-        assert abs(abs(v @ eigenvectors[:, dominant]) - 1) < 1e-8
-        assert abs(float(state.metrics.penalty) - abs(eigenvalues[dominant])) < 1e-5 * abs(eigenvalues[dominant])
+
+        @jax.jit
+        def followed(rho):
+            tx = hero_jax.hero(rho, 0.1, penalty="eigenvalue")
+
+            def step(_, state):
+                return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)[1]
+
+            return jax.lax.fori_loop(0, 400, step, tx.init(params))
+
+        @jax.jit
+        def hessian(rho):
+            e = reference.perturbation(params, grad_fn(params), rho, adaptive=True)
+            return reference.restricted_hessian(loss_fn, reference.add(params, e), mask)
+
+        for rho in (0.0, 0.4):
+            state = followed(rho)
+            eigenvalues, eigenvectors = np.linalg.eigh(hessian(rho))
+            dominant = np.argmax(np.abs(eigenvalues))
+            v, _ = jax.flatten_util.ravel_pytree(state.eigenvector)
+            assert abs(abs(v @ eigenvectors[:, dominant]) - 1) < 1e-8
+            assert abs(float(state.metrics.penalty) - abs(eigenvalues[dominant])) < 1e-5 * abs(eigenvalues[dominant])
 
     def test_grad_l1_is_autodiff_of_the_gradient_l1_norm(self, net):
         params, loss_fn = net
@@ -125,29 +161,6 @@ class TestExactness:
         diagonal = jnp.array([0.0] * 2 + [1 / 12 if reduction == "mean" else 1.0] * 12)
         expected = unravel(2 * 700.0 * hessian @ (diagonal * (hessian @ e)))
         problems.assert_close(reference.subtract(direction, plain), expected, rtol=1e-12)
-
-    @pytest.mark.parametrize(
-        ("penalty", "reduction"),
-        [("detached", "mean"), ("detached", "sum"), ("difference", "mean"), ("hvp", "mean"), ("hvp", "sum")],
-    )
-    def test_metrics_are_the_stated_quantities(self, net, penalty, reduction):
-        params, loss_fn = net
-        options = {"penalty": penalty, "reduction": reduction}
-        direction, state = updated(hero_jax.hero(0.3, 700.0, **options), params, loss_fn)
-        g = jax.grad(loss_fn)(params)
-        e = reference.perturbation(params, g, 0.3, adaptive=True)
-        perturbed = jax.grad(loss_fn)(reference.add(params, e))
-        mask = problems.kernels_mask(params)
-        expected = hero_jax.Metrics(
-            grad_norm=reference.norm(g),
-            perturbed_grad_norm=reference.norm(perturbed),
-            perturbation_norm=reference.norm(e),
-            penalty=reference.penalty_value(loss_fn, params, e, mask=mask, **options),
-            penalty_grad_norm=reference.norm(reference.subtract(direction, perturbed)),
-        )
-        for name in hero_jax.Metrics._fields:
-            np.testing.assert_allclose(getattr(state.metrics, name), getattr(expected, name), rtol=1e-5, err_msg=name)
-            assert getattr(state.metrics, name).dtype == jnp.float32
 
     def test_metrics_of_sam_and_grad_l1(self, net):
         params, loss_fn = net
@@ -248,43 +261,45 @@ class TestExactness:
 
     @pytest.mark.parametrize("penalty", PENALTIES)
     def test_microbatched_grad_fn_gives_the_full_batch_direction(self, x64, penalty):
-        images, labels = problems.convnet_batch(8)
-        params = problems.convnet_params()
+        x = jax.random.normal(jax.random.key(0), (8, 3))
+        params = {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.array([0.3, -0.4])}
+
+        def loss_fn(p, x):
+            return jnp.mean(jnp.cosh(x @ p["kernel"] + p["bias"]))
 
         def accumulated(p):
             def body(total, batch):
-                return jax.tree.map(jnp.add, total, jax.grad(problems.separable_loss)(p, batch)), None
+                return jax.tree.map(jnp.add, total, jax.grad(loss_fn)(p, batch)), None
 
-            batches = (images.reshape(4, 2, *images.shape[1:]), labels.reshape(4, 2))
-            total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, p), batches)
+            total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, p), x.reshape(4, 2, 3))
             return jax.tree.map(lambda g: g / 4, total)
 
         tx = hero_jax.hero(0.3, 2.0, penalty=penalty)
-        direction, _ = tx.update(accumulated(params), tx.init(params), params, grad_fn=accumulated)
-        whole, _ = updated(tx, params, lambda p: problems.separable_loss(p, (images, labels)))
+        direction, state = tx.update(accumulated(params), tx.init(params), params, grad_fn=accumulated)
+        whole, _ = updated(tx, params, lambda p: loss_fn(p, x))
         problems.assert_close(direction, whole)
+        assert state.metrics.penalty_grad_norm > 0.01 * state.metrics.perturbed_grad_norm
+
+
+def layers_loss(params, x):
+    return jnp.mean(functools.reduce(lambda h, w: jnp.tanh(h @ w), params, x) ** 2)
+
+
+@functools.cache
+def operations(tx=None):
+    """The compiled floating-point operations of one step of `tx`, or of one gradient."""
+
+    def step(params, x):
+        grad_fn = functools.partial(jax.grad(layers_loss), x=x)
+        grads = grad_fn(params)
+        return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+
+    params, x = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * 4, jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    return jax.jit(step).lower(params, x).compile().cost_analysis()["flops"]
 
 
 class TestCost:
     """Operations as compiled, by XLA's own count, in units of one gradient."""
-
-    @staticmethod
-    def gradients(tx):
-        """The compiled floating-point operations of one step of `tx`, over those of one gradient."""
-        x = jax.random.normal(jax.random.key(0), (64, 32))
-        params = [jax.random.normal(jax.random.key(i), (32, 32)) / 6 for i in range(1, 7)]
-
-        def loss_fn(params, x):
-            return jnp.mean(functools.reduce(lambda h, w: jnp.tanh(h @ w), params, x) ** 2)
-
-        def step(params, x):
-            grad_fn = functools.partial(jax.grad(loss_fn), x=x)
-            return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-
-        def operations(fn):
-            return jax.jit(fn).lower(params, x).compile().cost_analysis()["flops"]
-
-        return operations(step) / operations(jax.grad(loss_fn))
 
     @pytest.mark.parametrize(
         ("tx", "low", "high"),
@@ -300,7 +315,7 @@ class TestCost:
         ],
     )
     def test_step_costs_its_floor(self, tx, low, high):
-        assert low < self.gradients(tx) < high
+        assert low < operations(tx) / operations() < high
 
 
 class TestSchedules:
@@ -339,31 +354,22 @@ class TestSchedules:
 
 
 class TestTypesAndStructures:
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.float16, 0.01), (jnp.bfloat16, 0.05)])
     @pytest.mark.parametrize("penalty", PENALTIES)
-    def test_emits_the_type_of_the_parameters_and_stays_finite(self, dtype, penalty):
-        batch = problems.convnet_batch(dtype=dtype)
-        params = problems.convnet_params(dtype)
-        tx = hero_jax.hero(0.3, 0.5, penalty=penalty)
-        direction, state = updated(tx, params, lambda p: problems.convnet_loss(p, batch))
-        chex.assert_trees_all_equal_dtypes(direction, params)
-        chex.assert_tree_all_finite((direction, state))
-        assert all(m.dtype == jnp.float32 for m in state.metrics)
-
-    @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.2)])
-    @pytest.mark.parametrize("penalty", ["detached", "eigenvalue"])
-    def test_sixteen_bits_are_close_to_float64(self, x64, dtype, rtol, penalty):
-        def direction(dtype):
+    def test_emits_the_type_of_the_parameters_close_to_float64(self, x64, dtype, rtol, penalty):
+        def run(dtype):
             # The 16-bit parameters are the truth in both runs: only the arithmetic differs.
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), problems.convnet_params())
             images, labels = problems.convnet_batch()
             batch = images.astype(jnp.bfloat16).astype(dtype), labels
-            return updated(hero_jax.hero(0.3, 0.5, penalty=penalty), params, lambda p: problems.convnet_loss(p, batch))[
-                0
-            ]
+            tx = hero_jax.hero(0.3, 0.5, penalty=penalty)
+            return *updated(tx, params, lambda p: problems.convnet_loss(p, batch)), params
 
-        exact, low = direction(jnp.float64), direction(dtype)
-        error = reference.norm(reference.subtract(exact, jax.tree.map(lambda x: x.astype(jnp.float64), low)))
+        (exact, _, _), (direction, state, params) = run(jnp.float64), run(dtype)
+        chex.assert_trees_all_equal_dtypes(direction, params)
+        chex.assert_tree_all_finite((direction, state))
+        assert all(m.dtype == jnp.float32 for m in state.metrics)
+        error = reference.norm(reference.subtract(exact, jax.tree.map(lambda x: x.astype(jnp.float64), direction)))
         assert error < rtol * reference.norm(exact)
 
     @pytest.mark.parametrize("penalty", ["detached", "hvp", "eigenvalue"])
@@ -433,9 +439,10 @@ class TestTypesAndStructures:
             return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
 
         tx = optax.chain(hero_jax.hero(0.1, 0.1), optax.adam(0.05))
+        step = jax.jit(functools.partial(updated, tx, loss_fn=loss_fn))
         state, before = tx.init(params), loss_fn(params)
         for _ in range(30):
-            updates, state = updated(tx, params, loss_fn, state)
+            updates, state = step(params, state=state)
             params = optax.apply_updates(params, updates)
         assert loss_fn(params) < 0.6 * before
 
