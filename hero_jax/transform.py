@@ -120,7 +120,8 @@ def hero(
     Returns:
       A transformation with state `HeroState`. `update(updates, state, params, grad_fn=...)` needs `params` and, by
       keyword, `grad_fn: params -> grads` (or `value_fn: params -> scalar`, whose gradient is taken where there is no
-      `grad_fn`); it ignores other extra arguments. It emits trees in the types of `params`; norms, dots and differences
+      `grad_fn`); `penalize=False`, static, leaves the penalty out of this step, which is then one of SAM or ASAM, at
+      its cost; it ignores other extra arguments. It emits trees in the types of `params`; norms, dots and differences
       are float32 or wider.
 
     Raises:
@@ -297,8 +298,8 @@ def _transformation(
     _check.boolean(f"{name}(sync=...)", sync)
     if not sync and axis_name is None:
         raise ValueError(f"`{name}(sync=False)` needs `axis_name`: without one there is no device to be local to.")
-    penalize = getattr(penalties, penalty)
     is_penalized = penalty not in ("none", "unchanged")
+    without_penalty = "unchanged" if penalty in ("unchanged", "gradient_l1") else "none"
     follows_eigenvector = penalty == "eigenvalue"
 
     def selected(params: PyTree) -> PyTree:
@@ -326,9 +327,12 @@ def _transformation(
         *,
         grad_fn: Callable[[PyTree], PyTree] | None = None,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
+        penalize: bool = True,
         **extra_args: Any,
     ) -> tuple[PyTree, OptState]:
         del extra_args
+        _check.boolean(f"{name} update(penalize=...)", penalize)
+        follows = follows_eigenvector and penalize
         grad_fn = _required_grad_fn(name, updates, params, grad_fn, value_fn)
         # That of this device alone; a jvp of it is right in every mode.
         grad_fn = parallel.local_grad_fn(grad_fn, axis_name)
@@ -340,13 +344,14 @@ def _transformation(
             params, eigenvector = parallel.vary((params, eigenvector), axis_name)
 
         diagonal = penalties.selection(selected(params), params, reduction)
-        if follows_eigenvector:
+        if follows:
             _check.matching_tree("state.eigenvector", eigenvector, params)
             eigenvector = _started(eigenvector, grads, diagonal)
 
         e = perturb(params, grads, _at(f"{name}(rho=...)", rho, state.count))
         perturbed = _tree.cast_like(_tree.add(params, e), params)
-        result = penalize(grad_fn, mean, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
+        penalty_of = getattr(penalties, penalty if penalize else without_penalty)
+        result = penalty_of(grad_fn, mean, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
         strength = _at(f"{name}(gamma=...)", gamma, state.count)
         # A strength of 0 adds nothing, even to a product that is not finite (0 * inf is NaN).
         added = jax.tree.map(lambda x: jnp.where(strength == 0, 0, x), _tree.scale(strength, result.grads))
@@ -359,16 +364,17 @@ def _transformation(
             penalty_grad_norm=_tree.norm(added),
         )
         metrics = Metrics(*(m.astype(jnp.float32) for m in metrics))
-        product, residual = result.product, None
+        product = result.product
         if not sync:
             direction, metrics, product = parallel.mean((direction, metrics, product), axis_name)
             # The v that devices share; at the first step it is zero, and its residual infinite.
             eigenvector = state.eigenvector
-        if follows_eigenvector:
+        next_eigenvector, residual = state.eigenvector, state.eigenvector_residual
+        if follows:
             residual = relative_residual(eigenvector, product, _tree.dot(eigenvector, product)).astype(jnp.float32)
-            eigenvector = _followed(state.eigenvector, product)
+            next_eigenvector = _followed(state.eigenvector, product)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return direction, HeroState(count, metrics, eigenvector, residual)
+        return direction, HeroState(count, metrics, next_eigenvector, residual)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

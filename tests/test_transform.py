@@ -91,6 +91,24 @@ class TestExactness:
         sign = jnp.sign(reference.dot(follows, state.eigenvector))
         problems.assert_close(reference.scale(sign, state.eigenvector), follows)
 
+    @pytest.mark.parametrize("name", [*PENALTIES, "grad_l1"])
+    def test_step_without_the_penalty(self, net, name):
+        params, loss_fn = net
+        grad_fn = jax.grad(loss_fn)
+        is_hero = name != "grad_l1"
+        tx = hero_jax.hero(0.3, 700.0, penalty=name) if is_hero else hero_jax.grad_l1(0.3)
+        _, state = updated(tx, params, loss_fn)
+        other = reference.scale(0.9, params)
+        direction, after = tx.update(grad_fn(other), state, other, grad_fn=grad_fn, penalize=False)
+        expected, plain = updated(hero_jax.sam(0.3 if is_hero else 0.0, adaptive=True), other, loss_fn)
+        problems.assert_close(direction, expected)
+        problems.assert_close(after.metrics, plain.metrics, rtol=1e-6)
+        # What follows an eigenvector goes on from where it was.
+        assert int(after.count) == 2
+        chex.assert_trees_all_equal(after[2:], state[2:])
+        penalized, _ = updated(tx, other, loss_fn, state)
+        assert reference.norm(reference.subtract(penalized, direction)) > 1e-3 * reference.norm(direction)
+
     def test_eigenvalue_penalty_of_a_negative_eigenvalue_has_the_other_sign(self, net):
         params, loss_fn = net
         tx = hero_jax.hero(0.0, 1.0, penalty="eigenvalue")
@@ -286,13 +304,13 @@ def layers_loss(params, x):
 
 
 @functools.cache
-def operations(tx=None):
+def operations(tx=None, **options):
     """The compiled floating-point operations of one step of `tx`, or of one gradient."""
 
     def step(params, x):
         grad_fn = functools.partial(jax.grad(layers_loss), x=x)
         grads = grad_fn(params)
-        return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+        return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn, **options)
 
     params, x = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * 4, jax.ShapeDtypeStruct((64, 32), jnp.float32)
     return jax.jit(step).lower(params, x).compile().cost_analysis()["flops"]
@@ -316,6 +334,10 @@ class TestCost:
     )
     def test_step_costs_its_floor(self, tx, low, high):
         assert low < operations(tx) / operations() < high
+
+    def test_step_without_the_penalty_costs_that_of_sam(self):
+        assert operations(hero_jax.hero(0.1, 1.0), penalize=False) / operations() < 2.2
+        assert operations(hero_jax.grad_l1(0.1), penalize=False) / operations() < 1.1
 
 
 class TestSchedules:
@@ -491,6 +513,11 @@ class TestEdges:
 
 
 class TestErrors:
+    def test_penalize_is_static(self):
+        tx, params = hero_jax.hero(0.1, 1.0), jnp.ones((2, 3))
+        with pytest.raises(TypeError, match=r"`hero update\(penalize=...\)` must be True or False; got 1"):
+            tx.update(params, tx.init(params), params, grad_fn=lambda p: p, penalize=1)
+
     @pytest.mark.parametrize(
         ("build", "message"),
         [
