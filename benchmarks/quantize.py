@@ -3,11 +3,13 @@
 One process, ResNet20 at its random initialisation (times do not depend on the weights), random images, weights
 quantized to 8 .. 2 bits by channel on the stretched grid, which is that of qwix:
 
-1. the sweep by `quantize_and_evaluate`, and by qwix array functions on every kernel: either `qwix.quantize` and
-   `qwix.dequantize` operation by operation and the same compiled forward pass, or a forward pass that takes the codes
-   of `qwix.quantize` and is compiled for each type of them; cold (with compilation) and warm (again, in turn, medians);
-2. rounding alone, whose cold time is of no interest, as the sweep before it has compiled some of it;
+1. rounding the kernels to every width, by `fake_quantize` and by qwix array functions (`qwix.quantize` and
+   `qwix.dequantize`, operation by operation);
+2. the whole sweep, evaluations included, by `quantize_and_evaluate` and by qwix: either as above with the same compiled
+   forward pass, or with a forward pass that takes the codes of `qwix.quantize` and is compiled for each type of them;
 3. an evaluation by `classifier` against a plain jitted forward loop over the same images.
+
+Cold is the first call with nothing compiled but the shared forward pass, warm the median of later calls, in turn.
 """
 
 from __future__ import annotations
@@ -53,15 +55,29 @@ class Arguments:
             _check.integer(name, getattr(self, name), low=1)
 
 
-def in_turn(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of the first call of each, and the median of later ones, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+def timed(
+    functions: dict[str, Callable[[], Any]], prepare: Callable[[], Any], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of a call of each after `prepare` alone was compiled, and the median of later ones, taken in turn."""
+    cold: dict[str, float] = {}
+    for name, function in functions.items():
+        jax.clear_caches()
+        prepare()
+        cold[name] = seconds(function)
+    for function in functions.values():
+        function()
+    warm: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
         for name, function in functions.items():
-            started = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - started)
-    return {name: {"cold": seconds[0], "warm": statistics.median(seconds[1:])} for name, seconds in times.items()}
+            warm[name].append(seconds(function))
+    return {name: {"cold": cold[name], "warm": statistics.median(warm[name])} for name in functions}
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """What one call takes."""
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - started
 
 
 def qwix_codes(params: PyTree, bits: int) -> PyTree:
@@ -112,18 +128,18 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         found = np.concatenate([np.asarray(x).argmax(-1) for x in logits])
         return float((found == labels).mean())
 
-    # The one evaluation that both sweeps share is compiled before either.
-    compiled = in_turn({"classifier": lambda: evaluate(params), "plain loop": lambda: plain(params)}, arguments.repeats)
+    evaluations = {"classifier": lambda: evaluate(params), "plain loop": lambda: plain(params)}
     rounding = jax.jit(lambda params, bits: quantize.fake_quantize(params, bits, spec))
     functions: dict[str, Callable[[], Any]] = {
+        "hero_jax rounding": lambda: [rounding(params, bits) for bits in arguments.bits],
         "hero_jax sweep": lambda: [
             row.metrics["loss"] for row in quantize.quantize_and_evaluate(evaluate, params, arguments.bits, spec)
         ],
-        "hero_jax rounding": lambda: [rounding(params, bits) for bits in arguments.bits],
     }
     if importlib.util.find_spec("qwix") is None:
         cli.console.print("qwix is not installed and was left out.")
     else:
+        functions["qwix rounding"] = lambda: [with_qwix(params, bits) for bits in arguments.bits]
         functions["qwix sweep"] = lambda: [
             evaluate(p)["loss"] for p in (params, *(with_qwix(params, bits) for bits in arguments.bits))
         ]
@@ -132,20 +148,20 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
             classify_codes(p, images, labels)["loss"]
             for p in (params, *(qwix_codes(params, bits) for bits in arguments.bits))
         ]
-        functions["qwix rounding"] = lambda: [with_qwix(params, bits) for bits in arguments.bits]
-    measured = compiled | in_turn(functions, arguments.repeats)
+    measured = timed(evaluations, lambda: None, arguments.repeats)
+    measured |= timed(functions, lambda: evaluate(params), arguments.repeats)
     for bits in arguments.bits if "qwix sweep" in functions else ():
         ours, theirs = rounding(params, bits), with_qwix(params, bits)
         gaps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, theirs)
         assert max(jax.tree.leaves(gaps)) < 1e-5, f"hero_jax and qwix differ at {bits} bits"
     table = Table("", "cold, s", "warm, s", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, seconds in measured.items():
-        table.add_row(name, f"{seconds['cold']:.3f}", f"{seconds['warm']:.3f}")
+    for name, found in measured.items():
+        table.add_row(name, f"{found['cold']:.3f}", f"{found['warm']:.3f}")
     cli.console.print(table)
     cli.console.print(
         f"ResNet20, {arguments.images:,} images in batches of {size}, {len(arguments.bits)} bit widths and full"
-        f" precision, {spec.name}; medians of {arguments.repeats} in turn, cold is the first. Sweeps contain the"
-        " evaluations, whose compilation is that of the classifier's first line."
+        f" precision, {spec.name}; warm: medians of {arguments.repeats} in turn. Sweeps contain the evaluations, whose"
+        " compilation is that of the classifier's line."
     )
     if arguments.out is not None:
         record = {"arguments": runs.to_json(arguments), "environment": runs.environment(), "seconds": measured}
