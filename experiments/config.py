@@ -11,6 +11,7 @@ from hero_jax import _check, models, penalty
 
 LABELS = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "grad_l1": "GRAD L1", "hero": "HERO"}
 METHODS = tuple(LABELS)
+PARALLEL = ("none", "pmap", "jit")
 # The hyper-parameters each method has, besides those of SGD.
 TAKES = {
     "sgd": (),
@@ -94,6 +95,19 @@ class TrainConfig:
     """Training images (the first so many) that `every` measures on."""
     save_minutes: float = 5.0
     """Least time between checkpoints; the last evaluated state is always saved."""
+    max_minutes: float | None = None
+    """End after the epoch in which the training has taken this long, with a checkpoint; default never."""
+    parallel: str = "none"
+    """none (one device), pmap (data parallel), or jit (over a mesh); the result is the same."""
+    devices: int | None = None
+    """Devices to use, those of all processes together; default all (pmap, jit)."""
+    shard_params: bool = False
+    """Split parameters and optimizer state over the devices in place of a copy on each (jit)."""
+    sync: bool = True
+    """Perturb, and normalise in BatchNorm, by the whole batch; False: by the part of it on each device (pmap) or in
+    each of `groups` (none), which is m-sharpness."""
+    groups: int = 1
+    """Equal parts of the batch that `--no-sync` perturbs alone on one device."""
 
     def __post_init__(self) -> None:
         _check.one_of("method", self.method, METHODS)
@@ -102,11 +116,14 @@ class TrainConfig:
             _check.one_of("model", self.model, models.MODELS)
         if self.penalty is not None:
             _check.one_of("penalty", self.penalty, penalty.PENALTIES)
-        for name in ("epochs", "batch_size", "train_size", "eval_every", "every", "curvature_size"):
+        sizes = ("epochs", "batch_size", "train_size", "eval_every", "every", "curvature_size", "devices", "groups")
+        for name in sizes:
             if getattr(self, name) is not None:
                 _check.integer(name, getattr(self, name), low=1)
         for name in ("seed", "validation_size"):
             _check.integer(name, getattr(self, name), low=0)
+        if self.max_minutes is not None:
+            _check.positive("max_minutes", self.max_minutes)
         if self.gamma_warmup is not None:
             _check.integer("gamma_warmup", self.gamma_warmup, low=0)
         for name in ("learning_rate", "weight_decay", "rho", "gamma"):
@@ -115,6 +132,24 @@ class TrainConfig:
         for name in ("rho", "gamma", "gamma_warmup", "penalty"):
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Refuses what contradicts itself whatever the devices are; `parallel.layout` knows these."""
+        _check.one_of("parallel", self.parallel, PARALLEL)
+        if self.parallel == "none" and (self.devices or 1) > 1:
+            raise ValueError(f"`devices` must be 1 with parallel 'none'; got {self.devices}.")
+        if self.shard_params and self.parallel != "jit":
+            raise ValueError(f"`shard_params` needs parallel 'jit'; got parallel {self.parallel!r}.")
+        if not self.sync and self.parallel == "jit":
+            raise ValueError("`sync` must be True with parallel 'jit', where XLA sees one batch; got False.")
+        if not self.sync and self.parallel == "none" and self.groups == 1:
+            raise ValueError("`sync` must be True on one device without `groups` to differ; got False and groups 1.")
+        if self.groups > 1 and (self.sync or self.parallel != "none"):
+            raise ValueError(
+                f"`groups` needs sync False and parallel 'none' (with pmap a device is a group); got {self.groups} with"
+                f" sync {self.sync} and parallel {self.parallel!r}."
+            )
 
     def resolved(self) -> TrainConfig:
         """This configuration with every preset filled in."""
@@ -122,6 +157,10 @@ class TrainConfig:
         defaults = {k: v for k, v in preset.items() if k != "methods"} | preset["methods"].get(self.method, {})
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
+
+    def on_one_device(self) -> TrainConfig:
+        """This configuration for work on its results, which needs no layout."""
+        return dataclasses.replace(self, parallel="none", devices=None, shard_params=False, sync=True, groups=1)
 
     def default_folder(self) -> Path:
         """Where the run goes when no folder is given: runs/DATASET-MODEL-METHOD-sSEED."""

@@ -92,18 +92,38 @@ def normalize(images: jax.Array, pixels: Pixels) -> jax.Array:
     return (scaled - jnp.asarray(pixels.mean)) / jnp.asarray(pixels.std)
 
 
-def crop_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
-    """Pads with `pad` zeros, crops each image back at a random place, and flips half of them left to right."""
-    n, height, width, channels = images.shape
+def crop_and_flip(
+    key: jax.Array,
+    images: jax.Array,
+    pad: int = 4,
+    *,
+    batch_size: int | None = None,
+    first_row: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Pads with `pad` zeros, crops each image back at a random place, and flips half of them left to right.
+
+    Images that are part of a batch are altered as they would be with the rest of it.
+
+    Args:
+      key: the key of the whole batch.
+      images: (N, H, W, C), all of a batch or neighbors in it.
+      pad: zeros on each side; static.
+      batch_size: images in the whole batch, default N; static.
+      first_row: number in the whole batch of the first image.
+    """
+    rows, height, width, channels = images.shape
+    n = rows if batch_size is None else batch_size
     key_crop, key_flip = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     offsets = jax.random.randint(key_crop, (n, 2), 0, 2 * pad + 1)
+    flip = jax.random.bernoulli(key_flip, shape=(n, 1, 1, 1))
+    if n != rows:
+        offsets, flip = (jax.lax.dynamic_slice_in_dim(x, first_row, rows) for x in (offsets, flip))
 
     def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
 
     cropped = jax.vmap(crop)(padded, offsets)
-    flip = jax.random.bernoulli(key_flip, shape=(n, 1, 1, 1))
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
 import hero_jax
 from experiments.config import TrainConfig
+from hero_jax import parallel
 
 
-def optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def optimizer(
+    config: TrainConfig, steps_per_epoch: int, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
     """`direction -> + weight decay -> SGD with momentum 0.9`, cosine to 0 in steps of one epoch.
 
     Args:
       config: a resolved configuration.
       steps_per_epoch: steps in an epoch, which the schedules count in.
+      axis_name: the mapped axis that the batch is split over, as in `hero_jax.hero`: what follows the direction is the
+        same on every device. With `config.sync` perturbations are those of the whole batch.
     """
     assert config.learning_rate is not None
     assert config.weight_decay is not None
     assert config.epochs is not None
     cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs)
     return optax.chain(
-        direction(config, steps_per_epoch),
+        direction(config, steps_per_epoch, axis_name),
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
 
 
-def direction(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def direction(
+    config: TrainConfig, steps_per_epoch: int, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The transformation of the raw gradient that makes the method."""
     if config.method == "sgd":
-        return optax.with_extra_args_support(optax.identity())
+        return optax.with_extra_args_support(optax.stateless(lambda grads, _: parallel.mean(grads, axis_name)))
+    where: dict[str, Any] = {} if axis_name is None else {"axis_name": axis_name, "sync": config.sync}
     if config.method in ("sam", "asam"):
         assert config.rho is not None
-        return hero_jax.sam(config.rho, adaptive=config.method == "asam")
+        return hero_jax.sam(config.rho, adaptive=config.method == "asam", **where)
     gamma = _after_warmup(config, steps_per_epoch)
     if config.method == "grad_l1":
-        return hero_jax.grad_l1(gamma)
+        return hero_jax.grad_l1(gamma, **where)
     assert config.rho is not None
     assert config.penalty is not None
-    return hero_jax.hero(config.rho, gamma, penalty=config.penalty)
+    return hero_jax.hero(config.rho, gamma, penalty=config.penalty, **where)
 
 
 def _after_warmup(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:

@@ -9,6 +9,7 @@ checkpoint/STEP/   orbax: params, batch_stats, opt_state (the last two evaluated
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -37,20 +38,29 @@ class RunFolder:
         write_json(path / "config.json", to_json(config))
         write_json(path / "environment.json", environment())
         self.status("running")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
+        self._kept: tuple[int, PyTree] | None = None
+        # One process writes; the others do not take part.
+        writer = jax.process_index()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
+        )
+        (path / "checkpoint").mkdir()
         self._checkpoints = ocp.CheckpointManager((path / "checkpoint").absolute(), options=options)
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._checkpoints.close()
         if isinstance(error, KeyboardInterrupt):
             self.status("interrupted")
-        elif error is None:
-            self.status("done")
         elif json.loads((self.path / "status.json").read_text())["status"] == "running":
-            self.status("failed", str(error))
+            self.status(*(("done",) if error is None else ("failed", str(error))))
+        with contextlib.closing(self._checkpoints):
+            if error is not None and self._kept is not None:
+                self.save(*self._kept)
 
     def status(self, status: str, message: str = "") -> None:
         """Records where the run stands."""
@@ -60,6 +70,10 @@ class RunFolder:
         """Appends one evaluation to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def keep(self, step: int, state: PyTree) -> None:
+        """Names the state, a tree of host arrays, to save if the run ends early: interrupted, diverged or failed."""
+        self._kept = step, state
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint of `state`, a tree of arrays, unless that step is saved already."""
@@ -104,7 +118,12 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "commit": commit(),
         "command": [Path(sys.argv[0]).stem, *sys.argv[1:]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -15,8 +16,9 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import cli, data, methods, plots, progress, runs
+from experiments import cli, data, methods, parallel, plots, progress, runs
 from experiments.config import TrainConfig
+from experiments.parallel import TrainState
 from hero_jax import curvature, models, quantize, spectrum
 
 PyTree = Any
@@ -26,21 +28,13 @@ CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
 
 
-class TrainState(NamedTuple):
-    """Everything a step changes. `key` is constant; the step number makes the augmentation of a step from it."""
-
-    params: PyTree
-    batch_stats: PyTree
-    opt_state: PyTree
-    step: jax.Array
-    key: jax.Array
-
-
 class Trainer(NamedTuple):
     """The compiled parts of a run, shared by runs that differ in their seed only.
 
-    init: `seed -> TrainState`.
-    step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`.
+    layout: where state, data and batches lie.
+    init: `seed -> TrainState`, laid out.
+    step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`, with the
+      images and labels on every device (`layout.replicate`) and the indices of the whole batch on the host.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
     forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
     statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
@@ -48,6 +42,7 @@ class Trainer(NamedTuple):
       by the running BatchNorm statistics, without augmentation or weight decay; and a tree shaped like its vectors.
     """
 
+    layout: parallel.One
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split], dict[str, float]]
@@ -68,41 +63,52 @@ class Result(NamedTuple):
 
 
 def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
-    """Makes the trainer of a resolved configuration; what is compiled does not depend on the seed."""
+    """Makes the trainer of a resolved configuration; what is compiled does not depend on the seed.
+
+    The step sees the whole batch, or under a mapped axis the rows of one device, and averages over that axis.
+    """
     assert config.model is not None
     assert config.batch_size is not None
     size = len(dataset.train.labels)
     if size < config.batch_size:
         raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
-    model = models.create(config.model, dataset.num_classes)
+    batch_size = config.batch_size
+    layout = parallel.layout(config)
+    # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
+    shares_statistics = config.sync and layout.axis_name is not None
+    options = {"axis_name": layout.axis_name} if shares_statistics else {}
+    model = models.create(config.model, dataset.num_classes, **options)
     apply: Callable[..., Any] = model.apply
-    tx = methods.optimizer(config, size // config.batch_size)
+    tx = methods.optimizer(config, size // batch_size, layout.axis_name)
     pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
 
     def init(seed: int) -> TrainState:
         key_init, key_steps = jax.random.split(jax.random.key(seed))
         variables = jax.jit(model.init)(key_init, jnp.zeros((1, *shape)))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key_steps)
+        key = jax.random.key_data(key_steps)
+        return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key)
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array):
         x, y = data.normalize(images[indices], pixels), labels[indices]
         if pixels.augment:
-            x = data.crop_and_flip(jax.random.fold_in(state.key, state.step), x)
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(indices)))
 
         def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
+            variables = {"params": layout.whole(params), "batch_stats": state.batch_stats}
             logits, mutated = apply(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits, y), mutated.get("batch_stats", {})
 
+        def grad_fn(params: PyTree) -> PyTree:
+            # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
+            return layout.split(jax.grad(loss_fn, has_aux=True)(params)[0])
+
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        # The perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, grad_fn=lambda params: jax.grad(loss_fn, has_aux=True)(params)[0]
-        )
+        updates, opt_state = tx.update(layout.split(grads), state.opt_state, state.params, grad_fn=grad_fn)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
+        batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
+        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
 
     def forward(variables: PyTree, images: jax.Array) -> jax.Array:
         return apply(variables, data.normalize(images, pixels))
@@ -123,19 +129,21 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)
         return matvec, curvature.restrict(variables, mask)
 
-    classify = quantize.classifier(forward, batch_size=EVAL_BATCH)
+    shards = 1 if layout.examples is None else layout.examples.num_devices
+    classify = quantize.classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
 
     def evaluate(variables: PyTree, split: data.Split) -> dict[str, float]:
         found = classify(variables, *split)
         return {name: found[name] for name in ("accuracy", "loss")}
 
-    return Trainer(init, step, evaluate, forward, statistics, hessian)
+    init = functools.partial(layout.init, init)
+    return Trainer(layout, init, layout.compile(step), evaluate, forward, statistics, hessian)
 
 
 def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
     """The configuration, the trainer, the last saved variables and the data of a run folder."""
     variables = runs.load_variables(run)
-    config = TrainConfig(**json.loads((run / "config.json").read_text()))
+    config = TrainConfig(**json.loads((run / "config.json").read_text())).on_one_device()
     dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
     dataset = data.subset(dataset, config.train_size, config.validation_size)
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
@@ -167,25 +175,20 @@ def train(
     assert config.epochs is not None
     assert config.batch_size is not None
     trainer = trainer or build(config, dataset)
-    images, labels = (jnp.asarray(x) for x in dataset.train)
+    images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(config.seed)
-    good, metrics, last_loss = runs.snapshot(state._replace(key=())), {}, float("nan")
+    good, metrics, last_loss = _keep(folder, trainer.layout.to_host(state)), {}, float("nan")
     follow = _follow_curvature(trainer, dataset.train, config.curvature_size, config.seed)
-    saved_at = time.monotonic()
+    begun_at = saved_at = time.monotonic()
     for epoch in range(config.epochs):
         order = data.epoch_order(config.seed, epoch, len(labels), config.batch_size)
         started = time.monotonic()
-        try:
-            state, losses = _epoch(trainer, state, images, labels, order)
-        except KeyboardInterrupt:
-            _save(folder, good)
-            raise
+        state, losses = _epoch(trainer, state, images, labels, order)
         elapsed = time.monotonic() - started
         finite = np.isfinite(losses)
         if not finite.all():
             first = int(np.argmin(finite))
             last_loss = float(losses[first - 1]) if first else last_loss
-            _save(folder, good)
             message = (
                 f"The loss of {config.method} stopped being finite at step {epoch * len(order) + first + 1} (epoch"
                 f" {epoch + 1}); the last finite one was {last_loss:.4g}. The last good state is that of step"
@@ -196,22 +199,28 @@ def train(
             raise Diverged(message)
         last_loss = float(losses[-1])
         row = {"epoch": epoch + 1, "train_loss": float(losses.mean()), "images_per_second": order.size / elapsed}
-        is_last = epoch + 1 == config.epochs
+        is_over = _is_over(config, time.monotonic() - begun_at)
+        is_last = is_over or epoch + 1 == config.epochs
         is_measured = config.every is not None and (is_last or (epoch + 1) % config.every == 0)
         if is_last or is_measured or (epoch + 1) % config.eval_every == 0:
-            good = runs.snapshot(state._replace(key=()))
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            good = _keep(folder, trainer.layout.to_host(state))
+            variables = jax.tree.map(jnp.asarray, {"params": good.params, "batch_stats": good.batch_stats})
             metrics = trainer.evaluate(variables, dataset.test)
-            row |= {"step": int(good.step), **metrics, **_hero_metrics(state.opt_state)}
+            row |= {"step": int(good.step), **metrics, **_hero_metrics(good.opt_state)}
             if is_measured:
                 row |= follow(variables)
             if folder is not None:
                 folder.log(row)
             if is_last or time.monotonic() - saved_at > 60 * config.save_minutes:
-                _save(folder, good)
+                if folder is not None:
+                    folder.save(*_saved(good))
                 saved_at = time.monotonic()
         if report is not None:
             report(row)
+        if is_over and epoch + 1 < config.epochs:
+            if folder is not None:
+                folder.status("interrupted", f"max_minutes {config.max_minutes} passed in epoch {epoch + 1}.")
+            break
     return Result(metrics, {"params": good.params, "batch_stats": good.batch_stats})
 
 
@@ -252,10 +261,21 @@ def _follow_curvature(
     return measure
 
 
-def _save(folder: runs.RunFolder | None, state: TrainState) -> None:
+def _is_over(config: TrainConfig, seconds: float) -> bool:
+    """Whether `max_minutes` have passed, by the clock of process 0."""
+    return config.max_minutes is not None and parallel.agreed(seconds > 60 * config.max_minutes)
+
+
+def _keep(folder: runs.RunFolder | None, state: TrainState) -> TrainState:
+    """The same state on the host, which an early end will save."""
     if folder is not None:
-        tree = {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
-        folder.save(int(state.step), tree)
+        folder.keep(*_saved(state))
+    return state
+
+
+def _saved(state: TrainState) -> tuple[int, PyTree]:
+    """The step, and what a checkpoint holds of a state on the host."""
+    return int(state.step), {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
 
 
 def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
@@ -272,25 +292,40 @@ def main(
     config: Annotated[TrainConfig, tyro.conf.arg(name="")],
     out: Path | None = None,
     data_dir: Path | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool = False,
 ) -> None:
     """Trains one network on one data set and leaves a run folder.
+
+    Several processes (docs/parallel.md) are started by one command each, the same but for --process-id; process 0
+    writes and prints. They wait 300 s for all to join, notice after at most 60 s that one has died, and wait 60 s at
+    the end.
 
     Args:
         config: The run.
         out: Run folder, new or empty; default runs/DATASET-MODEL-METHOD-sSEED.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+        coordinator: HOST:PORT of process 0, which must be free there.
+        num_processes: Processes in all.
+        process_id: Which of them this is, from 0.
+        distributed: Ask the cluster (Slurm, Open MPI, Kubernetes, TPU pods) for these three.
     """
+    parallel.join(coordinator, num_processes, process_id, distributed)
     config = config.resolved()
     assert config.epochs is not None
     out = out or config.default_folder()
+    is_writer = jax.process_index() == 0
+    cli.console.quiet = not is_writer
     cli.console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
     with progress.bar() as bar:
         dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
         dataset = data.subset(dataset, config.train_size, config.validation_size)
         advance = progress.epochs(bar, config.method, config.epochs)
-        with runs.RunFolder(out, config) as folder:
+        with runs.RunFolder(out, config) if is_writer else contextlib.nullcontext() as folder, parallel.watched():
             result = train(config, dataset, folder, advance)
-    if config.every is not None:
+    if config.every is not None and is_writer:
         plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
     where = "validation" if config.validation_size else "test"
     cli.console.print(

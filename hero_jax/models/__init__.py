@@ -26,8 +26,8 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     Args:
       name: a key of `MODELS`.
       num_classes: size of the output.
-      **options: fields of the model, such as `dtype` (the type of computation; parameters stay float32), or `axis_name` (the
-        mapped axis whose devices share the statistics of BatchNorm; of no effect on a model without).
+      **options: fields of the model, such as `dtype` (the type of computation; parameters stay float32), or
+        `axis_name` (the mapped axis whose devices share the statistics of BatchNorm; of no effect on a model without).
 
     Returns:
       A Linen module, called as `model.apply(variables, images, train=...)`.

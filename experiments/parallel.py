@@ -1,0 +1,325 @@
+"""How a run lies on devices: on one, on several by pmap or by jit over a mesh, in one process or in several.
+
+A step is written once, `(state, images, labels, indices) -> (state, loss)`, for one device that has the whole batch. A
+layout says where the state, the data set and the batch lie, wraps the step for that, and brings the state back to the
+host. The data set is copied whole to every device and the rows of a batch are gathered there, so that a step moves
+indices only; a process sends those of its own rows.
+
+                   state                           batch                        averages
+    One            on one device                   on one device                none
+    Groups         on one device                   `groups` parts, by vmap      the step, over the vmapped axis
+    Pmap           a copy on every device          a part on every device       the step, over the mapped axis
+    Mesh           a copy on every device, or      a part on every device       XLA, where the program of one
+                   split over them (FSDP)                                       device needs it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import cli, runs
+from experiments.config import TrainConfig
+from hero_jax import _check, parallel
+
+PyTree = Any
+AXIS = "data"
+# How long, in seconds, a process waits for the others: to join, without a sign of life, at the end.
+JOIN_TIMEOUT = 300
+HEARTBEAT_TIMEOUT = 60
+SHUTDOWN_TIMEOUT = 60
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. `key`, the data of a constant key, makes the augmentation with the step number."""
+
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+Step = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
+CompiledStep = Callable[..., tuple[TrainState, jax.Array]]
+
+
+class One:
+    """Everything on the default device: the definition that the other layouts agree with.
+
+    axis_name: the mapped axis inside the step; None where the step sees the whole batch.
+    examples: sharding of the examples that are evaluated at a time; None on one device.
+    """
+
+    axis_name: str | None = None
+    examples: NamedSharding | None = None
+
+    def init(self, init: Callable[[int], TrainState], seed: int) -> TrainState:
+        """The state of `init(seed)`, laid out."""
+        return init(seed)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """A tree of host arrays on every device of this layout."""
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def compile(self, step: Step) -> CompiledStep:
+        """The step, compiled for this layout; it takes the indices of the global batch and gives its mean loss."""
+        return jax.jit(step, donate_argnums=0)
+
+    def first_row(self, rows: int) -> jax.typing.ArrayLike:
+        """Inside the step, where it sees `rows` rows: the number in the global batch of the first of them."""
+        return 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name) * rows
+
+    def mean(self, tree: PyTree) -> PyTree:
+        """Inside the step: the mean over the parts of the batch."""
+        return parallel.mean(tree, self.axis_name)
+
+    def whole(self, params: PyTree) -> PyTree:
+        """Inside the step: the parameters as the network needs them, whole on every device."""
+        return params
+
+    def split(self, grads: PyTree) -> PyTree:
+        """Inside the step: gradients, laid out as the parameters are between passes."""
+        return grads
+
+    def to_host(self, tree: PyTree) -> PyTree:
+        """A copy of (part of) a state on the host of every process; all processes must call it."""
+        return runs.snapshot(tree)
+
+
+class Groups(One):
+    """One device; each of `groups` equal parts of the batch takes the step of a device."""
+
+    axis_name = AXIS
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+
+    def compile(self, step: Step) -> CompiledStep:
+        mapped = jax.vmap(step, in_axes=(None, None, None, 0), out_axes=None, axis_name=AXIS)
+        compiled = jax.jit(mapped, donate_argnums=0)
+        return lambda state, images, labels, indices: compiled(state, images, labels, indices.reshape(self._groups, -1))
+
+
+class _Many(One):
+    """A copy of the state on every device, unless `shardings` says otherwise."""
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self._devices = list(devices)
+        self._mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))  # Auto axes; make_mesh makes Explicit ones
+        self._replicated = NamedSharding(self._mesh, PartitionSpec())
+        local = [d for d in self._devices if d.process_index == jax.process_index()]
+        self._local = slice(self._devices.index(local[0]), self._devices.index(local[-1]) + 1)
+        self.examples = NamedSharding(jax.sharding.Mesh(np.array(local), (AXIS,)), PartitionSpec(AXIS))
+
+    def init(self, init: Callable[[int], TrainState], seed: int) -> TrainState:
+        # Made where it lies, by a program without arguments, which may run on devices of other processes.
+        def make() -> TrainState:
+            return init(seed)
+
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._replicated, x.__getitem__), tree)
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """The sharding of each leaf of the state."""
+        return jax.tree.map(lambda _: self._replicated, state)
+
+
+class Pmap(_Many):
+    """Data parallelism: every device takes the step on its rows, and the step averages over `axis_name`."""
+
+    axis_name = AXIS
+
+    def compile(self, step: Step) -> CompiledStep:
+        # What every device has a copy of is not mapped, and so has no leading axis outside.
+        compiled = jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(None, None, None, 0),
+            out_axes=None,
+            donate_argnums=0,
+            devices=self._devices,
+        )
+
+        def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
+            return compiled(state, images, labels, indices.reshape(len(self._devices), -1)[self._local])
+
+        return run
+
+
+class Mesh(_Many):
+    """The program of one device on a batch split over a mesh; XLA puts the averages in.
+
+    Args:
+      devices: the devices of the mesh.
+      shard_params: split parameters, optimizer state and gradients over the devices, each leaf along its largest axis
+        that the number of devices divides, or whole where there is none. The network gathers the parameters in every
+        pass.
+    """
+
+    def __init__(self, devices: Sequence[Any], *, shard_params: bool) -> None:
+        super().__init__(devices)
+        self._shard_params = shard_params
+        self._by_rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
+
+    def compile(self, step: Step) -> CompiledStep:
+        def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
+            state, loss = step(*arguments)
+            return jax.lax.with_sharding_constraint(state, self.shardings(state)), loss
+
+        compiled = jax.jit(laid_out, donate_argnums=0)
+
+        def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
+            rows = jax.make_array_from_callback(indices.shape, self._by_rows, indices.__getitem__)
+            return compiled(state, images, labels, rows)
+
+        return run
+
+    def shardings(self, state: TrainState) -> TrainState:
+        whole = super().shardings(state)
+        if not self._shard_params:
+            return whole
+        params, opt_state = jax.tree.map(self._along_largest, (state.params, state.opt_state))
+        return whole._replace(params=params, opt_state=opt_state)
+
+    def whole(self, params: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(params, self._replicated) if self._shard_params else params
+
+    def split(self, grads: PyTree) -> PyTree:
+        if not self._shard_params:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, jax.tree.map(self._along_largest, grads))
+
+    def to_host(self, tree: PyTree) -> PyTree:
+        def gathered(x: jax.Array) -> jax.Array | np.ndarray:
+            # One leaf after the other: no device holds the whole state.
+            return x if x.is_fully_addressable else np.array(jax.jit(_same, out_shardings=self._replicated)(x))
+
+        return runs.snapshot(jax.tree.map(gathered, tree))
+
+    def _along_largest(self, leaf: jax.Array) -> NamedSharding:
+        """Split along the largest axis that the devices divide, or a copy on each."""
+        dividing = [axis for axis, size in enumerate(leaf.shape) if size and size % len(self._devices) == 0]
+        if not dividing:
+            return self._replicated
+        largest = max(dividing, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * largest, AXIS))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def layout(config: TrainConfig) -> One:
+    """The layout of a resolved configuration on the devices there are.
+
+    Raises:
+      ValueError: fewer devices than asked for, a batch that devices or groups do not divide, several processes that
+        would each do the same.
+    """
+    assert config.batch_size is not None
+    if config.parallel == "none":
+        if jax.process_count() > 1:
+            raise ValueError(f"`parallel` must be 'pmap' or 'jit' with {jax.process_count()} processes; got 'none'.")
+        if config.groups == 1:
+            return One()
+        _check_divides(config.batch_size, config.groups, "groups")
+        return Groups(config.groups)
+    # Ordered by process, so that the rows of a process are neighbors.
+    available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    wanted = config.devices or len(available)
+    if wanted > len(available):
+        raise ValueError(f"`devices` must be at most {len(available)}, which is what there is; got {wanted}.")
+    if wanted < len(available) and jax.process_count() > 1:
+        raise ValueError(
+            f"`devices` must be all {len(available)} of the {jax.process_count()} processes; got {wanted}."
+        )
+    _check_divides(config.batch_size, wanted, "devices")
+    if not config.sync and wanted == 1:
+        raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
+    if config.parallel == "pmap":
+        return Pmap(available[:wanted])
+    return Mesh(available[:wanted], shard_params=config.shard_params)
+
+
+def _check_divides(batch_size: int, parts: int, name: str) -> None:
+    if batch_size % parts:
+        raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
+
+
+def agreed(answer: bool) -> bool:
+    """The answer of process 0, in every process: what depends on a clock may differ between them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool = False) -> None:
+    """Makes this one of several processes, before JAX has touched a device; with nothing given, does nothing.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      num_processes: how many there are.
+      process_id: which this is, from 0.
+      distributed: ask the cluster for these three, which JAX knows how to for Slurm, Open MPI, Kubernetes and TPU pods.
+
+    Raises:
+      ValueError: arguments that do not go together, or no cluster to ask.
+
+    Where not all are there within `JOIN_TIMEOUT` seconds, and where one is lost later, JAX ends the process itself.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if distributed and len(missing) < 3:
+        name = next(name for name, value in given.items() if value is not None)
+        raise ValueError(f"`{name}` has no effect with `distributed`, which asks the cluster; got {given[name]!r}.")
+    if not distributed and len(missing) == 3:
+        return
+    if not distributed:
+        if missing:
+            raise ValueError(f"`coordinator`, `num_processes` and `process_id` go together; {missing[0]} is missing.")
+        assert coordinator is not None
+        assert num_processes is not None
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise ValueError(f"`coordinator` must be HOST:PORT; got {coordinator!r}.")
+        _check.integer("num_processes", num_processes, low=1)
+        _check.integer("process_id", process_id, low=0, high=num_processes - 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and do nothing
+    where = "the others" if coordinator is None else f"all {num_processes} processes at {coordinator}"
+    cli.console.print(f"waiting for {where}, at most {JOIN_TIMEOUT} s")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        )
+    except ValueError as error:
+        if not distributed:
+            raise
+        raise ValueError(
+            f"`distributed` needs a cluster that JAX knows; got none ({error}) Give `coordinator`, `num_processes` and"
+            " `process_id` instead."
+        ) from error
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Turns the error of a collective whose other end is gone into one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).split("\n")[0]
+        raise cli.Failed(f"One of the {jax.process_count()} processes is gone ({reason}).") from error

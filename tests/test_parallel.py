@@ -1,0 +1,362 @@
+"""One answer on every layout of the trainer, two real processes included; m-sharpness; what is split; errors."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hero_jax
+from experiments import data, parallel, runs
+from experiments import train as training
+from experiments.config import TrainConfig
+from hero_jax import models
+from hero_jax.models import resnet
+from tests import problems
+
+LAYOUTS = {
+    "pmap": {"parallel": "pmap"},
+    "jit": {"parallel": "jit"},
+    "sharded": {"parallel": "jit", "shard_params": True},
+}
+OF_PROCESSES = {name: LAYOUTS[name] for name in ("pmap", "sharded")}
+SIZES = {"epochs": 2, "batch_size": 16}
+# Two processes run this on 4 devices each: HERO on the network with BatchNorm.
+PROCESS = """
+import sys
+import jax
+from experiments import parallel
+parallel.join(sys.argv[1], 2, int(sys.argv[2]))
+from tests import test_parallel
+assert (jax.local_device_count(), jax.device_count()) == (4, 8)
+import numpy as np
+found = {name: test_parallel.curve("conv", "hero", **options) for name, options in test_parallel.OF_PROCESSES.items()}
+for name, (losses, result) in found.items():
+    leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(result.variables))}
+    np.savez(f"{sys.argv[3]}/{name}-{sys.argv[2]}.npz", losses=losses, **leaves)
+"""
+
+
+@functools.cache
+def dataset(problem):
+    """64 images: of digits, or random ones in color that are cropped and flipped."""
+    if problem == "mlp":
+        return data.subset(data.load("digits"), 64, 0)
+    rng = np.random.default_rng(0)
+    split = data.Split(rng.integers(0, 256, (64, 8, 8, 3), np.uint8), np.arange(64, dtype=np.int32) % 10)
+    return data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+
+
+def config(problem, method, **options):
+    name = {"mlp": "digits", "conv": "cifar10"}[problem]
+    warmup = {"gamma_warmup": 0} if method == "hero" else {}
+    return TrainConfig(dataset=name, method=method, **SIZES, **warmup, **options).resolved()
+
+
+def build(config, images):
+    """A trainer of a network of the smallest size: 16 hidden units, or one convolution with BatchNorm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.models, "create", small)
+        return training.build(config, images)
+
+
+def small(name, num_classes, **options):
+    if name == "mlp":
+        return models.mlp(num_classes, hidden=(16,), **options)
+    return resnet.CifarResNet(0, num_classes, **options)
+
+
+@functools.cache
+def curve(problem, method, **options):
+    """The losses of 8 steps and the result of a run."""
+    run, losses = config(problem, method, **options), []
+    trainer = build(run, dataset(problem))
+
+    def step(*arguments):
+        state, loss = trainer.step(*arguments)
+        losses.append(loss)
+        return state, loss
+
+    result = training.train(run, dataset(problem), trainer=trainer._replace(step=step))
+    return np.array(jax.device_get(losses)), result
+
+
+def assert_same(actual, expected):
+    """Curves, parameters, statistics and accuracy agree to float32 tolerance."""
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    problems.assert_close(actual[1].variables, expected[1].variables, rtol=1e-4)
+    assert actual[1].metrics["accuracy"] == expected[1].metrics["accuracy"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("problem", "method"), [("mlp", "sgd"), ("mlp", "hero"), ("conv", "hero")])
+def test_eight_devices_equal_one(problem, method, layout):
+    assert_same(curve(problem, method, **LAYOUTS[layout]), curve(problem, method))
+
+
+def test_the_curves_that_are_compared_tell_methods_and_seeds_apart():
+    losses = curve("mlp", "hero")[0]
+    for other in (curve("mlp", "sgd"), curve("mlp", "hero", seed=1)):
+        assert np.abs(other[0] / losses - 1).max() > 1e-2
+
+
+def test_fewer_devices_than_there_are():
+    found = curve("mlp", "hero", parallel="pmap", devices=2)
+    assert_same(found, curve("mlp", "hero"))
+    assert build(config("mlp", "hero", parallel="pmap", devices=2), dataset("mlp")).layout.examples.num_devices == 2
+
+
+def test_batch_norm_under_pmap_is_that_of_the_whole_batch_up_to_the_third_derivative(x64):
+    images = jax.random.normal(jax.random.key(0), (16, 6, 5, 3), jnp.float64)
+    labels = jnp.arange(16) % 3
+
+    def direction(axis_name, images, labels):
+        model = resnet.CifarResNet(0, 3, axis_name=axis_name)
+        variables = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(1), images))
+        params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
+
+        def loss_fn(params):
+            logits, new = model.apply({"params": params} | statistics, images, train=True, mutable=["batch_stats"])
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean(), new
+
+        grad_fn = jax.grad(lambda params: loss_fn(params)[0])
+        tx = hero_jax.hero(0.3, 20.0, penalty="hvp", axis_name=axis_name)
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0], loss_fn(params)[1]
+
+    expected = jax.jit(functools.partial(direction, None))(images, labels)
+    by_device = images.reshape(8, 2, 6, 5, 3), labels.reshape(8, 2)
+    found = jax.pmap(functools.partial(direction, "data"), axis_name="data", out_axes=None)(*by_device)
+    problems.assert_close(found, expected, rtol=1e-9)
+
+
+class TestTwoProcesses:
+    def test_equal_one_device(self, tmp_path):
+        outputs = run_two([sys.executable, "-c", PROCESS], lambda address, i: [address, str(i), str(tmp_path)])
+        assert [code for code, _ in outputs] == [0, 0], outputs
+        losses, result = curve("conv", "hero")
+        for layout in OF_PROCESSES:
+            for process in range(2):
+                found = np.load(tmp_path / f"{layout}-{process}.npz")
+                np.testing.assert_allclose(found["losses"], losses, rtol=1e-5)
+                leaves = [found[str(i)] for i in range(len(found) - 1)]
+                problems.assert_close(leaves, jax.tree.leaves(result.variables), rtol=1e-4)
+
+    def test_the_command_leaves_one_run_folder_that_one_device_can_read(self, tmp_path):
+        out = tmp_path / "run"
+        options = ["--epochs", "2", "--train-size", "256", "--gamma-warmup", "0", "--parallel", "jit"]
+        command = [sys.executable, "-m", "experiments.train", *options, "--out", str(out)]
+        outputs = run_two(command, process_flags)
+        assert [code for code, _ in outputs] == [0, 0], outputs
+        assert ["test accuracy" in text for _, text in outputs] == [True, False]
+        assert json.loads((out / "environment.json").read_text())["device"]["processes"] == 2
+        read, trainer, variables, images = training.load(out, None, None)
+        assert read.parallel == "none"
+        one = training.train(read, images, trainer=trainer)
+        problems.assert_close(variables, one.variables, rtol=1e-4)
+        np.testing.assert_allclose(runs.read_metrics(out)[-1]["loss"], one.metrics["loss"], rtol=1e-5)
+
+    def test_the_other_stops_with_a_message_when_one_dies(self, tmp_path):
+        out = tmp_path / "run"
+        code = "from experiments import cli, parallel, train; parallel.HEARTBEAT_TIMEOUT = 10; cli.run(train.main)"
+        options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0", "--out", str(out)]
+
+        def kill_one(processes):
+            wait_for(out / "metrics.jsonl")
+            processes[1].kill()
+
+        outputs = run_two([sys.executable, "-c", code, *options], process_flags, kill_one)
+        assert outputs[0][0] not in (0, None)
+        assert "another task died" in outputs[0][1] or "processes is gone" in outputs[0][1]
+        runs.load_variables(out)
+
+
+def process_flags(address, process):
+    return ["--coordinator", address, "--num-processes", "2", "--process-id", str(process)]
+
+
+def run_two(command, flags, meanwhile=lambda processes: None):
+    """Runs two processes of 4 devices each; returns (exit status, all output) of both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [start([*command, *flags(address, i)], devices=4) for i in range(2)]
+    try:
+        meanwhile(processes)
+        texts = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+def start(command, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+class TestMSharpness:
+    @pytest.mark.parametrize(("problem", "method"), [("mlp", "hero"), ("conv", "hero")])
+    def test_groups_on_one_device_equal_devices(self, problem, method):
+        groups = curve(problem, method, sync=False, groups=8)
+        assert_same(groups, curve(problem, method, sync=False, parallel="pmap"))
+        whole = curve(problem, method)[0]
+        assert np.abs(groups[0] / whole - 1).max() > 1e-4
+
+    def test_without_batch_norm_and_perturbation_there_is_nothing_to_differ(self):
+        assert_same(curve("mlp", "sgd", sync=False, groups=4), curve("mlp", "sgd"))
+
+    def test_running_statistics_are_the_mean_over_groups(self):
+        images = dataset("conv")._replace(pixels=dataset("conv").pixels._replace(augment=False))
+        trainer = build(config("conv", "hero", sync=False, groups=4), images)
+        state = trainer.init(0)
+        before = {"params": runs.snapshot(state.params), "batch_stats": runs.snapshot(state.batch_stats)}
+        batch = images.train.images[:16]
+        parts = [trainer.statistics(before, part) for part in batch.reshape(4, 4, 8, 8, 3)]
+        after, _ = trainer.step(state, *trainer.layout.replicate(images.train), np.arange(16))
+        problems.assert_close(after.batch_stats, jax.tree.map(lambda *x: sum(x) / 4, *parts), rtol=1e-5)
+        whole = trainer.statistics(before, batch)["bn"]["var"]
+        assert np.abs(after.batch_stats["bn"]["var"] / whole - 1).max() > 1e-4
+
+
+def test_sharded_parameters_and_optimizer_state_stay_split():
+    images = dataset("mlp")
+    trainer = build(config("mlp", "hero", parallel="jit", shard_params=True), images)
+    state = trainer.init(0)
+    for _ in range(2):
+        for tree in (state.params, state.opt_state):
+            for leaf in jax.tree.leaves(tree):
+                is_split = any(size and size % 8 == 0 for size in leaf.shape)
+                sizes = {shard.data.size for shard in leaf.addressable_shards}
+                assert sizes == {leaf.size // 8 if is_split else leaf.size}
+        kernel = state.params["dense1"]["kernel"]
+        assert kernel.shape == (64, 16)
+        assert kernel.addressable_shards[0].data.shape == (8, 16)  # the largest axis
+        state, _ = trainer.step(state, *trainer.layout.replicate(images.train), np.arange(16))
+    copied = build(config("mlp", "hero", parallel="jit"), images).init(0)
+    assert copied.params["dense1"]["kernel"].addressable_shards[0].data.shape == (64, 16)
+
+
+def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
+    images = jax.random.uniform(jax.random.key(0), (12, 6, 5, 2))
+    whole = data.crop_and_flip(jax.random.key(1), images)
+    for first_row in (0, 4, 8):
+        part = images[first_row : first_row + 4]
+        part = data.crop_and_flip(jax.random.key(1), part, batch_size=12, first_row=first_row)
+        np.testing.assert_array_equal(part, whole[first_row : first_row + 4])
+
+
+class TestStopping:
+    def test_max_minutes_ends_after_the_epoch_with_a_checkpoint(self, tmp_path):
+        run = config("mlp", "sgd", max_minutes=1e-6)
+        with runs.RunFolder(tmp_path / "run", run) as folder:
+            training.train(run, dataset("mlp"), folder, trainer=build(run, dataset("mlp")))
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status == {"status": "interrupted", "message": "max_minutes 1e-06 passed in epoch 1."}
+        assert [row["epoch"] for row in runs.read_metrics(tmp_path / "run")] == [1]
+        assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
+
+    def test_a_run_that_ends_in_time_is_done(self, tmp_path):
+        run = config("mlp", "sgd", max_minutes=60.0)
+        with runs.RunFolder(tmp_path / "run", run) as folder:
+            training.train(run, dataset("mlp"), folder, trainer=build(run, dataset("mlp")))
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
+
+    def test_sigterm_saves_the_last_evaluated_state(self, tmp_path):
+        out = tmp_path / "run"
+        process = start([sys.executable, "-m", "experiments.train", "--epochs", "100000", "--out", str(out)], devices=1)
+        try:
+            wait_for(out / "metrics.jsonl")
+            process.send_signal(signal.SIGTERM)
+            text, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 130, text
+        assert text.endswith("interrupted\n")
+        assert json.loads((out / "status.json").read_text())["status"] == "interrupted"
+        runs.load_variables(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": "jitt"}, r"`parallel` must be one of 'none', 'pmap', 'jit'; got 'jitt'. Did you mean 'jit'"),
+        ({"devices": 2}, r"`devices` must be 1 with parallel 'none'; got 2"),
+        ({"devices": 0, "parallel": "jit"}, r"`devices` must be an integer >= 1; got 0"),
+        ({"shard_params": True}, r"`shard_params` needs parallel 'jit'; got parallel 'none'"),
+        ({"shard_params": True, "parallel": "pmap"}, r"`shard_params` needs parallel 'jit'; got parallel 'pmap'"),
+        ({"sync": False}, r"`sync` must be True on one device without `groups` to differ; got False and groups 1"),
+        ({"sync": False, "parallel": "jit"}, r"`sync` must be True with parallel 'jit', where .*; got False"),
+        ({"groups": 4}, r"`groups` needs sync False and parallel 'none' .*; got 4 with sync True and parallel 'none'"),
+        ({"groups": 4, "sync": False, "parallel": "pmap"}, r"`groups` needs .*; got 4 with .* parallel 'pmap'"),
+        ({"groups": 0}, r"`groups` must be an integer >= 1; got 0"),
+        ({"max_minutes": 0.0}, r"`max_minutes` must be positive and finite; got 0.0"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": "pmap", "batch_size": 20}, r"`batch_size` must be a multiple of the 8 devices; got 20"),
+        ({"parallel": "jit", "devices": 3}, r"`batch_size` must be a multiple of the 3 devices; got 16"),
+        ({"sync": False, "groups": 5}, r"`batch_size` must be a multiple of the 5 groups; got 16"),
+        ({"parallel": "jit", "devices": 16}, r"`devices` must be at most 8, which is what there is; got 16"),
+        ({"parallel": "pmap", "devices": 1, "sync": False}, r"`sync` must be True on 1 device: .*; got False"),
+    ],
+)
+def test_layouts_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        training.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
+
+
+def test_layouts_that_do_not_fit_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"`parallel` must be 'pmap' or 'jit' with 2 processes; got 'none'"):
+        parallel.layout(config("mlp", "sgd"))
+    with pytest.raises(ValueError, match=r"`devices` must be all 8 of the 2 processes; got 4"):
+        parallel.layout(config("mlp", "sgd", parallel="pmap", devices=4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("host:1234", 2, None), r"`coordinator`, `num_processes` and `process_id` go together; process_id is missing"),
+        ((None, 2, 0), r"`coordinator`, `num_processes` and `process_id` go together; coordinator is missing"),
+        (("host", 2, 0), r"`coordinator` must be HOST:PORT; got 'host'"),
+        (("host:1234", 0, 0), r"`num_processes` must be an integer >= 1; got 0"),
+        (("host:1234", 2, 2), r"`process_id` must be an integer in 0..1; got 2"),
+        ((None, None, 1, True), r"`process_id` has no effect with `distributed`, which asks the cluster; got 1"),
+    ],
+)
+def test_process_flags_that_do_not_fit_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.join(*flags)
+
+
+def test_a_cluster_that_is_not_there():
+    command = [sys.executable, "-m", "experiments.train", "--distributed", "--parallel", "pmap"]
+    process = start(command, devices=1)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: `distributed` needs a cluster that JAX knows; got none" in text
