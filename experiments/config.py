@@ -17,8 +17,8 @@ TAKES = {
     "sgd": (),
     "sam": ("rho",),
     "asam": ("rho",),
-    "grad_l1": ("gamma", "gamma_warmup"),
-    "hero": ("rho", "gamma", "gamma_warmup", "penalty"),
+    "grad_l1": ("gamma", "gamma_warmup", "interval"),
+    "hero": ("rho", "gamma", "gamma_warmup", "penalty", "interval"),
 }
 
 # digits: rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set;
@@ -81,6 +81,8 @@ class TrainConfig:
     """Epochs at the start without the penalty; the perturbed gradient is used from the first step."""
     penalty: str | None = None
     """Penalty of hero: detached, difference, hvp or eigenvalue."""
+    interval: int | None = None
+    """Every so many steps the penalty is in (grad_l1, hero); the others are without, at their lower cost. Default 1."""
     seed: int = 0
     """Initial weights, data order and augmentation."""
     train_size: int | None = None
@@ -108,6 +110,9 @@ class TrainConfig:
     each of `groups` (none), which is m-sharpness."""
     groups: int = 1
     """Equal parts of the batch that `--no-sync` perturbs alone on one device."""
+    microbatch_size: int | None = None
+    """Images that a pass takes at a time (on each device under pmap), to save memory: the same gradients and products,
+    but BatchNorm normalises by these images alone. XLA:CPU runs convolutions in such a loop forty times slower."""
 
     def __post_init__(self) -> None:
         _check.one_of("method", self.method, METHODS)
@@ -116,7 +121,18 @@ class TrainConfig:
             _check.one_of("model", self.model, models.MODELS)
         if self.penalty is not None:
             _check.one_of("penalty", self.penalty, penalty.PENALTIES)
-        sizes = ("epochs", "batch_size", "train_size", "eval_every", "every", "curvature_size", "devices", "groups")
+        sizes = (
+            "epochs",
+            "batch_size",
+            "train_size",
+            "eval_every",
+            "every",
+            "curvature_size",
+            "devices",
+            "groups",
+            "interval",
+            "microbatch_size",
+        )
         for name in sizes:
             if getattr(self, name) is not None:
                 _check.integer(name, getattr(self, name), low=1)
@@ -129,7 +145,7 @@ class TrainConfig:
         for name in ("learning_rate", "weight_decay", "rho", "gamma"):
             if getattr(self, name) is not None:
                 _check.non_negative(name, getattr(self, name))
-        for name in ("rho", "gamma", "gamma_warmup", "penalty"):
+        for name in ("rho", "gamma", "gamma_warmup", "penalty", "interval"):
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
         self._check_layout()

@@ -55,10 +55,12 @@ class One:
     """Everything on the default device: the definition that the other layouts agree with.
 
     axis_name: the mapped axis inside the step; None where the step sees the whole batch.
+    num_parts: how many parts of the batch take a step of their own over that axis.
     examples: sharding of the examples that are evaluated at a time; None on one device.
     """
 
     axis_name: str | None = None
+    num_parts: int = 1
     examples: NamedSharding | None = None
 
     def init(self, init: Callable[[int], TrainState], seed: int) -> TrainState:
@@ -100,12 +102,14 @@ class Groups(One):
     axis_name = AXIS
 
     def __init__(self, groups: int) -> None:
-        self._groups = groups
+        self.num_parts = groups
 
     def compile(self, step: Step) -> CompiledStep:
         mapped = jax.vmap(step, in_axes=(None, None, None, 0), out_axes=None, axis_name=AXIS)
         compiled = jax.jit(mapped, donate_argnums=0)
-        return lambda state, images, labels, indices: compiled(state, images, labels, indices.reshape(self._groups, -1))
+        return lambda state, images, labels, indices: compiled(
+            state, images, labels, indices.reshape(self.num_parts, -1)
+        )
 
 
 class _Many(One):
@@ -139,6 +143,10 @@ class Pmap(_Many):
 
     axis_name = AXIS
 
+    def __init__(self, devices: Sequence[Any]) -> None:
+        super().__init__(devices)
+        self.num_parts = len(self._devices)
+
     def compile(self, step: Step) -> CompiledStep:
         # What every device has a copy of is not mapped, and so has no leading axis outside.
         compiled = jax.pmap(
@@ -151,7 +159,7 @@ class Pmap(_Many):
         )
 
         def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
-            return compiled(state, images, labels, indices.reshape(len(self._devices), -1)[self._local])
+            return compiled(state, images, labels, indices.reshape(self.num_parts, -1)[self._local])
 
         return run
 

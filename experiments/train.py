@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from optax import microbatching
 
 from experiments import cli, data, methods, parallel, plots, progress, runs
 from experiments.config import TrainConfig
@@ -33,8 +34,9 @@ class Trainer(NamedTuple):
 
     layout: where state, data and batches lie.
     init: `seed -> TrainState`, laid out.
-    step: `(state, images, labels, indices) -> (state, mean loss of the batch at the unperturbed weights)`, with the
-      images and labels on every device (`layout.replicate`) and the indices of the whole batch on the host.
+    step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch at the unperturbed
+      weights)`, with the images and labels on every device (`layout.replicate`) and the indices of the whole batch on
+      the host; without `penalize` the step is one of SAM, ASAM or SGD.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
     forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
     statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
@@ -74,6 +76,9 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
     batch_size = config.batch_size
     layout = parallel.layout(config)
+    rows = batch_size // layout.num_parts
+    if config.microbatch_size is not None and rows % config.microbatch_size:
+        raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
     # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
     shares_statistics = config.sync and layout.axis_name is not None
     options = {"axis_name": layout.axis_name} if shares_statistics else {}
@@ -89,23 +94,31 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         key = jax.random.key_data(key_steps)
         return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key)
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array):
+    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, penalize: bool):
         x, y = data.normalize(images[indices], pixels), labels[indices]
         if pixels.augment:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(indices)))
 
-        def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
+        def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
             variables = {"params": layout.whole(params), "batch_stats": state.batch_stats}
             logits, mutated = apply(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits, y), mutated.get("batch_stats", {})
 
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if config.microbatch_size is not None:
+            value_and_grad = microbatching.microbatch(
+                value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
+            )
+
         def grad_fn(params: PyTree) -> PyTree:
             # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            return layout.split(jax.grad(loss_fn, has_aux=True)(params)[0])
+            return layout.split(value_and_grad(params, x, y)[1])
 
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = tx.update(layout.split(grads), state.opt_state, state.params, grad_fn=grad_fn)
+        (loss, batch_stats), grads = value_and_grad(state.params, x, y)
+        updates, opt_state = tx.update(
+            layout.split(grads), state.opt_state, state.params, grad_fn=grad_fn, penalize=penalize
+        )
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
@@ -136,8 +149,13 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         found = classify(variables, *split)
         return {name: found[name] for name in ("accuracy", "loss")}
 
+    compiled = {penalize: layout.compile(functools.partial(step, penalize=penalize)) for penalize in (True, False)}
+
+    def compiled_step(*arguments: Any, penalize: bool = True) -> tuple[TrainState, jax.Array]:
+        return compiled[penalize](*arguments)
+
     init = functools.partial(layout.init, init)
-    return Trainer(layout, init, layout.compile(step), evaluate, forward, statistics, hessian)
+    return Trainer(layout, init, compiled_step, evaluate, forward, statistics, hessian)
 
 
 def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
@@ -183,14 +201,16 @@ def train(
     for epoch in range(config.epochs):
         order = data.epoch_order(config.seed, epoch, len(labels), config.batch_size)
         started = time.monotonic()
-        state, losses = _epoch(trainer, state, images, labels, order)
+        first_step = epoch * len(order)
+        is_penalized = [(first_step + i) % (config.interval or 1) == 0 for i in range(len(order))]
+        state, losses = _epoch(trainer, state, images, labels, order, is_penalized)
         elapsed = time.monotonic() - started
         finite = np.isfinite(losses)
         if not finite.all():
             first = int(np.argmin(finite))
             last_loss = float(losses[first - 1]) if first else last_loss
             message = (
-                f"The loss of {config.method} stopped being finite at step {epoch * len(order) + first + 1} (epoch"
+                f"The loss of {config.method} stopped being finite at step {first_step + first + 1} (epoch"
                 f" {epoch + 1}); the last finite one was {last_loss:.4g}. The last good state is that of step"
                 f" {int(good.step)}. A smaller rho, gamma or learning_rate may help."
             )
@@ -225,12 +245,17 @@ def train(
 
 
 def _epoch(
-    trainer: Trainer, state: TrainState, images: jax.Array, labels: jax.Array, order: np.ndarray
+    trainer: Trainer,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    order: np.ndarray,
+    is_penalized: list[bool],
 ) -> tuple[TrainState, np.ndarray]:
     """The state after the batches in `order`, and their losses; the host waits for the device once, at the end."""
     losses = []
-    for indices in order:
-        state, loss = trainer.step(state, images, labels, indices)
+    for indices, penalize in zip(order, is_penalized, strict=True):
+        state, loss = trainer.step(state, images, labels, indices, penalize=penalize)
         losses.append(loss)
     return state, np.array(jax.device_get(losses))
 

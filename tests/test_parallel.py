@@ -80,8 +80,8 @@ def curve(problem, method, **options):
     run, losses = config(problem, method, **options), []
     trainer = build(run, dataset(problem))
 
-    def step(*arguments):
-        state, loss = trainer.step(*arguments)
+    def step(*arguments, **options):
+        state, loss = trainer.step(*arguments, **options)
         losses.append(loss)
         return state, loss
 
@@ -112,6 +112,43 @@ def test_fewer_devices_than_there_are():
     found = curve("mlp", "hero", parallel="pmap", devices=2)
     assert_same(found, curve("mlp", "hero"))
     assert build(config("mlp", "hero", parallel="pmap", devices=2), dataset("mlp")).layout.examples.num_devices == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"microbatch_size": 4}, {"microbatch_size": 1, "parallel": "pmap"}, {"microbatch_size": 4, "parallel": "jit"}],
+)
+def test_microbatches_equal_the_whole_batch(options):
+    assert_same(curve("mlp", "hero", **options), curve("mlp", "hero"))
+
+
+def test_microbatches_take_an_eighth_of_the_memory():
+    images = dataset("conv")
+
+    def memory(microbatch_size):
+        run = TrainConfig(
+            method="hero", dataset="cifar10", batch_size=64, epochs=1, microbatch_size=microbatch_size
+        ).resolved()
+        trainer = build(run, images)
+        arguments = (trainer.init(0), *trainer.layout.replicate(images.train), np.arange(64))
+        compiled = jax.jit(trainer.step).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, sum(
+            x.nbytes for x in jax.tree.leaves(arguments[0].params)
+        )
+
+    (whole, _), (part, params) = memory(None), memory(8)
+    # The gradients, vectors and normalised images of a step stay whole.
+    assert part < whole / 8 + 10 * params + 2 * 64 * 8 * 8 * 3 * 4
+
+
+def test_interval_leaves_the_penalty_out_of_the_steps_between():
+    every, second, never = (curve("mlp", "hero", gamma=1e3, interval=k)[0] for k in (1, 2, 100))
+    # The penalty of step 0 shows in the loss of step 1.
+    np.testing.assert_array_equal(every[:2], second[:2])
+    np.testing.assert_array_equal(second[:2], never[:2])
+    assert np.abs(every[2] / second[2] - 1) > 1e-4
+    np.testing.assert_array_equal(second[2], never[2])
+    assert np.abs(second[3] / never[3] - 1) > 1e-4
 
 
 def test_batch_norm_under_pmap_is_that_of_the_whole_batch_up_to_the_third_derivative(x64):
@@ -307,6 +344,9 @@ class TestStopping:
         ({"groups": 4}, r"`groups` needs sync False and parallel 'none' .*; got 4 with sync True and parallel 'none'"),
         ({"groups": 4, "sync": False, "parallel": "pmap"}, r"`groups` needs .*; got 4 with .* parallel 'pmap'"),
         ({"groups": 0}, r"`groups` must be an integer >= 1; got 0"),
+        ({"method": "sam", "interval": 2}, r"`interval` has no effect on method 'sam'; got 2"),
+        ({"interval": 0}, r"`interval` must be an integer >= 1; got 0"),
+        ({"microbatch_size": 0}, r"`microbatch_size` must be an integer >= 1; got 0"),
         ({"max_minutes": 0.0}, r"`max_minutes` must be positive and finite; got 0.0"),
     ],
 )
@@ -320,6 +360,8 @@ def test_bad_configurations(options, message):
     [
         ({"parallel": "pmap", "batch_size": 20}, r"`batch_size` must be a multiple of the 8 devices; got 20"),
         ({"parallel": "jit", "devices": 3}, r"`batch_size` must be a multiple of the 3 devices; got 16"),
+        ({"microbatch_size": 6}, r"`microbatch_size` must divide the 16 images of a part; got 6"),
+        ({"microbatch_size": 4, "parallel": "pmap"}, r"`microbatch_size` must divide the 2 images of a part; got 4"),
         ({"sync": False, "groups": 5}, r"`batch_size` must be a multiple of the 5 groups; got 16"),
         ({"parallel": "jit", "devices": 16}, r"`devices` must be at most 8, which is what there is; got 16"),
         ({"parallel": "pmap", "devices": 1, "sync": False}, r"`sync` must be True on 1 device: .*; got False"),

@@ -141,9 +141,9 @@ class TestRunFolder:
 def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digits, sgd, tmp_path):
     config, trainer = sgd
 
-    def failing_step(state, images, labels, indices):
+    def failing_step(state, *rest, **options):
         step = int(state.step)
-        state, loss = trainer.step(state, images, labels, indices)
+        state, loss = trainer.step(state, *rest, **options)
         return state, loss * jnp.nan if step == 6 else loss
 
     message = r"The loss of sgd stopped being finite at step 7 \(epoch 2\); the last finite one was \d"
@@ -160,10 +160,10 @@ def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digit
 def test_interruption_saves_the_last_evaluated_state(digits, sgd, tmp_path):
     config, trainer = sgd
 
-    def interrupted_step(state, *rest):
+    def interrupted_step(state, *rest, **options):
         if int(state.step) == 6:
             raise KeyboardInterrupt
-        return trainer.step(state, *rest)
+        return trainer.step(state, *rest, **options)
 
     with pytest.raises(KeyboardInterrupt), runs.RunFolder(tmp_path / "run", config) as folder:
         training.train(config, digits, folder, trainer=trainer._replace(step=interrupted_step))
