@@ -35,8 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": {
             "sam": {"rho": 0.1},
             "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 0.003, "gamma_warmup": 1},
-            "hero": {"rho": 1.0, "gamma": 100.0, "gamma_warmup": 1, "penalty": "detached"},
+            "grad_l1": {"gamma": 0.003, "gamma_warmup": 1, "interval": 1},
+            "hero": {"rho": 1.0, "gamma": 100.0, "gamma_warmup": 1, "penalty": "detached", "interval": 1},
         },
     },
     "cifar10": {
@@ -48,8 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": {
             "sam": {"rho": 0.05},
             "asam": {"rho": 0.5},
-            "grad_l1": {"gamma": 1e-3, "gamma_warmup": 1},
-            "hero": {"rho": 0.5, "gamma": 5.0, "gamma_warmup": 1, "penalty": "detached"},
+            "grad_l1": {"gamma": 1e-3, "gamma_warmup": 1, "interval": 1},
+            "hero": {"rho": 0.5, "gamma": 5.0, "gamma_warmup": 1, "penalty": "detached", "interval": 1},
         },
     },
 }
@@ -82,7 +82,7 @@ class TrainConfig:
     penalty: str | None = None
     """Penalty of hero: detached, difference, hvp or eigenvalue."""
     interval: int | None = None
-    """Every so many steps the penalty is in (grad_l1, hero); the others are without, at their lower cost. Default 1."""
+    """Every so many steps the penalty is in (grad_l1, hero); the others are without, at their lower cost."""
     seed: int = 0
     """Initial weights, data order and augmentation."""
     train_size: int | None = None

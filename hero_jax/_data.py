@@ -224,7 +224,7 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
     if num_examples(batch) < 2 or any(isinstance(x, Tracer) for x in jax.tree.leaves((batch, params))):
         return
     count = min(4, num_examples(batch))
-    losses = _grouped_losses(loss_fn, weight_fn, params, jax.tree.map(lambda x: _first(x, count), batch))
+    losses = _grouped_losses(loss_fn, weight_fn, params, _first(batch, count))
     whole, split, size = (float(x) for x in losses)
     rtol = max(COUPLING_RTOL, 4 * float(jnp.finfo(losses[0].dtype).eps))
     # Two NaN are no sign of coupling, one is.
@@ -236,12 +236,19 @@ def check_uncoupled(name: str, loss_fn: Callable[[PyTree, PyTree], Any], params:
         )
 
 
-def _first(x: Any, count: int) -> Any:
+@functools.partial(jax.jit, static_argnums=1)
+def _first(batch: PyTree, count: int) -> PyTree:
     """The first examples, on all devices where the axis is split over them by explicit types."""
-    sharding = _tree.sharding_of(x)
-    if sharding is None or not _tree.is_explicit(sharding):
-        return x[:count]
-    return x.at[:count].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+
+    def first(x: jax.Array) -> jax.Array:
+        sharding = _tree.sharding_of(x)
+        if sharding is None:
+            return x[:count]
+        return x.at[jnp.arange(count)].get(
+            out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+        )
+
+    return jax.tree.map(first, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

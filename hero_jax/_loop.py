@@ -73,7 +73,9 @@ def run(solver: Solver, operator: Callable[[PyTree], PyTree], carry: Any) -> Any
             return _device_loop(solver, functools.partial(call, arrays), carry)
         # The call must not become a part of an argument's structure, which jit's cache keeps.
         product = functools.partial(jax.jit(call), arrays)
-    while solver.is_running(carry):
+    # Compiled too: operations one by one on arrays split over devices would put many collectives in flight at once,
+    # which can starve each other of threads on simulated devices.
+    while _is_running(solver, carry):
         carry = _advance(solver, carry, product(_argument(solver, carry)))
     return carry
 
@@ -111,6 +113,11 @@ def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> tuple[list[Any], 
 @jax.jit
 def _product(operator: Callable[[PyTree], PyTree], vector: PyTree) -> PyTree:
     return operator(vector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _is_running(solver: Solver, carry: Any) -> jax.Array:
+    return solver.is_running(carry)
 
 
 @functools.partial(jax.jit, static_argnums=0)

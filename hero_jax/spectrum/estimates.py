@@ -395,13 +395,18 @@ def _average(
     limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
     solver = _Average(statistic, packing)
     start = _Carry(_Running(zero, zero, jnp.zeros((), jnp.int32)), jnp.ones((), dtype), basis, offset, key, limits)
-    carry = _loop.run(solver, matvec, start)
+    return _finish(solver, _loop.run(solver, matvec, start))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(solver: _Average, carry: _Carry) -> tuple[Estimate, jax.Array]:
+    """The estimate in units, and the unit."""
     estimate = Estimate(
         mean=_shifted(carry),
         sem=_standard_error(carry.moments),
         num_probes=carry.moments.num_probes,
         num_matvecs=carry.moments.num_probes,
-        converged=(limits[0] > 0) & ~solver.is_above(carry),
+        converged=(carry.limits[0] > 0) & ~solver.is_above(carry),
     )
     return estimate, carry.unit
 

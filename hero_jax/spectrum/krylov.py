@@ -206,7 +206,7 @@ def lanczos(
     _check.floating_tree("v0", v0)
     _check.integer("lanczos(num_steps=...)", num_steps, low=1)
     _check.positive("lanczos(rtol=...)", rtol)
-    length = _tree.norm(v0)
+    length = jax.jit(_tree.norm)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ValueError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")
     space = krylov_space(matvec, v0, num_steps)

@@ -81,7 +81,7 @@ def power_iteration(
     _check.integer("power_iteration(max_iters=...)", max_iters, low=1)
     _check.positive("power_iteration(rtol=...)", rtol)
     _check.floating_tree("v0", v0)
-    start, length = _tree.normalize(v0)
+    start, length = jax.jit(_tree.normalize)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ValueError(f"`power_iteration(v0=...)` must be finite and not zero; its norm is {length}.")
 
