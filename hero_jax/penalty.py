@@ -80,7 +80,9 @@ def unchanged(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigen
 def detached(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 H(w*) D d; 4 gradients a step with g and g*."""
     del eigenvector
-    perturbed_grads, d, scaled = _difference(mean(grad_fn(point.perturbed)), point, diagonal)
+    perturbed_grads = mean(grad_fn(point.perturbed))
+    d = _tree.subtract(perturbed_grads, point.grads)
+    scaled = _times(diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
     product = mean(curvature.grad_product(grad_fn, point.perturbed, along))
     return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
@@ -89,7 +91,9 @@ def detached(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenv
 def difference(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
     """grad G = 2 [H(w*) - H(w)] D d; 6 gradients a step with g and g*."""
     del eigenvector
-    perturbed_grads, d, scaled = _difference(mean(grad_fn(point.perturbed)), point, diagonal)
+    perturbed_grads = mean(grad_fn(point.perturbed))
+    d = _tree.subtract(perturbed_grads, point.grads)
+    scaled = _times(diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
     at_perturbed = curvature.grad_product(grad_fn, point.perturbed, along)
     at_params = curvature.grad_product(grad_fn, point.params, along)
@@ -138,12 +142,6 @@ def gradient_l1(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eig
 
 
 PENALTIES = {"detached": detached, "difference": difference, "hvp": hvp, "eigenvalue": eigenvalue}
-
-
-def _difference(perturbed_grads: PyTree, point: Point, diagonal: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """g*, d = g* - g and D d."""
-    d = _tree.subtract(perturbed_grads, point.grads)
-    return perturbed_grads, d, _times(diagonal, d)
 
 
 def _times(diagonal: PyTree, tree: PyTree) -> PyTree:

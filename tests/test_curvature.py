@@ -162,11 +162,6 @@ def compiled(operator, vector):
     return operator(vector)
 
 
-def multiply(operator, vector):
-    """`operator(vector)`, compiled: without, every primitive is compiled by itself, for seconds."""
-    return operator(vector) if isinstance(operator, curvature.HostOperator) else compiled(operator, vector)
-
-
 def rows(batch, start, stop):
     return jax.tree.map(lambda x: x[start:stop], batch)
 
@@ -223,9 +218,7 @@ def test_convolutional_network(x64):
     vector = problems.random_like(jax.random.key(0), params)
     hessian = jax.jit(lambda p: reference.dense_hessian(lambda q: problems.separable_loss(q, batch), p))(params)
     operator = curvature.hessian_operator(problems.separable_loss, params, batch, microbatch_size=4)
-    np.testing.assert_allclose(
-        ravel_pytree(multiply(operator, vector))[0], hessian @ ravel_pytree(vector)[0], atol=1e-12
-    )
+    np.testing.assert_allclose(ravel_pytree(operator(vector))[0], hessian @ ravel_pytree(vector)[0], atol=1e-12)
 
 
 def test_linear_regression(x64):
@@ -242,12 +235,12 @@ def test_linear_regression(x64):
         curvature.ggn_operator(lambda w, b: b[0] @ w, lambda f, b: losses_fn(f, b).mean(), w, (x, y)),
     ]
     for operator in operators:
-        np.testing.assert_allclose(multiply(operator, v), x.T @ x @ v / 11, rtol=1e-12)
+        np.testing.assert_allclose(operator(v), x.T @ x @ v / 11, rtol=1e-12)
     # g_n = x_n r_n^T
     residuals = x @ w - y
     fisher = curvature.empirical_fisher_operator(lambda w, b: losses_fn(b[0] @ w, b), w, (x, y))
     inner = np.einsum("ni,nc,ic->n", x, residuals, v)
-    np.testing.assert_allclose(multiply(fisher, v), np.einsum("ni,nc,n->ic", x, residuals, inner) / 11, rtol=1e-12)
+    np.testing.assert_allclose(fisher(v), np.einsum("ni,nc,n->ic", x, residuals, inner) / 11, rtol=1e-12)
 
 
 def test_logistic_regression(x64):
@@ -260,11 +253,11 @@ def test_logistic_regression(x64):
     p = jax.nn.sigmoid(x @ w)
     hessian = x.T @ ((p * (1 - p))[:, None] * x) / 11
     operator = curvature.hessian_operator(lambda w, b: losses_fn(b[0] @ w, b).mean(), w, (x, y), microbatch_size=3)
-    np.testing.assert_allclose(multiply(operator, v), hessian @ v, rtol=1e-12)
+    np.testing.assert_allclose(operator(v), hessian @ v, rtol=1e-12)
     operator = curvature.ggn_operator(lambda w, b: b[0] @ w, lambda f, b: losses_fn(f, b).mean(), w, (x, y))
-    np.testing.assert_allclose(multiply(operator, v), hessian @ v, rtol=1e-12)
+    np.testing.assert_allclose(operator(v), hessian @ v, rtol=1e-12)
     fisher = curvature.empirical_fisher_operator(lambda w, b: losses_fn(b[0] @ w, b), w, (x, y), microbatch_size=3)
-    np.testing.assert_allclose(multiply(fisher, v), x.T @ (((p - y) ** 2)[:, None] * x) @ v / 11, rtol=1e-12)
+    np.testing.assert_allclose(fisher(v), x.T @ (((p - y) ** 2)[:, None] * x) @ v / 11, rtol=1e-12)
 
 
 def test_softmax_regression(x64):
@@ -281,12 +274,12 @@ def test_softmax_regression(x64):
         return batch["x"] @ w
 
     operator = curvature.hessian_operator(lambda w, b: head_loss(model_fn(w, b), b), w, batch)
-    np.testing.assert_allclose(multiply(operator, v), expected, rtol=1e-11)
-    np.testing.assert_allclose(multiply(curvature.ggn_operator(model_fn, head_loss, w, batch), v), expected, rtol=1e-11)
+    np.testing.assert_allclose(operator(v), expected, rtol=1e-11)
+    np.testing.assert_allclose(curvature.ggn_operator(model_fn, head_loss, w, batch)(v), expected, rtol=1e-11)
     errors = p - np.eye(3)[labels]
     inner = np.einsum("ni,nc,ic->n", x, errors, v)
     fisher = curvature.empirical_fisher_operator(lambda w, b: cross_entropies(model_fn(w, b), b), w, batch)
-    np.testing.assert_allclose(multiply(fisher, v), np.einsum("ni,nc,n->ic", x, errors, inner) / 11, rtol=1e-11)
+    np.testing.assert_allclose(fisher(v), np.einsum("ni,nc,n->ic", x, errors, inner) / 11, rtol=1e-11)
 
 
 def test_outputs_may_be_a_tree(x64):
@@ -315,10 +308,10 @@ def test_outputs_may_be_a_tree(x64):
 def test_drivers_equal_the_single_batch(x64, kind, driver):
     params, batch = net_params(), net_batch()
     vector = problems.random_like(jax.random.key(0), params)
-    expected = multiply(make(kind, params, batch), vector)
+    expected = make(kind, params, batch)(vector)
     operator = make(kind, params, **drive(driver, batch))
-    problems.assert_close(multiply(operator, vector), expected)
-    problems.assert_close(multiply(operator, vector), expected)  # a second pass
+    problems.assert_close(operator(vector), expected)
+    problems.assert_close(operator(vector), expected)  # a second pass
     assert isinstance(operator, curvature.HostOperator) == (driver in DRIVERS[5:])
 
 
@@ -332,11 +325,11 @@ def test_weights_of_batches(x64, kind, driver):
         make_token = functools.partial(curvature.hessian_operator, token_loss, params)
     else:
         make_token = functools.partial(curvature.ggn_operator, net, token_head_loss, params)
-    expected = multiply(make_token(batch), vector)
-    problems.assert_close(multiply(make_token(**drive(driver, batch), weight_fn=token_weight), vector), expected)
+    expected = make_token(batch)(vector)
+    problems.assert_close(make_token(**drive(driver, batch), weight_fn=token_weight)(vector), expected)
     if driver != "larger":
         # By the numbers of examples it is another matrix.
-        unweighted = multiply(make_token(**drive(driver, batch), coupled=True), vector)
+        unweighted = make_token(**drive(driver, batch), coupled=True)(vector)
         assert reference.norm(reference.subtract(unweighted, expected)) > 1e-3 * reference.norm(expected)
         with pytest.raises(ValueError, match="needs a loss whose batches can be split"):
             make_token(**drive(driver, batch))
@@ -346,9 +339,9 @@ def test_weights_that_float32_rounds(x64):
     params, batch = net_params(), net_batch()
     batch["weight"] = 0.37 * batch["weight"] + 0.1
     vector = problems.random_like(jax.random.key(0), params)
-    expected = multiply(curvature.hessian_operator(token_loss, params, batch), vector)
+    expected = curvature.hessian_operator(token_loss, params, batch)(vector)
     operator = curvature.hessian_operator(token_loss, params, batch, microbatch_size=5, weight_fn=token_weight)
-    problems.assert_close(multiply(operator, vector), expected)
+    problems.assert_close(operator(vector), expected)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +365,7 @@ def test_mask_is_a_block_of_the_whole(x64, kind, name, driver):
     assert 0 < index.sum() < len(index)
     expected = dense_reference(kind, params, batch)[np.ix_(index, index)]
     vector = problems.random_like(jax.random.key(0), kept)
-    result = multiply(make(kind, params, **drive(driver, batch), mask=mask), vector)
+    result = make(kind, params, **drive(driver, batch), mask=mask)(vector)
     assert jax.tree.structure(result) == jax.tree.structure(kept) != jax.tree.structure(params)
     np.testing.assert_allclose(ravel_pytree(result)[0], expected @ ravel_pytree(vector)[0], atol=1e-12)
 
@@ -384,8 +377,8 @@ def test_mask_lets_integer_leaves_stay(x64):
         lambda p, b: net_loss(p["net"], b) * p["step"][1], with_step, batch, mask={"net": True, "step": False}
     )
     vector = problems.random_like(jax.random.key(0), params)
-    result = multiply(operator, {"net": vector, "step": None})
-    problems.assert_close(result["net"], multiply(make("hessian", params, batch), vector))
+    result = operator({"net": vector, "step": None})
+    problems.assert_close(result["net"], make("hessian", params, batch)(vector))
     assert result["step"] is None
 
 
@@ -396,8 +389,8 @@ def one_device(kind, batch, weight_fn=None, **options):
     params = net_params()
     vector = problems.random_like(jax.random.key(0), params)
     if weight_fn is not None:
-        return multiply(curvature.hessian_operator(token_loss, params, batch, weight_fn=weight_fn, **options), vector)
-    return multiply(make(kind, params, batch, **options), vector)
+        return curvature.hessian_operator(token_loss, params, batch, weight_fn=weight_fn, **options)(vector)
+    return make(kind, params, batch, **options)(vector)
 
 
 @pytest.mark.parametrize(
@@ -498,9 +491,9 @@ def test_results_are_wide(dtype, driver):
     wide = {**jax.tree.map(lambda x: x.astype(jnp.float32), batch), "label": batch["label"]}
     exact = [make(kind, jax.tree.map(lambda x: x.astype(jnp.float32), params), wide) for kind in OPERATORS]
     for kind, one in zip(OPERATORS, exact, strict=True):
-        result = multiply(make(kind, params, coupled=True, **drive(driver, batch)), vector)
+        result = make(kind, params, coupled=True, **drive(driver, batch))(vector)
         assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
-        expected = ravel_pytree(multiply(one, jax.tree.map(lambda x: x.astype(jnp.float32), vector)))[0]
+        expected = ravel_pytree(one(jax.tree.map(lambda x: x.astype(jnp.float32), vector)))[0]
         error = np.linalg.norm(ravel_pytree(result)[0] - expected) / np.linalg.norm(expected)
         assert error < (1e-5 if dtype == jnp.float32 else 0.05)
 
@@ -527,10 +520,10 @@ def test_checkpoint_inside_the_loss(x64):
     params, batch = net_params(), net_batch()
     vector = problems.random_like(jax.random.key(0), params)
     checkpointed = jax.checkpoint(net_loss)
-    expected = multiply(make("hessian", params, batch), vector)
+    expected = make("hessian", params, batch)(vector)
     for driver in ("dividing", "uneven"):
         operator = curvature.hessian_operator(checkpointed, params, **drive(driver, batch))
-        problems.assert_close(multiply(operator, vector), expected)
+        problems.assert_close(operator(vector), expected)
 
 
 def test_operators_are_compiled_once_for_new_parameters():
@@ -588,7 +581,7 @@ def test_operator_made_inside_jit(x64):
         return [make(kind, params, batch, microbatch_size=4)(vector) for kind in OPERATORS]
 
     for result, kind in zip(run(params, batch, vector), OPERATORS, strict=True):
-        problems.assert_close(result, multiply(make(kind, params, batch), vector))
+        problems.assert_close(result, make(kind, params, batch)(vector))
 
 
 # --- misuse ---
@@ -624,7 +617,7 @@ def test_loss_that_couples_its_batch(x64, driver):
         sizes = [len(part["x"]) for part in parts]
         products = [whole_product(params, vector, part) for part in parts]
         expected = sum(s * p for s, p in zip(sizes, products, strict=True)) / 12
-        np.testing.assert_allclose(multiply(operator, vector), expected, rtol=1e-11)
+        np.testing.assert_allclose(operator(vector), expected, rtol=1e-11)
         assert not np.allclose(expected, whole_product(params, vector, batch), rtol=1e-2)
 
 
@@ -650,7 +643,7 @@ def test_no_weight_at_all_is_an_error():
 def test_coupled_loss_of_a_batch_that_is_not_split(x64, driver):
     params, vector, batch = jnp.linspace(-1, 2, 8).reshape(4, 2), jnp.linspace(1, 2, 8).reshape(4, 2), net_batch()
     operator = curvature.hessian_operator(batch_norm_loss, params, **drive(driver, batch))
-    problems.assert_close(multiply(operator, vector), whole_product(params, vector, batch))
+    problems.assert_close(operator(vector), whole_product(params, vector, batch))
 
 
 def test_coupled_models_of_the_other_operators(x64):
@@ -674,7 +667,7 @@ def test_coupled_models_of_the_other_operators(x64):
 def test_iterator_handed_out_twice_is_an_error(x64):
     params, batch = net_params(), net_batch()
     vector = problems.random_like(jax.random.key(0), params)
-    expected = multiply(make("hessian", params, batch), vector)
+    expected = make("hessian", params, batch)(vector)
     for coupled in (False, True):
         once = iter([rows(batch, 0, 6), rows(batch, 6, 12)])
         errors, products = [], []
