@@ -13,11 +13,46 @@ from flax import linen as nn
 
 from hero_jax import _check
 from hero_jax.models.mlp import MLP, mlp
-from hero_jax.models.resnet import CifarResNet, resnet20, resnet32, resnet56
+from hero_jax.models.mobilenet import MobileNetV2, mobilenet_v2
+from hero_jax.models.resnet import CifarResNet, ImageNetResNet, resnet18, resnet20, resnet32, resnet50, resnet56
+from hero_jax.models.vgg import VGG, vgg19_bn
+from hero_jax.models.vit import VisionTransformer, vit_tiny
+from hero_jax.models.wide_resnet import WideResNet, wide_resnet
 
-__all__ = ["MLP", "MODELS", "CifarResNet", "create", "mlp", "resnet20", "resnet32", "resnet56"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "VGG",
+    "CifarResNet",
+    "ImageNetResNet",
+    "MobileNetV2",
+    "VisionTransformer",
+    "WideResNet",
+    "create",
+    "mlp",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "resnet56",
+    "vgg19_bn",
+    "vit_tiny",
+    "wide_resnet",
+]
 
-MODELS = {"mlp": mlp, "resnet20": resnet20, "resnet32": resnet32, "resnet56": resnet56}
+MODELS = {
+    "mlp": mlp,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet56": resnet56,
+    "mobilenet_v2": mobilenet_v2,
+    "vgg19_bn": vgg19_bn,
+    "wide_resnet": wide_resnet,
+    "vit_tiny": vit_tiny,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:

@@ -1,20 +1,15 @@
-"""CIFAR residual networks (He et al., CVPR 2016, section 4.2) with projection shortcuts."""
+"""Residual networks (He et al., CVPR 2016) with projection shortcuts: section 4.2 for CIFAR, table 1 for ImageNet."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# He initialisation by fan-out, as the reference implementations of CIFAR ResNets use.
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def _batch_norm(train: bool, dtype: jnp.dtype | None, axis_name: str | None) -> partial[nn.BatchNorm]:
-    return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype, axis_name=axis_name)
+from hero_jax.models import _layers
 
 
 class ResidualBlock(nn.Module):
@@ -30,17 +25,37 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=self.dtype)
-        norm = _batch_norm(train, self.dtype, self.axis_name)
+        conv = _layers.conv(self.dtype)
+        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
 
         y = conv(self.width, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
         y = conv(self.width, (3, 3), 1, padding=1, name="conv2")(y)
         y = norm(name="bn2")(y)
-        if x.shape != y.shape:
-            x = conv(self.width, (1, 1), self.stride, name="shortcut_conv")(x)
-            x = norm(name="shortcut_bn")(x)
-        return nn.relu(x + y)
+        return nn.relu(_layers.shortcut(x, y, conv, norm, self.stride) + y)
+
+
+class BottleneckBlock(nn.Module):
+    """`relu(f(x) + shortcut(x))`, f the convolutions 1x1, 3x3 (with the stride) and 1x1, the last to `4 * width`.
+
+    BatchNorm follows each, and a relu the first two. The shortcut is that of `ResidualBlock`.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: jnp.dtype | None = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv = _layers.conv(self.dtype)
+        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
+
+        y = nn.relu(norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
+        y = conv(self.width, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        y = norm(name="bn3")(conv(4 * self.width, (1, 1), name="conv3")(y))
+        return nn.relu(_layers.shortcut(x, y, conv, norm, self.stride) + y)
 
 
 class CifarResNet(nn.Module):
@@ -62,9 +77,8 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=self.dtype)
-        x = conv(16, (3, 3), padding=1, name="conv")(x)
-        x = nn.relu(_batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
+        x = _layers.conv(self.dtype)(16, (3, 3), padding=1, name="conv")(x)
+        x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
         for stage, width in enumerate((16, 32, 64)):
             for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
@@ -87,3 +101,50 @@ def resnet32(num_classes: int = 10, **options: Any) -> CifarResNet:
 def resnet56(num_classes: int = 10, **options: Any) -> CifarResNet:
     """Builds the `CifarResNet` of depth 56: 855,770 parameters with 10 classes."""
     return CifarResNet(9, num_classes, **options)
+
+
+class ImageNetResNet(nn.Module):
+    """Residual network for large images: `blocks[i]` blocks of width `64 * 2**i` in stage i = 0, 1, ...
+
+    `conv 7x7/2 - bn - relu - max pool 3x3/2`, the stages, each after the first with stride 2 in its first 3x3
+    convolution, the mean over the image and `Dense(num_classes)`. The blocks are `ResidualBlock`s, or with `bottleneck`
+    `BottleneckBlock`s. The paper has the stride of a bottleneck in the first 1x1 convolution; here it is in the 3x3, as
+    in torchvision ("ResNet v1.5"). Every BatchNorm starts at scale 1, those that end a block too.
+
+    Call `apply(variables, images, train=...)` with float images (N, H, W, C); gives logits (N, num_classes).
+    `train`, `axis_name` and `dtype` are those of `CifarResNet`: BatchNorm by the statistics of the batch with
+    `train=True` (`batch_stats` must be mutable), of the whole batch with `axis_name`, and by the running ones with
+    `train=False`; computation in `dtype` with float32 parameters.
+
+    Source: He, Zhang, Ren, Sun, Deep residual learning, CVPR 2016, section 4.1 and table 1, with shortcuts B.
+    """
+
+    blocks: Sequence[int]
+    bottleneck: bool = False
+    num_classes: int = 1000
+    dtype: jnp.dtype | None = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        make_block = BottleneckBlock if self.bottleneck else ResidualBlock
+        x = _layers.conv(self.dtype)(64, (7, 7), 2, padding=3, name="conv")(x)
+        x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        for stage, blocks in enumerate(self.blocks):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                name = f"stage{stage + 1}_block{block + 1}"
+                x = make_block(64 * 2**stage, stride, self.dtype, self.axis_name, name=name)(x, train=train)
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+
+
+def resnet18(num_classes: int = 1000, **options: Any) -> ImageNetResNet:
+    """Builds the `ImageNetResNet` of depth 18: 11,689,512 parameters with 1000 classes."""
+    return ImageNetResNet((2, 2, 2, 2), False, num_classes, **options)
+
+
+def resnet50(num_classes: int = 1000, **options: Any) -> ImageNetResNet:
+    """Builds the `ImageNetResNet` of depth 50, of bottlenecks: 25,557,032 parameters with 1000 classes."""
+    return ImageNetResNet((3, 4, 6, 3), True, num_classes, **options)
