@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -36,6 +38,31 @@ def run(main: Callable[..., Any]) -> None:
         _leave(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Takes the first Ctrl-C or SIGTERM as a request that the block asks for; a second one ends it at once.
+
+    Only the main thread gets signals: in another one nothing is ever requested.
+    """
+    requests: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if requests:
+            signal.default_int_handler(number, frame)
+        requests.append(number)
+        print("\nending after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requests)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(message: str, code: int) -> NoReturn:

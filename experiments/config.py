@@ -96,9 +96,12 @@ class TrainConfig:
     curvature_size: int = 1000
     """Training images (the first so many) that `every` measures on."""
     save_minutes: float = 5.0
-    """Least time between checkpoints; the last evaluated state is always saved."""
+    """Time between checkpoints; the end is always saved."""
     max_minutes: float | None = None
-    """End after the epoch in which the training has taken this long, with a checkpoint; default never."""
+    """End after the step at which this much time has passed, with a checkpoint; default never."""
+    steps_per_call: int = 1
+    """Steps in one compiled call; as many as an epoch has make it one call. XLA:CPU runs convolutions in such a loop
+    forty times slower."""
     parallel: str = "none"
     """none (one device), pmap (data parallel), or jit (over a mesh); the result is the same."""
     devices: int | None = None
@@ -132,6 +135,7 @@ class TrainConfig:
             "groups",
             "interval",
             "microbatch_size",
+            "steps_per_call",
         )
         for name in sizes:
             if getattr(self, name) is not None:
@@ -173,6 +177,11 @@ class TrainConfig:
         defaults = {k: v for k, v in preset.items() if k != "methods"} | preset["methods"].get(self.method, {})
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
+
+    def may_differ(self) -> set[str]:
+        """The fields in which parts of one run may differ: what it gives does not depend on them."""
+        layout = {"parallel", "devices", "shard_params"} if self.sync else set()
+        return {"save_minutes", "max_minutes", "steps_per_call", *layout}
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""

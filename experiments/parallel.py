@@ -1,9 +1,10 @@
 """How a run lies on devices: on one, on several by pmap or by jit over a mesh, in one process or in several.
 
-A step is written once, `(state, images, labels, indices) -> (state, loss)`, for one device that has the whole batch. A
-layout says where the state, the data set and the batch lie, wraps the step for that, and brings the state back to the
-host. The data set is copied whole to every device and the rows of a batch are gathered there, so that a step moves
-indices only; a process sends those of its own rows.
+A step is written once, `(state, images, labels, indices) -> (state, loss)`, for one device that has the whole batch,
+and so is a call that takes several, whose indices have an axis of steps before that of the batch. A layout says where
+the state, the data set and the batch lie, wraps the step for that, and brings the state to the host and back. The data
+set is copied whole to every device and the rows of a batch are gathered there, so that a step moves indices only; a
+process sends those of its own rows.
 
                    state                           batch                        averages
     One            on one device                   on one device                none
@@ -72,7 +73,10 @@ class One:
         return jax.tree.map(jax.numpy.asarray, tree)
 
     def compile(self, step: Step) -> CompiledStep:
-        """The step, compiled for this layout; it takes the indices of the global batch and gives its mean loss."""
+        """The step, or several in one call, compiled for this layout.
+
+        It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses.
+        """
         return jax.jit(step, donate_argnums=0)
 
     def first_row(self, rows: int) -> jax.typing.ArrayLike:
@@ -95,6 +99,10 @@ class One:
         """A copy of (part of) a state on the host of every process; all processes must call it."""
         return runs.snapshot(tree)
 
+    def to_devices(self, state: TrainState) -> TrainState:
+        """A state from the host, laid out."""
+        return jax.tree.map(jax.numpy.asarray, state)
+
 
 class Groups(One):
     """One device; each of `groups` equal parts of the batch takes the step of a device."""
@@ -107,9 +115,7 @@ class Groups(One):
     def compile(self, step: Step) -> CompiledStep:
         mapped = jax.vmap(step, in_axes=(None, None, None, 0), out_axes=None, axis_name=AXIS)
         compiled = jax.jit(mapped, donate_argnums=0)
-        return lambda state, images, labels, indices: compiled(
-            state, images, labels, indices.reshape(self.num_parts, -1)
-        )
+        return lambda state, images, labels, indices: compiled(state, images, labels, _parts(indices, self.num_parts))
 
 
 class _Many(One):
@@ -132,6 +138,13 @@ class _Many(One):
 
     def replicate(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._replicated, x.__getitem__), tree)
+
+    def to_devices(self, state: TrainState) -> TrainState:
+        return jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            state,
+            self.shardings(state),
+        )
 
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of the state."""
@@ -159,7 +172,7 @@ class Pmap(_Many):
         )
 
         def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
-            return compiled(state, images, labels, indices.reshape(self.num_parts, -1)[self._local])
+            return compiled(state, images, labels, _parts(indices, self.num_parts)[self._local])
 
         return run
 
@@ -177,7 +190,6 @@ class Mesh(_Many):
     def __init__(self, devices: Sequence[Any], *, shard_params: bool) -> None:
         super().__init__(devices)
         self._shard_params = shard_params
-        self._by_rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
 
     def compile(self, step: Step) -> CompiledStep:
         def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
@@ -187,7 +199,8 @@ class Mesh(_Many):
         compiled = jax.jit(laid_out, donate_argnums=0)
 
         def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
-            rows = jax.make_array_from_callback(indices.shape, self._by_rows, indices.__getitem__)
+            by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * (indices.ndim - 1), AXIS))
+            rows = jax.make_array_from_callback(indices.shape, by_rows, indices.__getitem__)
             return compiled(state, images, labels, rows)
 
         return run
@@ -227,6 +240,11 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
+def _parts(indices: np.ndarray, num_parts: int) -> np.ndarray:
+    """Indices (..., batch) as those of each part: (parts, ..., batch / parts)."""
+    return np.moveaxis(indices.reshape(*indices.shape[:-1], num_parts, -1), -2, 0)
+
+
 def layout(config: TrainConfig) -> One:
     """The layout of a resolved configuration on the devices there are.
 
@@ -264,9 +282,16 @@ def _check_divides(batch_size: int, parts: int, name: str) -> None:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
 
 
-def agreed(answer: bool) -> bool:
-    """The answer of process 0, in every process: what depends on a clock may differ between them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+def agreed(urgency: int) -> int:
+    """The greatest of the numbers that the processes give, in each of them; all must call it."""
+    return int(multihost_utils.process_allgather(np.array(urgency)).max()) if jax.process_count() > 1 else urgency
+
+
+def from_first(tree: PyTree | None, like: PyTree) -> PyTree | None:
+    """The tree of host arrays, or None, that process 0 has, in every process; `like` is shaped as it."""
+    if jax.process_count() == 1 or not agreed(tree is not None):
+        return tree
+    return multihost_utils.broadcast_one_to_all(like if tree is None else tree)
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool = False) -> None:

@@ -1,16 +1,18 @@
-"""Run folders: what a run was, what it measured, and its weights.
+"""Run folders: what a run was, what it measured, its weights, and what it is continued from.
 
 config.json        the resolved configuration
-environment.json   versions, device, commit, command
+environment.json   versions, device, commit, command; those of later parts of the run under "continued"
 metrics.jsonl      one JSON line an evaluation
-status.json        running, done, diverged or interrupted; with a message
-checkpoint/STEP/   orbax: params, batch_stats, opt_state (the last two evaluated states that were saved)
+status.json        running, done, diverged, interrupted or failed; with a message
+checkpoint/STEP/   orbax: params, batch_stats and whatever else the run saves of itself (the last two)
+lock               locked by the process that writes here, for as long as it lives
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -18,6 +20,8 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +29,80 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments import cli
+
 PyTree = Any
 
 
 class RunFolder:
-    """Writes the folder of one run. Use as a context manager: leaving it settles the checkpoints and the status."""
+    """Writes the folder of one run. Use as a context manager: leaving it settles the checkpoints and the status.
 
-    def __init__(self, path: Path, config: Any) -> None:
-        """Makes the folder; raises FileExistsError where it holds anything already."""
-        claim(path)
+    A folder that already holds a part of the same run is continued: `restore` gives what its last checkpoint holds.
+    """
+
+    def __init__(self, path: Path, config: Any, may_differ: Collection[str] = ()) -> None:
+        """Makes the folder, or opens that of the same run.
+
+        Args:
+          path: where; new, empty, or the folder of this run.
+          config: the run, a dataclass.
+          may_differ: fields of `config` in which parts of one run may differ.
+
+        Raises:
+          FileExistsError: the folder holds something else, another run, or one that another process is writing.
+        """
         self.path = path
-        write_json(path / "config.json", to_json(config))
-        write_json(path / "environment.json", environment())
-        self.status("running")
         self._kept: tuple[int, PyTree] | None = None
-        # One process writes; the others do not take part.
-        writer = jax.process_index()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
-            create=False,
-            enable_async_checkpointing=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
-        )
-        (path / "checkpoint").mkdir()
-        self._checkpoints = ocp.CheckpointManager((path / "checkpoint").absolute(), options=options)
+        with _disk(path), contextlib.ExitStack() as undo:
+            if not (path / "config.json").exists():
+                claim(path)
+                write_json(path / "config.json", to_json(config))
+            _check_same(path, to_json(config), may_differ)
+            undo.enter_context(_locked(path))
+            self.is_done = _read_status(path) == "done"
+            if not self.is_done:
+                self._add_environment()
+                self.status("running")
+            # One process writes; the others do not take part.
+            writer = jax.process_index()
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                create=False,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
+            )
+            (path / "checkpoint").mkdir(exist_ok=True)
+            self._checkpoints = ocp.CheckpointManager((path / "checkpoint").absolute(), options=options)
+            self._exit = undo.pop_all()
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self.status("interrupted")
-        elif json.loads((self.path / "status.json").read_text())["status"] == "running":
-            self.status(*(("done",) if error is None else ("failed", str(error))))
-        with contextlib.closing(self._checkpoints):
-            if error is not None and self._kept is not None:
-                self.save(*self._kept)
+        with self._exit, contextlib.closing(self._checkpoints):
+            try:
+                if error is not None and self._kept is not None:
+                    self.save(*self._kept)
+            finally:
+                if isinstance(error, KeyboardInterrupt):
+                    self.status("interrupted")
+                elif _read_status(self.path) == "running":
+                    self.status(*(("done",) if error is None else ("failed", str(error))))
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last checkpoint."""
+        return self._checkpoints.latest_step()
 
     def status(self, status: str, message: str = "") -> None:
         """Records where the run stands."""
-        write_json(self.path / "status.json", {"status": status, "message": message})
+        with _disk(self.path):
+            write_json(self.path / "status.json", {"status": status, "message": message})
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one evaluation to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with _disk(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def keep(self, step: int, state: PyTree) -> None:
@@ -76,9 +110,101 @@ class RunFolder:
         self._kept = step, state
 
     def save(self, step: int, state: PyTree) -> None:
-        """Writes a checkpoint of `state`, a tree of arrays, unless that step is saved already."""
-        if step not in self._checkpoints.all_steps():
+        """Writes a checkpoint of `state`, a dict of trees of arrays, unless a later one is saved already."""
+        if step <= max(self._checkpoints.all_steps(), default=-1):
+            return
+        try:
             self._checkpoints.save(step, args=ocp.args.StandardSave(state))
+        except (OSError, ValueError) as error:  # ValueError is what tensorstore makes of a full disk
+            raise _unwritten(self.path, error) from error
+
+    def restore(self, like: PyTree) -> PyTree | None:
+        """The state of the last checkpoint that can be read, a tree shaped as `like`; None where there is none at all.
+
+        Damaged ones after it are moved aside, with a warning, and the evaluations after it dropped: both will be made
+        again.
+
+        Raises:
+          cli.Failed: there are checkpoints, and none can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._checkpoints.all_steps(), reverse=True):
+            try:
+                restored = self._checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+            except Exception as error:  # whatever a damaged file raises
+                damaged[step] = str(error).split("\n")[0][:200]
+                continue
+            for later, reason in damaged.items():
+                aside = self.path / f"damaged-{later}"
+                warnings.warn(f"A checkpoint is damaged ({reason}) and now at {aside}.", stacklevel=2)
+                (self.path / "checkpoint" / str(later)).rename(aside)
+            self._checkpoints.reload()
+            self._forget_after(step)
+            return restored
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise cli.Failed(f"No checkpoint in {self.path} can be read (the last is that of step {step}: {reason}).")
+        self._forget_after(0)
+        return None
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the evaluations after a step; the file is written whole or not at all."""
+        if (self.path / "metrics.jsonl").exists():
+            rows = [_finite(row) for row in read_metrics(self.path) if row["step"] <= step]
+            with _disk(self.path):
+                _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _add_environment(self) -> None:
+        """Records where this part of the run takes place."""
+        file, now = self.path / "environment.json", environment()
+        recorded = json.loads(file.read_text()) if file.exists() else None
+        write_json(file, now if recorded is None else recorded | {"continued": [*recorded.get("continued", []), now]})
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turns a disk that does not take what is written into one line."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: Exception) -> cli.Failed:
+    reason = str(error).split("\n")[0].split(": ")[-1]
+    return cli.Failed(f"{path} could not be written ({reason}); what was saved before is whole.")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a folder; the system lets go of it when the process ends, however it ends."""
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"`out` must be free; another process is writing {path}.") from None
+        yield
+
+
+def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
+    """Refuses the folder of another run, with the first field that differs."""
+    there, here = json.loads((path / "config.json").read_text()), json.loads(json.dumps(_finite(config)))
+    for name, value in here.items():
+        if name not in may_differ and there.get(name) != value:
+            raise FileExistsError(
+                f"`out` must be a new or empty folder, or that of the same run; {path} has {name} {there.get(name)!r},"
+                f" not {value!r}. Name another, or remove it first."
+            )
+
+
+def _read_status(path: Path) -> str | None:
+    """Where the run stood; None where nothing says so, as in a folder that was just made."""
+    try:
+        return json.loads((path / "status.json").read_text())["status"]
+    except FileNotFoundError:
+        return None
 
 
 def claim(path: Path) -> None:
@@ -143,8 +269,12 @@ def commit() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all; numbers that are not finite, which JSON lacks, become null."""
+    _write(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

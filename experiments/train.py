@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import json
 import time
@@ -27,6 +28,8 @@ EVAL_BATCH = 500
 # Most products for the eigenvalue, and probes for the norm, at one point of training.
 CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
+# Calls of the step between the points at which several processes agree to save or stop.
+AGREE_EVERY = 100
 
 
 class Trainer(NamedTuple):
@@ -37,6 +40,8 @@ class Trainer(NamedTuple):
     step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch at the unperturbed
       weights)`, with the images and labels on every device (`layout.replicate`) and the indices of the whole batch on
       the host; without `penalize` the step is one of SAM, ASAM or SGD.
+    steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
+      (steps, batch) of their batches.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
     forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
     statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
@@ -47,6 +52,7 @@ class Trainer(NamedTuple):
     layout: parallel.One
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
+    steps: Callable[[TrainState, jax.Array, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split], dict[str, float]]
     forward: Callable[[PyTree, jax.Array], jax.Array]
     statistics: Callable[[PyTree, jax.Array], PyTree]
@@ -74,7 +80,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     size = len(dataset.train.labels)
     if size < config.batch_size:
         raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
-    batch_size = config.batch_size
+    batch_size, interval = config.batch_size, config.interval or 1
     layout = parallel.layout(config)
     rows = batch_size // layout.num_parts
     if config.microbatch_size is not None and rows % config.microbatch_size:
@@ -123,6 +129,16 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
 
+    def steps(state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array):
+        def one(state: TrainState, indices: jax.Array) -> tuple[TrainState, jax.Array]:
+            arguments = (state, images, labels, indices)
+            if interval == 1:
+                return step(*arguments, penalize=True)
+            with_it, without = (functools.partial(step, penalize=penalize) for penalize in (True, False))
+            return jax.lax.cond(state.step % interval == 0, with_it, without, *arguments)
+
+        return jax.lax.scan(one, state, order)
+
     def forward(variables: PyTree, images: jax.Array) -> jax.Array:
         return apply(variables, data.normalize(images, pixels))
 
@@ -155,7 +171,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         return compiled[penalize](*arguments)
 
     init = functools.partial(layout.init, init)
-    return Trainer(layout, init, compiled_step, evaluate, forward, statistics, hessian)
+    return Trainer(layout, init, compiled_step, layout.compile(steps), evaluate, forward, statistics, hessian)
 
 
 def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
@@ -174,107 +190,238 @@ def train(
     report: Callable[[dict[str, float]], None] | None = None,
     trainer: Trainer | None = None,
 ) -> Result:
-    """Runs one training.
+    """Runs one training, or the rest of one.
 
     Args:
       config: what to run.
       dataset: the data, after `data.subset`.
-      folder: where metrics and checkpoints go; None keeps them in memory only.
+      folder: where metrics and checkpoints go, and what is continued if it holds a checkpoint; None keeps all in
+        memory.
       report: called with the metrics of each epoch.
       trainer: a trainer built for the same configuration up to its seed, to share its compilation.
 
     Returns:
-      The last evaluation and the variables it was made with.
+      The last evaluation and the variables.
 
     Raises:
       Diverged: the loss stopped being finite; the last good state is in the folder's checkpoint.
+      KeyboardInterrupt: Ctrl-C or SIGTERM, after the step has ended and its state is saved; a second one at once.
     """
     config = config.resolved()
     assert config.epochs is not None
-    assert config.batch_size is not None
-    trainer = trainer or build(config, dataset)
-    images, labels = trainer.layout.replicate(dataset.train)
-    state = trainer.init(config.seed)
-    good, metrics, last_loss = _keep(folder, trainer.layout.to_host(state)), {}, float("nan")
-    follow = _follow_curvature(trainer, dataset.train, config.curvature_size, config.seed)
-    begun_at = saved_at = time.monotonic()
-    for epoch in range(config.epochs):
-        order = data.epoch_order(config.seed, epoch, len(labels), config.batch_size)
-        started = time.monotonic()
-        first_step = epoch * len(order)
-        is_penalized = [(first_step + i) % (config.interval or 1) == 0 for i in range(len(order))]
-        state, losses = _epoch(trainer, state, images, labels, order, is_penalized)
-        elapsed = time.monotonic() - started
-        finite = np.isfinite(losses)
-        if not finite.all():
-            first = int(np.argmin(finite))
-            last_loss = float(losses[first - 1]) if first else last_loss
-            message = (
-                f"The loss of {config.method} stopped being finite at step {first_step + first + 1} (epoch"
-                f" {epoch + 1}); the last finite one was {last_loss:.4g}. The last good state is that of step"
-                f" {int(good.step)}. A smaller rho, gamma or learning_rate may help."
-            )
-            if folder is not None:
-                folder.status("diverged", message)
-            raise Diverged(message)
-        last_loss = float(losses[-1])
-        row = {"epoch": epoch + 1, "train_loss": float(losses.mean()), "images_per_second": order.size / elapsed}
-        is_over = _is_over(config, time.monotonic() - begun_at)
-        is_last = is_over or epoch + 1 == config.epochs
-        is_measured = config.every is not None and (is_last or (epoch + 1) % config.every == 0)
-        if is_last or is_measured or (epoch + 1) % config.eval_every == 0:
-            good = _keep(folder, trainer.layout.to_host(state))
-            variables = jax.tree.map(jnp.asarray, {"params": good.params, "batch_stats": good.batch_stats})
-            metrics = trainer.evaluate(variables, dataset.test)
-            row |= {"step": int(good.step), **metrics, **_hero_metrics(good.opt_state)}
+    run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
+    with cli.deferred_interrupts() as is_interrupted:
+        clock = _Clock(config, is_interrupted)
+        while run.step < config.epochs * run.steps:
+            run.advance()
+            is_epoch_end = run.step % run.steps == 0
+            if is_epoch_end:
+                run.end_epoch()
+            is_last = run.step == config.epochs * run.steps
+            wanted = _Wanted.SAVE if is_last else clock.wanted(is_epoch_end)
+            if wanted > _Wanted.NOTHING:
+                run.save()
+            if wanted == _Wanted.INTERRUPTION:
+                raise KeyboardInterrupt
+            if wanted == _Wanted.END:
+                message = f"max_minutes {config.max_minutes} passed; step {run.step} of {config.epochs * run.steps}."
+                run.status("interrupted", message)
+                return Result(run.metrics, run.variables())
+    return Result(run.metrics or run.evaluate(), run.variables())
+
+
+class _Run:
+    """A run under way.
+
+    step: steps made so far.
+    steps: those of an epoch.
+    metrics: the last evaluation that was made here; empty before the first.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: data.Dataset,
+        trainer: Trainer,
+        folder: runs.RunFolder | None,
+        report: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        assert config.batch_size is not None
+        self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
+        size, batch_size = len(dataset.train.labels), config.batch_size
+        self.step, self.steps = 0, size // batch_size
+        self.metrics: dict[str, float] = {}
+        self._dataset = dataset
+        self._train = trainer.layout.replicate(dataset.train)
+        self._order = functools.lru_cache(1)(lambda epoch: data.epoch_order(config.seed, epoch, size, batch_size))
+        self._state = trainer.init(config.seed)
+        # Of the epoch begun; the host waits for the device only where it looks at them.
+        self._losses: list[Any] = []
+        host = trainer.layout.to_host(self._state)
+        self._curvature = _Curvature(config, trainer, dataset.train, host.params)
+        self._set_good(host)
+        # What is on its way is left to the processes that have a folder, and comes from there.
+        restored = parallel.from_first(None if folder is None else folder.restore(self._good), self._good)
+        if restored is not None:
+            self._state = trainer.layout.to_devices(TrainState(*(restored[name] for name in TrainState._fields)))
+            self.step = int(restored["step"])
+            self._losses = [restored["losses"][: self.step % self.steps]]
+            self._curvature.eigenvectors = restored["eigenvectors"]
+            self._good = restored
+        self._begun = self.step, time.monotonic()
+
+    def advance(self) -> None:
+        """Makes one call: `steps_per_call` steps, or those that are left of the epoch."""
+        epoch, done = divmod(self.step, self.steps)
+        order = self._order(epoch)[done : done + self.config.steps_per_call]
+        if self.config.steps_per_call > 1:
+            images, labels = self._train
+            self._state, losses = self.trainer.steps(self._state, images, labels, order)
+        else:
+            penalize = self.step % (self.config.interval or 1) == 0
+            self._state, losses = self.trainer.step(self._state, *self._train, order[0], penalize=penalize)
+        self._losses.append(losses)
+        self.step += len(order)
+
+    def end_epoch(self) -> None:
+        """Evaluates where that is due, logs and reports."""
+        config, epoch, losses = self.config, self.step // self.steps, self._checked_losses()
+        assert config.batch_size is not None
+        first, started = self._begun
+        speed = (self.step - first) * config.batch_size / (time.monotonic() - started)
+        row = {"epoch": epoch, "train_loss": float(losses.mean()), "images_per_second": speed}
+        is_last = epoch == config.epochs
+        is_measured = config.every is not None and (is_last or epoch % config.every == 0)
+        self._losses = []
+        if is_last or is_measured or epoch % config.eval_every == 0:
+            host = self.trainer.layout.to_host(self._state)
+            variables = _variables(host._asdict())
+            self.metrics = self.trainer.evaluate(variables, self._dataset.test)
+            row |= {"step": self.step, **self.metrics, **_hero_metrics(host.opt_state)}
             if is_measured:
-                row |= follow(variables)
-            if folder is not None:
-                folder.log(row)
-            if is_last or time.monotonic() - saved_at > 60 * config.save_minutes:
-                if folder is not None:
-                    folder.save(*_saved(good))
-                saved_at = time.monotonic()
-        if report is not None:
-            report(row)
-        if is_over and epoch + 1 < config.epochs:
-            if folder is not None:
-                folder.status("interrupted", f"max_minutes {config.max_minutes} passed in epoch {epoch + 1}.")
-            break
-    return Result(metrics, {"params": good.params, "batch_stats": good.batch_stats})
+                row |= self._curvature(variables)
+            if self.folder is not None:
+                self.folder.log(row)
+            self._set_good(host)
+        if self.report is not None:
+            self.report(row)
+        self._begun = self.step, time.monotonic()
+
+    def save(self) -> None:
+        """Writes a checkpoint of where the run is."""
+        if int(self._good["step"]) != self.step:
+            losses = self._checked_losses()
+            self._set_good(self.trainer.layout.to_host(self._state), losses)
+        if self.folder is not None:
+            self.folder.save(self.step, self._good)
+
+    def status(self, status: str, message: str) -> None:
+        """Records where the run stands, if it has a folder."""
+        if self.folder is not None:
+            self.folder.status(status, message)
+
+    def variables(self) -> PyTree:
+        """The variables of the last good state, on the host."""
+        return {name: self._good[name] for name in ("params", "batch_stats")}
+
+    def evaluate(self) -> dict[str, float]:
+        """The evaluation of the last good state."""
+        return self.trainer.evaluate(_variables(self._good), self._dataset.test)
+
+    def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
+        """Takes a state on the host as the last good one: what is saved, here or if the run ends early."""
+        padded = np.zeros(self.steps, np.float32)
+        if losses is not None:
+            padded[: len(losses)] = losses
+        self._good = host._asdict() | {"losses": padded, "eigenvectors": self._curvature.eigenvectors}
+        if self.folder is not None:
+            self.folder.keep(int(host.step), self._good)
+
+    def _checked_losses(self) -> np.ndarray:
+        """The losses of the epoch begun; raises Diverged where one is not finite."""
+        losses = np.concatenate([np.atleast_1d(x) for x in jax.device_get(self._losses)])
+        is_finite = np.isfinite(losses)
+        if is_finite.all():
+            return losses
+        first = int(np.argmin(is_finite))
+        before = f"; the one before was {losses[first - 1]:.4g}" if first else ""
+        message = (
+            f"The loss of {self.config.method} stopped being finite at step {self.step - len(losses) + first + 1}"
+            f" (epoch {(self.step - 1) // self.steps + 1}){before}. The last good state is that of step"
+            f" {int(self._good['step'])}. A smaller rho, gamma or learning_rate may help."
+        )
+        self.status("diverged", message)
+        raise Diverged(message)
 
 
-def _epoch(
-    trainer: Trainer,
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    order: np.ndarray,
-    is_penalized: list[bool],
-) -> tuple[TrainState, np.ndarray]:
-    """The state after the batches in `order`, and their losses; the host waits for the device once, at the end."""
-    losses = []
-    for indices, penalize in zip(order, is_penalized, strict=True):
-        state, loss = trainer.step(state, images, labels, indices, penalize=penalize)
-        losses.append(loss)
-    return state, np.array(jax.device_get(losses))
+class _Wanted(enum.IntEnum):
+    """What is to be done after a call, by urgency."""
+
+    NOTHING = 0
+    SAVE = 1
+    END = 2
+    INTERRUPTION = 3
 
 
-def _follow_curvature(
-    trainer: Trainer, split: data.Split, size: int, seed: int
-) -> Callable[[PyTree], dict[str, float]]:
-    """Measures the top Hessian eigenvalue and the norm on `size` images, each time from the last eigenvectors."""
-    images = data.Split(*(x[:size] for x in split))
-    keys = jax.random.split(jax.random.key(seed))
-    last = None
+class _Clock:
+    """Says what is wanted: a checkpoint (`save_minutes`), the end (`max_minutes`), an interruption.
 
-    def measure(variables: PyTree) -> dict[str, float]:
-        nonlocal last
-        matvec, example = trainer.hessian(variables, images)
-        # The second one is followed too, so that its overtaking the first is seen.
-        pairs = spectrum.top_eigenpairs(matvec, example, keys[0], k=2, v0=last, max_matvecs=CURVATURE_PRODUCTS)
-        last = pairs.eigenvectors
-        norm = spectrum.hessian_norm(matvec, example, keys[1], num_probes=CURVATURE_PROBES)
+    Several processes agree on it, at the end of an epoch and after every `AGREE_EVERY` calls; process 0 has the clock.
+    """
+
+    def __init__(self, config: TrainConfig, is_interrupted: Callable[[], bool]) -> None:
+        self._config, self._is_interrupted = config, is_interrupted
+        self._begun_at = self._saved_at = time.monotonic()
+        self._calls = 0
+
+    def wanted(self, is_epoch_end: bool) -> _Wanted:
+        """What is wanted after a call; all processes must ask after the same calls."""
+        self._calls += 1
+        if jax.process_count() > 1 and not is_epoch_end and self._calls % AGREE_EVERY:
+            return _Wanted.NOTHING
+        now, config, wanted = time.monotonic(), self._config, _Wanted.NOTHING
+        if jax.process_index() == 0:
+            if now - self._saved_at > 60 * config.save_minutes:
+                wanted = _Wanted.SAVE
+            if config.max_minutes is not None and now - self._begun_at > 60 * config.max_minutes:
+                wanted = _Wanted.END
+        if self._is_interrupted():
+            wanted = _Wanted.INTERRUPTION
+        wanted = _Wanted(parallel.agreed(wanted))
+        if wanted > _Wanted.NOTHING:
+            self._saved_at = now
+        return wanted
+
+
+class _Curvature:
+    """Measures the top Hessian eigenvalue and the norm on `curvature_size` images, where `every` asks for it.
+
+    eigenvectors: those of the last measurement, at first random ones, from which the next begins: a tree shaped like
+      the parameters with two vectors along a new first axis; empty without `every`.
+    """
+
+    def __init__(self, config: TrainConfig, trainer: Trainer, train: data.Split, params: PyTree) -> None:
+        self._trainer = trainer
+        self._images = data.Split(*(x[: config.curvature_size] for x in train))
+        key_start, *self._keys = jax.random.split(jax.random.key(config.seed), 3)
+        self.eigenvectors: PyTree = {}
+        if config.every is not None:
+            # The second one is followed too, so that its overtaking the first is seen.
+            pairs = jax.tree.map(lambda x: np.zeros((2, *x.shape), np.float32), params)
+            self.eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
+
+    def __call__(self, variables: PyTree) -> dict[str, float]:
+        matvec, example = self._trainer.hessian(variables, self._images)
+        pairs = spectrum.top_eigenpairs(
+            matvec,
+            example,
+            self._keys[0],
+            k=2,
+            v0={**example, "params": self.eigenvectors},
+            max_matvecs=CURVATURE_PRODUCTS,
+        )
+        self.eigenvectors = runs.snapshot(pairs.eigenvectors["params"])
+        norm = spectrum.hessian_norm(matvec, example, self._keys[1], num_probes=CURVATURE_PROBES)
         return {
             "eigenvalue": float(pairs.eigenvalues[0]),
             "eigenvalue_residual": float(pairs.residuals[0]),
@@ -283,24 +430,10 @@ def _follow_curvature(
             "hessian_norm_sem": float(norm.sem),
         }
 
-    return measure
 
-
-def _is_over(config: TrainConfig, seconds: float) -> bool:
-    """Whether `max_minutes` have passed, by the clock of process 0."""
-    return config.max_minutes is not None and parallel.agreed(seconds > 60 * config.max_minutes)
-
-
-def _keep(folder: runs.RunFolder | None, state: TrainState) -> TrainState:
-    """The same state on the host, which an early end will save."""
-    if folder is not None:
-        folder.keep(*_saved(state))
-    return state
-
-
-def _saved(state: TrainState) -> tuple[int, PyTree]:
-    """The step, and what a checkpoint holds of a state on the host."""
-    return int(state.step), {"params": state.params, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+def _variables(state: dict[str, PyTree]) -> PyTree:
+    """The variables of a state on the host, on the default device."""
+    return {name: jax.tree.map(jnp.asarray, state[name]) for name in ("params", "batch_stats")}
 
 
 def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
@@ -322,7 +455,7 @@ def main(
     process_id: int | None = None,
     distributed: bool = False,
 ) -> None:
-    """Trains one network on one data set and leaves a run folder.
+    """Trains one network on one data set and leaves a run folder; the same command continues what was interrupted.
 
     Several processes (docs/parallel.md) are started by one command each, the same but for --process-id; process 0
     writes and prints. They wait 300 s for all to join, notice after at most 60 s that one has died, and wait 60 s at
@@ -330,7 +463,7 @@ def main(
 
     Args:
         config: The run.
-        out: Run folder, new or empty; default runs/DATASET-MODEL-METHOD-sSEED.
+        out: Run folder, new, empty or that of the same run; default runs/DATASET-MODEL-METHOD-sSEED.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
         coordinator: HOST:PORT of process 0, which must be free there.
         num_processes: Processes in all.
@@ -348,11 +481,18 @@ def main(
         dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
         dataset = data.subset(dataset, config.train_size, config.validation_size)
         advance = progress.epochs(bar, config.method, config.epochs)
-        with runs.RunFolder(out, config) if is_writer else contextlib.nullcontext() as folder, parallel.watched():
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
+            if folder is not None and folder.last_step is not None:
+                cli.console.print("done already" if folder.is_done else f"continuing after step {folder.last_step}")
+            stack.enter_context(parallel.watched())
             result = train(config, dataset, folder, advance)
     if config.every is not None and is_writer:
         plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
     where = "validation" if config.validation_size else "test"
+    if not result.metrics:
+        cli.console.print("ended before the first evaluation; the same command continues")
+        return
     cli.console.print(
         f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
         f" (n = 1 run, {len(dataset.test.labels)} images)"

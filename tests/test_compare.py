@@ -125,8 +125,13 @@ class TestCommandLine:
         assert done.returncode == 0, done.stderr
         assert "test accuracy" in done.stdout
         again = self.run(*arguments, "--out", str(tmp_path / "run"))
-        assert again.returncode == 2
-        assert re.fullmatch(r"error: `out` must be a new or empty folder; .* exists\. .*\n", again.stderr)
+        assert again.returncode == 0
+        assert "done already" in again.stdout
+        assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+        other = self.run(*arguments, "--seed", "1", "--out", str(tmp_path / "run"))
+        assert other.returncode == 2
+        message = r"error: `out` must be a new or empty folder, or that of the same run; .* has seed 0, not 1\. .*\n"
+        assert re.fullmatch(message, other.stderr)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

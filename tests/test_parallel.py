@@ -1,9 +1,9 @@
 """One answer on every layout of the trainer, two real processes included; m-sharpness; what is split; errors."""
 
+import dataclasses
 import functools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -141,6 +141,20 @@ def test_microbatches_take_an_eighth_of_the_memory():
     assert part < whole / 8 + 10 * params + 2 * 64 * 8 * 8 * 3 * 4
 
 
+@pytest.mark.parametrize("layout", ["none", "groups", *LAYOUTS])
+def test_several_steps_in_one_call_equal_single_ones(layout):
+    """Calls of 3 and of 1 step an epoch; every second step with the penalty."""
+    options = {"none": {}, "groups": {"groups": 8, "sync": False}, **LAYOUTS}[layout] | {"interval": 2, "gamma": 1e3}
+    run = config("conv", "hero", steps_per_call=3, **options)
+    trainer = build(run, dataset("conv"))
+
+    def step(*_, **__):
+        raise AssertionError("not one by one")
+
+    found = training.train(run, dataset("conv"), trainer=trainer._replace(step=step))
+    problems.assert_close(found.variables, curve("conv", "hero", **options)[1].variables, rtol=1e-4)
+
+
 def test_interval_leaves_the_penalty_out_of_the_steps_between():
     every, second, never = (curve("mlp", "hero", gamma=1e3, interval=k)[0] for k in (1, 2, 100))
     # The penalty of step 0 shows in the loss of step 1.
@@ -203,16 +217,38 @@ class TestTwoProcesses:
     def test_the_other_stops_with_a_message_when_one_dies(self, tmp_path):
         out = tmp_path / "run"
         code = "from experiments import cli, parallel, train; parallel.HEARTBEAT_TIMEOUT = 10; cli.run(train.main)"
-        options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0", "--out", str(out)]
+        options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0.001", "--out", str(out)]
 
         def kill_one(processes):
-            wait_for(out / "metrics.jsonl")
+            wait_for(lambda: len(list(out.glob("checkpoint/[0-9]*"))) == 2)
             processes[1].kill()
 
         outputs = run_two([sys.executable, "-c", code, *options], process_flags, kill_one)
         assert outputs[0][0] not in (0, None)
         assert "another task died" in outputs[0][1] or "processes is gone" in outputs[0][1]
-        runs.load_variables(out)
+        # What is left continues on one device.
+        stopped = dataclasses.replace(TrainConfig(**json.loads((out / "config.json").read_text())), parallel="none")
+        with runs.RunFolder(out, stopped, stopped.may_differ()) as folder:
+            before = folder.last_step
+            last = dataclasses.replace(stopped, max_minutes=1e-9)
+            training.train(last, data.load("digits"), folder)
+            assert folder.last_step == before + 1
+
+    def test_continue_what_one_device_began(self, tmp_path):
+        """Process 0 alone has the folder."""
+        out, options = tmp_path / "run", ["--epochs", "2", "--train-size", "256"]
+        begun = TrainConfig(epochs=2, train_size=256, max_minutes=1e-9).resolved()
+        images = data.subset(data.load("digits"), 256, 0)
+        trainer = training.build(begun, images)
+        with runs.RunFolder(out, begun, begun.may_differ()) as folder:
+            training.train(begun, images, folder, trainer=trainer)
+            assert folder.last_step == 1
+        whole = training.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
+        command = [sys.executable, "-m", "experiments.train", *options, "--parallel", "pmap", "--out", str(out)]
+        outputs = run_two(command, process_flags)
+        assert [code for code, _ in outputs] == [0, 0], outputs
+        assert "continuing after step 1" in outputs[0][1]
+        problems.assert_close(runs.load_variables(out), whole.variables, rtol=1e-4)
 
 
 def process_flags(address, process):
@@ -241,12 +277,12 @@ def start(command, devices):
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(path):
+def wait_for(condition):
     for _ in range(3000):
-        if path.exists():
+        if condition():
             return
         time.sleep(0.1)
-    raise TimeoutError(path)
+    raise TimeoutError(condition)
 
 
 class TestMSharpness:
@@ -300,37 +336,6 @@ def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
         np.testing.assert_array_equal(part, whole[first_row : first_row + 4])
 
 
-class TestStopping:
-    def test_max_minutes_ends_after_the_epoch_with_a_checkpoint(self, tmp_path):
-        run = config("mlp", "sgd", max_minutes=1e-6)
-        with runs.RunFolder(tmp_path / "run", run) as folder:
-            training.train(run, dataset("mlp"), folder, trainer=build(run, dataset("mlp")))
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert status == {"status": "interrupted", "message": "max_minutes 1e-06 passed in epoch 1."}
-        assert [row["epoch"] for row in runs.read_metrics(tmp_path / "run")] == [1]
-        assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
-
-    def test_a_run_that_ends_in_time_is_done(self, tmp_path):
-        run = config("mlp", "sgd", max_minutes=60.0)
-        with runs.RunFolder(tmp_path / "run", run) as folder:
-            training.train(run, dataset("mlp"), folder, trainer=build(run, dataset("mlp")))
-        assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
-
-    def test_sigterm_saves_the_last_evaluated_state(self, tmp_path):
-        out = tmp_path / "run"
-        process = start([sys.executable, "-m", "experiments.train", "--epochs", "100000", "--out", str(out)], devices=1)
-        try:
-            wait_for(out / "metrics.jsonl")
-            process.send_signal(signal.SIGTERM)
-            text, _ = process.communicate(timeout=300)
-        finally:
-            process.kill()
-        assert process.returncode == 130, text
-        assert text.endswith("interrupted\n")
-        assert json.loads((out / "status.json").read_text())["status"] == "interrupted"
-        runs.load_variables(out)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -347,6 +352,7 @@ class TestStopping:
         ({"method": "sam", "interval": 2}, r"`interval` has no effect on method 'sam'; got 2"),
         ({"interval": 0}, r"`interval` must be an integer >= 1; got 0"),
         ({"microbatch_size": 0}, r"`microbatch_size` must be an integer >= 1; got 0"),
+        ({"steps_per_call": 0}, r"`steps_per_call` must be an integer >= 1; got 0"),
         ({"max_minutes": 0.0}, r"`max_minutes` must be positive and finite; got 0.0"),
     ],
 )

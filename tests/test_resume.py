@@ -1,0 +1,285 @@
+"""Runs that end early and go on: bit for bit, after any end, on other devices; folders that must not be touched."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cli, data, runs
+from experiments import train as training
+from experiments.config import TrainConfig
+from hero_jax.models import resnet
+from tests import problems
+
+COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-size", "256", "--every", "4"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    """16 random images in color, which are cropped and flipped."""
+    rng = np.random.default_rng(0)
+    split = data.Split(rng.integers(0, 256, (16, 8, 8, 3), np.uint8), np.arange(16, dtype=np.int32) % 10)
+    return data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+
+
+def build(config, images):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.models, "create", lambda _, n, **options: resnet.CifarResNet(0, n, **options))
+        return training.build(config, images)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """4 epochs of 4 steps; BatchNorm, augmentation, an eigenvector in the state, one that is measured."""
+    options = {"penalty": "eigenvalue", "gamma": 0.1, "gamma_warmup": 0, "rho": 0.1, "every": 2}
+    return TrainConfig(dataset="cifar10", epochs=4, batch_size=4, **options).resolved()
+
+
+@pytest.fixture(scope="module")
+def trainer(config, images):
+    return build(config, images)
+
+
+def part(config, images, out, trainer, **options):
+    """One part of a run; `options` are what ends it."""
+    config = dataclasses.replace(config, **options)
+    with runs.RunFolder(out, config, config.may_differ()) as folder:
+        return training.train(config, images, folder, trainer=trainer)
+
+
+@pytest.fixture(scope="module")
+def whole(config, images, trainer, tmp_path_factory):
+    """(folder, result) of the run in one part."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, part(config, images, out, trainer)
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in runs.read_metrics(folder)]
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+def assert_same(folder, whole):
+    """Everything that a run leaves is equal, bit for bit."""
+    states = [runs.load_variables(f) for f in (folder, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert rows(folder) == rows(whole)
+    assert status(folder) == status(whole) == "done"
+
+
+class TestBitForBit:
+    def test_a_part_for_every_step(self, config, images, trainer, whole, tmp_path):
+        out = tmp_path / "run"
+        for step in range(1, 16):
+            result = part(config, images, out, trainer, max_minutes=1e-9)
+            assert status(out) == "interrupted"
+            assert max(int(p.name) for p in (out / "checkpoint").iterdir()) == step
+            assert bool(result.metrics) == (step % 4 == 0)
+        part(config, images, out, trainer)
+        assert_same(out, whole[0])
+        assert len(rows(out)) == 4
+        # The measured eigenvector was carried over: it takes fewer products than a random start.
+        assert rows(out)[3]["eigenvalue_products"] == rows(whole[0])[3]["eigenvalue_products"]
+        continued = json.loads((out / "environment.json").read_text())["continued"]
+        assert len(continued) == 15
+
+    def test_a_state_that_is_not_carried_over_shows(self, config, images, trainer, whole, tmp_path):
+        """Without the eigenvector of the penalty the weights come out otherwise."""
+        out = tmp_path / "run"
+        part(config, images, out, trainer, max_minutes=1e-9)
+
+        def steps_like(state):
+            forgotten = trainer.init(1).opt_state[0]
+            return state._replace(opt_state=(forgotten._replace(count=state.opt_state[0].count), *state.opt_state[1:]))
+
+        forgotten = iter([True])
+
+        def step(state, *arguments, **options):
+            return trainer.step(steps_like(state) if next(forgotten, False) else state, *arguments, **options)
+
+        result = part(config, images, out, trainer._replace(step=step))
+        kernels = [r.variables["params"]["head"]["kernel"] for r in (result, whole[1])]
+        assert np.abs(kernels[0] - kernels[1]).max() > 0
+
+    @pytest.mark.parametrize("urgent", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd):
+        out = tmp_path / "run"
+
+        def step(state, *arguments, **options):
+            if int(state.step) == 5:
+                os.kill(os.getpid(), urgent)
+            return trainer.step(state, *arguments, **options)
+
+        handler = signal.getsignal(urgent)
+        with pytest.raises(KeyboardInterrupt):
+            part(config, images, out, trainer._replace(step=step))
+        assert signal.getsignal(urgent) == handler
+        assert "ending after this step" in capfd.readouterr().err
+        assert status(out) == "interrupted"
+        assert "6" in {p.name for p in (out / "checkpoint").iterdir()}
+        part(config, images, out, trainer)
+        assert_same(out, whole[0])
+
+    def test_killed_at_any_moment(self, tmp_path):
+        """kill -9, thrice, while checkpoints are written all the time."""
+        command = [*COMMAND, "--save-minutes", "0.00001", "--out"]
+        ends = []
+        for name, kills in (("whole", 0), ("killed", 3)):
+            out = tmp_path / name
+            for i in range(kills):
+                process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                begun = last_step(out)
+                while process.poll() is None and last_step(out) < begun + 2 + 3 * i:
+                    time.sleep(0.01)
+                process.kill()
+                process.wait()
+                ends.append(last_step(out))
+            found = subprocess.run([*command, str(out)], capture_output=True, text=True)
+            assert found.returncode == 0, found.stderr
+        assert sorted(set(ends)) == ends, ends
+        assert ends[-1] < 24
+        assert_same(tmp_path / "killed", tmp_path / "whole")
+        assert "continuing after step" in found.stdout
+
+    def test_done_already(self, config, images, trainer, whole):
+        before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file() and p.name != "lock"}
+
+        def step(*_, **__):
+            raise AssertionError("nothing is left to do")
+
+        result = part(config, images, whole[0], trainer._replace(step=step))
+        assert result.metrics == whole[1].metrics
+        same = {"checkpoint", "config.json", "environment.json", "status.json"}
+        for path, time_ns in before.items():
+            if path.relative_to(whole[0]).parts[0] in same:
+                assert path.stat().st_mtime_ns == time_ns
+
+
+def last_step(out):
+    return max((int(p.name) for p in out.glob("checkpoint/*") if p.name.isdigit()), default=-1)
+
+
+@pytest.mark.parametrize("layouts", [("none", "pmap", "sharded"), ("sharded", "jit", "none")])
+def test_other_devices_in_every_part(config, images, whole, tmp_path, layouts):
+    options = {
+        "none": {},
+        "pmap": {"parallel": "pmap", "devices": 4},
+        "jit": {"parallel": "jit", "devices": 2},
+        "sharded": {"parallel": "jit", "shard_params": True, "devices": 4},
+    }
+    for i, layout in enumerate(layouts):
+        changed = dataclasses.replace(config, **options[layout])
+        trainer, calls = build(changed, images), []
+
+        def step(*arguments, trainer=trainer, calls=calls, **options):
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return trainer.step(*arguments, **options)
+
+        if i < 2:
+            with pytest.raises(KeyboardInterrupt):
+                part(changed, images, tmp_path / "run", trainer._replace(step=step))
+        else:
+            result = part(changed, images, tmp_path / "run", trainer)
+    problems.assert_close(result.variables, whole[1].variables, rtol=1e-4)
+
+
+class TestDamage:
+    @pytest.fixture
+    def begun(self, config, images, trainer, tmp_path):
+        for _ in range(2):
+            part(config, images, tmp_path / "run", trainer, max_minutes=1e-9)
+        return tmp_path / "run"
+
+    # orbax leaves callbacks of a failed read behind that find its event loop closed.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+    def test_of_the_last_checkpoint_falls_back_to_the_one_before(
+        self, config, images, trainer, whole, begun, how, recwarn
+    ):
+        damage(begun / "checkpoint" / "2", how)
+        with pytest.warns(UserWarning, match=r"A checkpoint is damaged \(.*\) and now at .*damaged-2"):
+            part(config, images, begun, trainer)
+        assert_same(begun, whole[0])
+        assert (begun / "damaged-2").exists()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_of_all_is_an_error_and_loses_nothing(self, config, images, trainer, begun):
+        for step in "12":
+            damage(begun / "checkpoint" / step, "cut")
+        with pytest.raises(cli.Failed, match=r"No checkpoint in .* can be read \(the last is that of step 2: "):
+            part(config, images, begun, trainer)
+        assert last_step(begun) == 2
+        assert status(begun) == "failed"
+
+    def test_full_disk(self, config, images, trainer, tmp_path):
+        """From the fifth step on no file may grow over 2 kB, which a checkpoint does not fit in."""
+        code = (
+            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "from experiments import cli, train, runs;"
+            "save = runs.RunFolder.save\n"
+            "def limited(self, step, state):\n"
+            "    if step > 4: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+            "    return save(self, step, state)\n"
+            "runs.RunFolder.save = limited; cli.run(train.main)"
+        )
+        out = tmp_path / "run"
+        command = [sys.executable, "-c", code, *COMMAND[3:], "--save-minutes", "0.00001", "--out", str(out)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 1, found.stderr
+        # Callbacks of the failed write may print after it.
+        assert f"\nstopped: {out} could not be written (" in found.stderr
+        assert last_step(out) == 4
+        assert status(out) == "failed"
+        found = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        assert "continuing after step 4" in found.stdout
+
+
+def damage(checkpoint, how):
+    """Spoils the file of a checkpoint that lists all others."""
+    file = checkpoint / "default" / "manifest.ocdbt"
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.unlink()
+    if how != "gone":
+        rest = bytes([content[half] ^ 0x55]) + content[half + 1 :] if how == "changed" else b""
+        file.write_bytes(content[:half] + rest)
+
+
+class TestFolders:
+    def test_of_another_run(self, config, whole):
+        other = dataclasses.replace(config, rho=0.7)
+        with pytest.raises(FileExistsError, match=r"`out` must be .* or that of the same run; .* has rho 0.1, not 0.7"):
+            runs.RunFolder(whole[0], other, other.may_differ())
+
+    def test_of_something_else(self, config, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder; .* exists"):
+            runs.RunFolder(tmp_path, config)
+
+    def test_that_another_process_writes(self, config, tmp_path):
+        with runs.RunFolder(tmp_path / "run", config):
+            code = (
+                "import sys; from experiments import runs, train;"
+                "runs.RunFolder(train.Path(sys.argv[1]), train.TrainConfig(**__import__('json').loads(sys.argv[2])))"
+            )
+            arguments = [str(tmp_path / "run"), json.dumps(runs.to_json(config))]
+            found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert "FileExistsError: `out` must be free; another process is writing" in found.stderr
+
+    def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
+        assert config.may_differ() >= {"parallel", "devices", "shard_params", "max_minutes", "steps_per_call"}
+        m_sharpness = dataclasses.replace(config, sync=False, groups=2)
+        assert not m_sharpness.may_differ() & {"parallel", "devices", "groups", "sync"}
