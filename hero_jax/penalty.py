@@ -12,7 +12,8 @@ R the penalised leaves and D the diagonal map that is 1/n_i (reduction "mean") o
 In each of them e (and v) is constant when differentiating. Products are `jax.jvp` of the gradient function, nested once
 for the third derivative, each along its vector scaled to a largest entry of 1: D d underflows in float16. `grad_fn` is
 that of one device and `mean` the average over devices: what goes together is averaged together, linear combinations
-after they are formed. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
+after they are formed. H and T are those of `part_fn`, the same gradient or that of a part of the batch; g, g* and d are
+those of `grad_fn`. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
 with a leaked tracer.)
 
 Source: Yang et al., HERO, DAC 2022 (arXiv 2111.11986); Alizadeh et al., Gradient l1 regularization for quantization
@@ -63,51 +64,61 @@ def selection(mask: PyTree, params: PyTree, reduction: str) -> PyTree:
     return jax.tree.map(weight, mask, params)
 
 
-def none(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def none(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """G = 0: SAM or ASAM, at their cost of 2 gradients a step."""
-    del diagonal, eigenvector
+    del part_fn, diagonal, eigenvector
     zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
     return Penalty(mean(grad_fn(point.perturbed)), jnp.zeros((), jnp.float32), zeros)
 
 
-def unchanged(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def unchanged(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """G = 0 without perturbation: the gradient itself, at no further cost."""
-    del grad_fn, mean, diagonal, eigenvector
+    del grad_fn, part_fn, mean, diagonal, eigenvector
     zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
     return Penalty(point.grads, jnp.zeros((), jnp.float32), zeros)
 
 
-def detached(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def detached(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """grad G = 2 H(w*) D d; 4 gradients a step with g and g*."""
     del eigenvector
     perturbed_grads = mean(grad_fn(point.perturbed))
     d = _tree.subtract(perturbed_grads, point.grads)
     scaled = _times(diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
-    product = mean(curvature.grad_product(grad_fn, point.perturbed, along))
+    product = mean(curvature.grad_product(part_fn, point.perturbed, along))
     return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
 
 
-def difference(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def difference(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """grad G = 2 [H(w*) - H(w)] D d; 6 gradients a step with g and g*."""
     del eigenvector
     perturbed_grads = mean(grad_fn(point.perturbed))
     d = _tree.subtract(perturbed_grads, point.grads)
     scaled = _times(diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
-    at_perturbed = curvature.grad_product(grad_fn, point.perturbed, along)
-    at_params = curvature.grad_product(grad_fn, point.params, along)
+    at_perturbed = curvature.grad_product(part_fn, point.perturbed, along)
+    at_params = curvature.grad_product(part_fn, point.params, along)
     change = mean(_tree.subtract(at_perturbed, at_params))
     return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, change))
 
 
-def hvp(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def hvp(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """grad G = 2 T(w)[e, D H(w) e], the derivative of w -> H(w) e along D H(w) e."""
     del eigenvector
     along, peak = _tree.peak_scaled(point.perturbation)
 
     def product(params: PyTree) -> PyTree:
-        return curvature.grad_product(grad_fn, params, along)
+        return curvature.grad_product(part_fn, params, along)
 
     curved = _tree.scale(peak, mean(product(point.params)))
     scaled = _times(diagonal, curved)
@@ -117,27 +128,31 @@ def hvp(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector
     return Penalty(perturbed_grads, _tree.dot(curved, scaled), _tree.scale(2 * peak * peak_curved, third))
 
 
-def eigenvalue(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
-    """grad G = s T(w*)[v, v]; g*, H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
+def eigenvalue(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
+    """grad G = s T(w*)[v, v]; H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
     scaled, peak = _tree.peak_scaled(eigenvector)
     along = _tree.cast_like(scaled, point.params)
 
-    def grads_and_product(params: PyTree) -> tuple[PyTree, PyTree]:
-        return jax.jvp(grad_fn, (params,), (along,))
+    def product_fn(params: PyTree) -> PyTree:
+        return curvature.grad_product(part_fn, params, along)
 
-    (perturbed_grads, product), (_, third) = jax.jvp(grads_and_product, (point.perturbed,), (along,))
-    perturbed_grads, product, third = mean((perturbed_grads, product, third))
+    product, third = jax.jvp(product_fn, (point.perturbed,), (along,))
+    perturbed_grads, product, third = mean((grad_fn(point.perturbed), product, third))
     restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), _tree.scale(peak, product))
     rayleigh = _tree.dot(eigenvector, restricted)
     grads = _tree.scale(jnp.sign(rayleigh) * peak**2, third)
     return Penalty(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
 
 
-def gradient_l1(grad_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None) -> Penalty:
+def gradient_l1(
+    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
+) -> Penalty:
     """grad G = H(w) sign(g) on R; 3 gradients a step with g."""
-    del eigenvector
+    del grad_fn, eigenvector
     signs = _times(diagonal, jax.tree.map(jnp.sign, point.grads))
-    product = mean(curvature.grad_product(grad_fn, point.params, signs))
+    product = mean(curvature.grad_product(part_fn, point.params, signs))
     return Penalty(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
 
 

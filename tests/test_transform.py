@@ -109,6 +109,52 @@ class TestExactness:
         penalized, _ = updated(tx, other, loss_fn, state)
         assert reference.norm(reference.subtract(penalized, direction)) > 1e-3 * reference.norm(direction)
 
+    @pytest.mark.parametrize("name", [*PENALTIES, "grad_l1"])
+    def test_penalty_of_a_part_of_the_batch(self, net, name):
+        """Derivatives of the penalty are those of the part; g, e, g* and d are those of the whole."""
+        params, loss_fn = net
+        mask, gamma = problems.kernels_mask(params), 0.3 if name in ("eigenvalue", "grad_l1") else 700.0
+        batch = jax.tree.map(lambda x: x[::2], problems.convnet_batch())
+
+        def part_loss(params):
+            return problems.convnet_loss(params, batch)
+
+        grad_fn, part_fn = jax.grad(loss_fn), jax.grad(part_loss)
+        g = grad_fn(params)
+        is_hero = name != "grad_l1"
+        tx = hero_jax.hero(0.3, gamma, penalty=name) if is_hero else hero_jax.grad_l1(gamma)
+        _, state = updated(tx, params, loss_fn)
+        direction, after = tx.update(g, state, params, grad_fn=grad_fn, penalty_grad_fn=part_fn)
+        e = reference.perturbation(params, g, 0.3 if is_hero else 0.0, adaptive=True)
+        perturbed = reference.add(params, e)
+        added = reference.subtract(direction, grad_fn(perturbed))
+        d = reference.subtract(grad_fn(perturbed), g)
+        along = jax.tree.map(lambda x, keep: 2 * x * keep / x.size, d, mask)
+        expected = {
+            "detached": lambda: reference.hessian_vector(part_loss, perturbed, along),
+            "difference": lambda: reference.subtract(
+                reference.hessian_vector(part_loss, perturbed, along),
+                reference.hessian_vector(part_loss, params, along),
+            ),
+            "grad_l1": lambda: reference.hessian_vector(
+                part_loss, params, reference.restrict(jax.tree.map(jnp.sign, g), mask)
+            ),
+        }.get(
+            name,
+            lambda: jax.grad(
+                lambda p: reference.penalty_value(
+                    part_loss, p, e, penalty=name, reduction="mean", mask=mask, eigenvector=state.eigenvector
+                )
+            )(params),
+        )
+        problems.assert_close(added, reference.scale(gamma, expected()))
+        whole, _ = updated(tx, params, loss_fn, state)
+        assert reference.norm(reference.subtract(whole, direction)) > 0.01 * reference.norm(added)
+        if name == "eigenvalue":
+            follows = reference.next_eigenvector(part_loss, params, e, state.eigenvector, mask)
+            sign = jnp.sign(reference.dot(follows, after.eigenvector))
+            problems.assert_close(reference.scale(sign, after.eigenvector), follows)
+
     def test_eigenvalue_penalty_of_a_negative_eigenvalue_has_the_other_sign(self, net):
         params, loss_fn = net
         tx = hero_jax.hero(0.0, 1.0, penalty="eigenvalue")
@@ -304,13 +350,14 @@ def layers_loss(params, x):
 
 
 @functools.cache
-def operations(tx=None, **options):
+def operations(tx=None, fraction=None, **options):
     """The compiled floating-point operations of one step of `tx`, or of one gradient."""
 
     def step(params, x):
         grad_fn = functools.partial(jax.grad(layers_loss), x=x)
         grads = grad_fn(params)
-        return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn, **options)
+        part = {"penalty_grad_fn": functools.partial(jax.grad(layers_loss), x=x[::fraction])} if fraction else {}
+        return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn, **part, **options)
 
     params, x = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * 4, jax.ShapeDtypeStruct((64, 32), jnp.float32)
     return jax.jit(step).lower(params, x).compile().cost_analysis()["flops"]
@@ -338,6 +385,10 @@ class TestCost:
     def test_step_without_the_penalty_costs_that_of_sam(self):
         assert operations(hero_jax.hero(0.1, 1.0), penalize=False) / operations() < 2.2
         assert operations(hero_jax.grad_l1(0.1), penalize=False) / operations() < 1.1
+
+    def test_penalty_of_a_quarter_of_the_batch(self):
+        assert operations(hero_jax.hero(0.1, 1.0), fraction=4) / operations() < 2 + 3 / 4 + 0.2
+        assert operations(hero_jax.grad_l1(0.1), fraction=4) / operations() < 1 + 3 / 4 + 0.2
 
 
 class TestSchedules:
@@ -604,6 +655,14 @@ class TestErrors:
         tx = hero_jax.sam(0.1)
         with pytest.raises(TypeError, match="`sam` needs a callable `grad_fn`"):
             tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn(params))
+
+    def test_penalty_grad_fn_that_does_not_fit(self, case):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(TypeError, match="`hero` needs a callable `penalty_grad_fn`"):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn, penalty_grad_fn=0)
+        with pytest.raises(ValueError, match=r"`penalty_grad_fn\(params\)` must have the structure of `params`"):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn, penalty_grad_fn=lambda p: {})
 
     @pytest.mark.parametrize(
         ("mask", "kind", "message"),
