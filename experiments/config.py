@@ -12,13 +12,14 @@ from hero_jax import _check, models, penalty
 LABELS = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "grad_l1": "GRAD L1", "hero": "HERO"}
 METHODS = tuple(LABELS)
 PARALLEL = ("none", "pmap", "jit")
+DTYPES = ("float32", "bfloat16")
 # The hyper-parameters each method has, besides those of SGD.
 TAKES = {
     "sgd": (),
     "sam": ("rho",),
     "asam": ("rho",),
-    "grad_l1": ("gamma", "gamma_warmup", "interval"),
-    "hero": ("rho", "gamma", "gamma_warmup", "penalty", "interval"),
+    "grad_l1": ("gamma", "gamma_warmup", "interval", "penalty_batch_size"),
+    "hero": ("rho", "gamma", "gamma_warmup", "penalty", "interval", "penalty_batch_size"),
 }
 
 # digits: rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set;
@@ -83,6 +84,12 @@ class TrainConfig:
     """Penalty of hero: detached, difference, hvp or eigenvalue."""
     interval: int | None = None
     """Every so many steps the penalty is in (grad_l1, hero); the others are without, at their lower cost."""
+    penalty_batch_size: int | None = None
+    """Images of a batch, evenly spread over it, on which the penalty's products with the Hessian are taken (grad_l1,
+    hero), at a lower cost; default all."""
+    dtype: str = "float32"
+    """Type of computation in a step, float32 or bfloat16; parameters, statistics, loss and all that is measured are
+    float32 in both."""
     seed: int = 0
     """Initial weights, data order and augmentation."""
     train_size: int | None = None
@@ -134,6 +141,7 @@ class TrainConfig:
             "devices",
             "groups",
             "interval",
+            "penalty_batch_size",
             "microbatch_size",
             "steps_per_call",
         )
@@ -149,7 +157,8 @@ class TrainConfig:
         for name in ("learning_rate", "weight_decay", "rho", "gamma"):
             if getattr(self, name) is not None:
                 _check.non_negative(name, getattr(self, name))
-        for name in ("rho", "gamma", "gamma_warmup", "penalty", "interval"):
+        _check.one_of("dtype", self.dtype, DTYPES)
+        for name in ("rho", "gamma", "gamma_warmup", "penalty", "interval", "penalty_batch_size"):
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
         self._check_layout()

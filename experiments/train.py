@@ -85,11 +85,26 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     rows = batch_size // layout.num_parts
     if config.microbatch_size is not None and rows % config.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
+    stride = batch_size // (config.penalty_batch_size or batch_size)
+    if batch_size != stride * (config.penalty_batch_size or batch_size) or rows % stride:
+        raise ValueError(
+            f"`penalty_batch_size` must be {batch_size} / k where k divides the {rows} images of a part; got"
+            f" {config.penalty_batch_size}."
+        )
+    if config.microbatch_size is not None and rows // stride % config.microbatch_size:
+        raise ValueError(
+            f"`microbatch_size` must divide the {rows // stride} images of a part that the penalty takes; got"
+            f" {config.microbatch_size}."
+        )
     # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
     shares_statistics = config.sync and layout.axis_name is not None
-    options = {"axis_name": layout.axis_name} if shares_statistics else {}
+    options: dict[str, Any] = {"axis_name": layout.axis_name} if shares_statistics else {}
     model = models.create(config.model, dataset.num_classes, **options)
     apply: Callable[..., Any] = model.apply
+    apply_in_training = apply
+    if config.dtype != "float32":
+        options["dtype"] = jnp.dtype(config.dtype)
+        apply_in_training = models.create(config.model, dataset.num_classes, **options).apply
     tx = methods.optimizer(config, size // batch_size, layout.axis_name)
     pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
 
@@ -108,8 +123,8 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 
         def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
             variables = {"params": layout.whole(params), "batch_stats": state.batch_stats}
-            logits, mutated = apply(variables, x, train=True, mutable=["batch_stats"])
-            return _cross_entropy(logits, y), mutated.get("batch_stats", {})
+            logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
+            return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if config.microbatch_size is not None:
@@ -117,14 +132,16 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
                 value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
             )
 
-        def grad_fn(params: PyTree) -> PyTree:
+        def grad_fn(params: PyTree, stride: int = 1) -> PyTree:
             # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            return layout.split(value_and_grad(params, x, y)[1])
+            part = (rows.reshape(-1, stride, *rows.shape[1:])[:, 0] for rows in (x, y))
+            return layout.split(value_and_grad(params, *part)[1])
 
         (loss, batch_stats), grads = value_and_grad(state.params, x, y)
-        updates, opt_state = tx.update(
-            layout.split(grads), state.opt_state, state.params, grad_fn=grad_fn, penalize=penalize
-        )
+        options: dict[str, Any] = {"grad_fn": grad_fn, "penalize": penalize}
+        if stride > 1:
+            options["penalty_grad_fn"] = functools.partial(grad_fn, stride=stride)
+        updates, opt_state = tx.update(layout.split(grads), state.opt_state, state.params, **options)
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)

@@ -155,6 +155,16 @@ def test_several_steps_in_one_call_equal_single_ones(layout):
     problems.assert_close(found.variables, curve("conv", "hero", **options)[1].variables, rtol=1e-4)
 
 
+def test_penalty_of_a_part_of_the_batch_is_the_same_on_every_layout():
+    options = {"gamma": 30.0, "penalty_batch_size": 8}
+    expected = curve("mlp", "hero", **options)
+    for layout in LAYOUTS.values():
+        assert_same(curve("mlp", "hero", devices=4, **options, **layout), expected)
+    assert_same(curve("mlp", "hero", microbatch_size=4, **options), expected)
+    whole = curve("mlp", "hero", gamma=30.0)[0]
+    assert np.abs(expected[0] / whole - 1).max() > 1e-4
+
+
 def test_interval_leaves_the_penalty_out_of_the_steps_between():
     every, second, never = (curve("mlp", "hero", gamma=1e3, interval=k)[0] for k in (1, 2, 100))
     # The penalty of step 0 shows in the loss of step 1.
@@ -350,6 +360,7 @@ def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
         ({"groups": 4, "sync": False, "parallel": "pmap"}, r"`groups` needs .*; got 4 with .* parallel 'pmap'"),
         ({"groups": 0}, r"`groups` must be an integer >= 1; got 0"),
         ({"method": "sam", "interval": 2}, r"`interval` has no effect on method 'sam'; got 2"),
+        ({"method": "sam", "penalty_batch_size": 2}, r"`penalty_batch_size` has no effect on method 'sam'; got 2"),
         ({"interval": 0}, r"`interval` must be an integer >= 1; got 0"),
         ({"microbatch_size": 0}, r"`microbatch_size` must be an integer >= 1; got 0"),
         ({"steps_per_call": 0}, r"`steps_per_call` must be an integer >= 1; got 0"),
@@ -368,6 +379,9 @@ def test_bad_configurations(options, message):
         ({"parallel": "jit", "devices": 3}, r"`batch_size` must be a multiple of the 3 devices; got 16"),
         ({"microbatch_size": 6}, r"`microbatch_size` must divide the 16 images of a part; got 6"),
         ({"microbatch_size": 4, "parallel": "pmap"}, r"`microbatch_size` must divide the 2 images of a part; got 4"),
+        ({"penalty_batch_size": 6}, r"`penalty_batch_size` must be 16 / k where k divides the 16 images .*; got 6"),
+        ({"penalty_batch_size": 4, "parallel": "pmap"}, r"must be 16 / k where k divides the 2 images .*; got 4"),
+        ({"penalty_batch_size": 4, "microbatch_size": 8}, r"`microbatch_size` must divide the 4 images .*; got 8"),
         ({"sync": False, "groups": 5}, r"`batch_size` must be a multiple of the 5 groups; got 16"),
         ({"parallel": "jit", "devices": 16}, r"`devices` must be at most 8, which is what there is; got 16"),
         ({"parallel": "pmap", "devices": 1, "sync": False}, r"`sync` must be True on 1 device: .*; got False"),

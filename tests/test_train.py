@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def test_every_method_learns_digits(digits, method):
 def test_every_preset_fills_every_field_its_method_has(dataset, method):
     config = TrainConfig(method=method, dataset=dataset).resolved()
     for name in ("model", "epochs", "batch_size", "learning_rate", "weight_decay", *TAKES[method]):
-        assert getattr(config, name) is not None
+        assert getattr(config, name) is not None or name == "penalty_batch_size"
     assert config.resolved() == config
     tx = methods.optimizer(config, 10)
     assert isinstance(tx.init({"w": jnp.ones((2, 3))})[0], hero_jax.HeroState | optax.EmptyState)
@@ -192,6 +193,24 @@ def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
+def test_bfloat16_is_for_the_step_alone(digits):
+    """Weights differ by its rounding and stay float32; what is measured of the same weights does not differ."""
+    trainers = [training.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
+    images, labels = trainers[0].layout.replicate(digits.train)
+    states = [trainer.step(trainer.init(0), images, labels, np.arange(64))[0] for trainer in trainers]
+    before = trainers[0].init(0).params["dense1"]["kernel"]
+    moves = [np.asarray(state.params["dense1"]["kernel"] - before) for state in states]
+    assert {x.dtype for x in jax.tree.leaves(states[1].params)} == {np.dtype("float32")}
+    assert 1e-4 < np.linalg.norm(moves[1] - moves[0]) / np.linalg.norm(moves[0]) < 0.1
+    variables = {"params": states[0].params, "batch_stats": {}}
+    assert trainers[0].evaluate(variables, digits.test) == trainers[1].evaluate(variables, digits.test)
+    products = []
+    for trainer in trainers:
+        matvec, example = trainer.hessian(variables, digits.train)
+        products.append(matvec(example))
+    chex.assert_trees_all_equal(*products)
+
+
 def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
     config, trainer = sgd
     state = trainer.init(0)
@@ -215,6 +234,7 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
         ({"rho": -0.5}, r"`rho` must be non-negative and finite; got -0.5"),
         ({"learning_rate": float("nan")}, r"`learning_rate` must be non-negative and finite; got nan"),
         ({"method": "sgd", "rho": 0.1}, r"`rho` has no effect on method 'sgd'; got 0.1"),
+        ({"dtype": "float16"}, r"`dtype` must be one of 'float32', 'bfloat16'; got 'float16'. Did you mean 'bfloat16'"),
         ({"method": "sam", "gamma": 0.1}, r"`gamma` has no effect on method 'sam'; got 0.1"),
     ],
 )
