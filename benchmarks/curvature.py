@@ -163,7 +163,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     results = [top_eigenvalues(loss_fn, variables["params"], batches, arguments.k, arguments.rtol)]
     reason = peers.missing() if arguments.with_peers else "with_peers is off"
     if reason is None:
-        network = peers.resnet20(variables)
+        network = peers.resnet(variables)
         torch_batches = peers.split_batches(np.asarray(images), np.asarray(labels), size)
         seconds = peers.gradient_and_product_seconds(network, torch_batches[0], arguments.repeats)
         record["torch_product"] = dict(zip(("gradient_seconds", "product_seconds"), seconds, strict=True))

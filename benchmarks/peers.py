@@ -1,15 +1,18 @@
-"""The PyTorch side of `benchmarks.curvature`: the same top eigenvalues by PyHessian and by hessian-eigenthings.
+"""The PyTorch side of the benchmarks: the same network, the same training steps, the same top eigenvalues.
 
-What is compared: the k eigenvalues of largest magnitude of the Hessian of the mean cross entropy over the same images,
-at the same weights, in float32 on the CPU, BatchNorm in evaluation mode. The network is `hero_jax.models.resnet20`
-written in PyTorch, and takes the Flax variables.
+The network is that of `hero_jax.models.resnet` written in PyTorch, and takes the Flax variables.
 
-How it is fair: a peer runs with the cheapest setting of its own parameters whose k pairs all reach the asked residual.
-Looking for that setting is neither timed nor counted; the run with it is: an oracle, which its user does not have.
-hessian-eigenthings has no way to stop by itself, so it is also run as its user has to, its limit doubled until its
-flags say that it converged. Residuals are computed here, by a product that is not the peer's, for each pair as the peer
-returns it. A peer that misses the residual at every setting is returned with the residuals it did reach. Start vectors
-are the peers' own random ones: counts depend on the seed.
+For `benchmarks.step_cost`: a step of SGD and one of HERO with the penalty "detached", by double backward as the
+authors' code has it, eager, on the device of the network, BatchNorm in training mode.
+
+For `benchmarks.curvature`: the k eigenvalues of largest magnitude of the Hessian of the mean cross entropy over the
+same images, at the same weights, in float32 on the CPU, BatchNorm in evaluation mode, by PyHessian and
+hessian-eigenthings. How it is fair: a peer runs with the cheapest setting of its own parameters whose k pairs all reach
+the asked residual. Looking for that setting is neither timed nor counted; the run with it is: an oracle, which its user
+does not have. hessian-eigenthings has no way to stop by itself, so it is also run as its user has to, its limit doubled
+until its flags say that it converged. Residuals are computed here, by a product that is not the peer's, for each pair
+as the peer returns it. A peer that misses the residual at every setting is returned with the residuals it did reach.
+Start vectors are the peers' own random ones: counts depend on the seed.
 
 torch, pyhessian and hessian-eigenthings are optional: this module can be imported without them, and `missing` says
 which is absent.
@@ -62,9 +65,10 @@ class PeerResult(NamedTuple):
     seconds: float
 
 
-def missing() -> str | None:
-    """Says in one line which package is absent; None where all can be imported."""
-    for module, package in PACKAGES.items():
+def missing(modules: Sequence[str] = tuple(PACKAGES)) -> str | None:
+    """Says in one line which package is absent; None where all of `modules`, keys of `PACKAGES`, can be imported."""
+    for module in modules:
+        package = PACKAGES[module]
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -72,12 +76,18 @@ def missing() -> str | None:
     return None
 
 
-def resnet20(variables: PyTree) -> Module:
-    """Builds `hero_jax.models.resnet20` in PyTorch from its Flax variables, {"params": ..., "batch_stats": ...}.
+# (H, W, I, O) -> (O, I, H, W), (I, O) -> (O, I): the axes of a Flax leaf in the order of PyTorch, by their number.
+_AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
-    The same function of images (N, C, H, W), BatchNorm always with the running statistics, parameters in the type of
-    the Flax ones. The 3x3 convolutions pad by 1 on every side, as the Flax model asks ("SAME" would pad a stride of 2
-    unevenly), the 1x1 shortcuts pad nothing, and epsilon is 1e-5.
+
+def resnet(variables: PyTree, device: str = "cpu") -> Module:
+    """Builds `hero_jax.models.resnet20`, 32 or 56 in PyTorch from its variables, {"params": ..., "batch_stats": ...}.
+
+    The same function of images (N, C, H, W), parameters in the type of the Flax ones; the depth is read off their
+    names. The 3x3 convolutions pad by 1 on every side, as the Flax model asks ("SAME" would pad a stride of 2
+    unevenly), the 1x1 shortcuts pad nothing, and epsilon is 1e-5. It comes in evaluation mode, BatchNorm with the
+    running statistics; after `.train()` with those of the batch, which move the running ones by `momentum` (an
+    attribute, 0.1; PyTorch takes the unbiased variance there, Flax the biased one).
     """
     torch: Any = importlib.import_module("torch")
     nn = torch.nn
@@ -85,17 +95,17 @@ def resnet20(variables: PyTree) -> Module:
     def tensors(tree: PyTree) -> dict[str, Any]:
         named = {}
         for path, leaf in jax.tree.leaves_with_path(tree):
-            # Kernels: (H, W, I, O) -> (O, I, H, W) and (I, O) -> (O, I).
-            axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim]
-            array = np.ascontiguousarray(np.array(leaf).transpose(axes))
-            named[jax.tree_util.keystr(path, simple=True, separator="/")] = torch.from_numpy(array)
+            array = np.ascontiguousarray(np.array(leaf).transpose(_AXES[leaf.ndim]))
+            named[_name(path)] = torch.from_numpy(array).to(device)
         return named
 
-    class ResNet20(nn.Module):
+    class ResNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.params = nn.ParameterDict(tensors(variables["params"]))
             self.stats = tensors(variables["batch_stats"])
+            self.blocks = sum(name.startswith("stage1_") for name in variables["params"])
+            self.momentum = 0.1
 
         def conv(self, name: str, x: Any, stride: int = 1) -> Any:
             kernel = self.params[f"{name}/kernel"]
@@ -103,11 +113,12 @@ def resnet20(variables: PyTree) -> Module:
 
         def norm(self, name: str, x: Any) -> Any:
             stats = self.stats[f"{name}/mean"], self.stats[f"{name}/var"]
-            return nn.functional.batch_norm(x, *stats, self.params[f"{name}/scale"], self.params[f"{name}/bias"])
+            scale, bias = self.params[f"{name}/scale"], self.params[f"{name}/bias"]
+            return nn.functional.batch_norm(x, *stats, scale, bias, training=self.training, momentum=self.momentum)
 
         def forward(self, x: Any) -> Any:
             x = self.norm("bn", self.conv("conv", x)).relu()
-            for stage, block in itertools.product((1, 2, 3), (1, 2, 3)):
+            for stage, block in itertools.product((1, 2, 3), range(1, self.blocks + 1)):
                 name, stride = f"stage{stage}_block{block}", 2 if stage > 1 and block == 1 else 1
                 y = self.norm(f"{name}/bn1", self.conv(f"{name}/conv1", x, stride)).relu()
                 y = self.norm(f"{name}/bn2", self.conv(f"{name}/conv2", y))
@@ -116,14 +127,97 @@ def resnet20(variables: PyTree) -> Module:
                 x = (x + y).relu()
             return nn.functional.linear(x.mean(dim=(2, 3)), self.params["head/kernel"], self.params["head/bias"])
 
-    return ResNet20().eval()
+    return ResNet().eval()
 
 
-def split_batches(images: np.ndarray, labels: np.ndarray, batch_size: int) -> list[Batch]:
+def to_flax(model: Module, tensors: Sequence[Any], like: PyTree) -> PyTree:
+    """Tensors in the order of `model.parameters()` as NumPy arrays in the tree and axes of `like`, the Flax params."""
+    names = [name.removeprefix("params.") for name, _ in model.named_parameters()]
+    named = dict(zip(names, tensors, strict=True))
+
+    def array(path: Any, leaf: Any) -> np.ndarray:
+        return named[_name(path)].detach().cpu().numpy().transpose(np.argsort(_AXES[leaf.ndim]))
+
+    return jax.tree.map_with_path(array, like)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def gradient(model: Module, batch: Batch, dtype: str = "float32", *, create_graph: bool = False) -> tuple[Any, ...]:
+    """The gradient of the mean cross entropy of a batch; with dtype "bfloat16" under autocast."""
+    torch: Any = importlib.import_module("torch")
+    images, labels = batch
+    # A context for each pass: within one, autocast would reuse the casts of weights that have moved since.
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(images)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    return torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+
+
+def hero_direction(
+    model: Module, batch: Batch, dtype: str = "float32", *, rho: float, gamma: float, eps: float = 1e-12
+) -> list[Any]:
+    """The direction of `hero_jax.hero(rho, gamma, eps=eps)`, penalty "detached", in PyTorch by double backward.
+
+        g* + gamma grad_w* sum_R mean((g* - g)^2) at w* = w + e, e = rho w^2 g / (|| |w| g || + eps), g and e constant
+
+    R are the parameters of two or more axes. The weights are moved in place and back again; the perturbed pass leaves
+    the running statistics alone.
+    """
+    torch: Any = importlib.import_module("torch")
+    params, momentum = list(model.parameters()), model.momentum
+    grads = gradient(model, batch, dtype)
+    with torch.no_grad():
+        length = torch.stack([(w * g).norm() for w, g in zip(params, grads, strict=True)]).norm() + eps
+        perturbation = [rho / length * w**2 * g for w, g in zip(params, grads, strict=True)]
+        for w, e in zip(params, perturbation, strict=True):
+            w.add_(e)
+    model.momentum = 0.0
+    perturbed_grads = gradient(model, batch, dtype, create_graph=True)
+    pairs = zip(perturbed_grads, grads, strict=True)
+    penalty = sum(((p - g) ** 2).mean() for p, g in pairs if p.ndim >= 2)
+    penalty_grads = torch.autograd.grad(penalty, params)
+    model.momentum = momentum
+    with torch.no_grad():
+        for w, e in zip(params, perturbation, strict=True):
+            w.sub_(e)
+        return [p + gamma * h for p, h in zip(perturbed_grads, penalty_grads, strict=True)]
+
+
+def training_step(
+    model: Module, batch: Batch, direction: Callable[[Module, Batch, str], Sequence[Any]], dtype: str
+) -> Callable[[], float]:
+    """A step: `direction`, weight decay 5e-4, SGD of rate 1e-3 with momentum 0.9. Called, it returns its seconds."""
+    torch: Any = importlib.import_module("torch")
+    if batch[0].is_cuda:
+        # As XLA does: TF32 in products of float32, and a search for the fastest convolutions.
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    params = list(model.train().parameters())
+    optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    wait = torch.cuda.synchronize if batch[0].is_cuda else lambda: None
+
+    def step() -> float:
+        wait()
+        started = time.perf_counter()
+        for w, update in zip(params, direction(model, batch, dtype), strict=True):
+            w.grad = update
+        optimizer.step()
+        wait()
+        return time.perf_counter() - started
+
+    return step
+
+
+def split_batches(images: np.ndarray, labels: np.ndarray, batch_size: int, device: str = "cpu") -> list[Batch]:
     """Cuts images (N, H, W, C), normalised floats, and integer labels (N,) into PyTorch batches; keeps the last one."""
     torch: Any = importlib.import_module("torch")
     x = torch.from_numpy(np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2)))
     y = torch.from_numpy(np.array(labels, np.int64))
+    x, y = x.to(device), y.to(device)
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -25,9 +28,11 @@ def run(main: Callable[..., Any]) -> None:
     """Calls `main` with the command line; a mistake in it exits with 2 and a failed run with 1, each with one line.
 
     An error about an argument begins with its name in backquotes (`hero_jax._check`); any other keeps its traceback.
-    SIGTERM is taken as Ctrl-C.
+    SIGTERM is taken as Ctrl-C. What is compiled is kept for the next time, unless JAX_COMPILATION_CACHE_DIR says where.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"compiled-{_instructions()}"))
     try:
         tyro.cli(main)
     except (ValueError, TypeError, OSError) as error:
@@ -38,6 +43,22 @@ def run(main: Callable[..., Any]) -> None:
         _leave(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+def cache_folder() -> Path:
+    """Where decoded images and compiled programs are kept: HERO_JAX_CACHE, or ~/.cache/hero_jax."""
+    base = os.environ.get("HERO_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hero_jax"
+    return Path(base).expanduser()
+
+
+def _instructions() -> str:
+    """Names the instructions of this processor: what is compiled for others may crash here, where a home is shared."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        known = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        known = platform.processor()
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

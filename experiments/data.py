@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli
 from hero_jax import _check
 
 # Called with (done, total) while something long goes on.
@@ -180,7 +181,7 @@ def _decoded(name: str, split: str, data_dir: Path | None, report: Report | None
     source: Any = tfds.data_source(name, split=split, data_dir=folder, download=False)
     # The size in bytes of the source tells another preparation of the same version apart.
     num_bytes = int(builder.info.splits[split].num_bytes)
-    cache = _cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
+    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
     cached = _read_cache(cache, len(source))
     if cached is not None:
         return cached
@@ -199,11 +200,6 @@ def _decoded(name: str, split: str, data_dir: Path | None, report: Report | None
     decoded = Split(np.stack(images), np.asarray(labels, np.int32))
     _write_cache(cache, decoded)
     return decoded
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("HERO_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hero_jax"
-    return Path(base).expanduser()
 
 
 def _read_cache(path: Path, size: int) -> Split | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -132,6 +133,21 @@ class TestCommandLine:
         assert other.returncode == 2
         message = r"error: `out` must be a new or empty folder, or that of the same run; .* has seed 0, not 1\. .*\n"
         assert re.fullmatch(message, other.stderr)
+
+    def test_what_is_compiled_is_kept(self, tmp_path):
+        arguments = ("experiments.train", "--method", "sgd", "--epochs", "1", "--train-size", "64")
+        variables = os.environ | {"HERO_JAX_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        done = self.run(*arguments, "--out", str(tmp_path / "run"), env=variables)
+        assert done.returncode == 0, done.stderr
+        assert list(tmp_path.glob("compiled-*/jit_step*"))
+        elsewhere = variables | {
+            "HERO_JAX_CACHE": str(tmp_path / "b"),
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c"),
+        }
+        done = self.run(*arguments, "--out", str(tmp_path / "other"), env=elsewhere)
+        assert done.returncode == 0, done.stderr
+        assert list(tmp_path.glob("c/jit_step*"))
+        assert not (tmp_path / "b").exists()
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,0 +1,227 @@
+"""What bfloat16 computation does to each quantity of a HERO step: `python -m benchmarks.precision`.
+
+At the same float32 weights and images, the gradient g, the perturbed gradient g*, their difference d, the product
+H(w*) D d and the direction g* + 2 gamma H(w*) D d are computed in bfloat16 (parameters, BatchNorm statistics, loss and
+what `hero` itself does float32) and compared with float32; as a yardstick, float32 is compared with float64. Each
+computation goes its own way from g on: its errors add up. Two rows take w* and d of float32 instead, so that the pass
+alone differs. Measured at the initial weights and after some steps of SGD, on several batches.
+
+The figures are those of the device and compiler: XLA may keep more than bfloat16 between operations that it merges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.table import Table
+
+from benchmarks.step_cost import gradient_function
+from experiments import cli, data, runs
+from experiments import train as training
+from experiments.config import TrainConfig
+from hero_jax import _check, _tree, curvature, models, penalty, perturbation
+
+PyTree = Any
+Quantities = dict[str, PyTree]
+QUANTITIES = ("g", "g*", "d", "H(w*) D d", "direction", "g*, same w*", "H(w*) D d, same w*, d")
+# What is judged, and by what.
+COMPARED = (("bfloat16", "float32"), ("float32", "float64"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    model: str = "resnet20"
+    """A name in hero_jax.models."""
+    dataset: str = "digits"
+    """digits (embedded) or cifar10 (prepared for tensorflow-datasets)."""
+    steps: int = 100
+    """Steps of SGD between the two measurements."""
+    batch_size: int = 64
+    """Images of a batch, of SGD and of the measurements."""
+    batches: int = 4
+    """Batches measured, for mean and standard deviation."""
+    rho: float | None = None
+    """Radius of the perturbation; default the preset of the data set."""
+    gamma: float | None = None
+    """Strength of the penalty in the direction; default the preset of the data set."""
+    data_dir: Path | None = None
+    """Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR."""
+    out: Path | None = None
+    """JSON file for the record."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("batches", 2)):
+            _check.integer(name, getattr(self, name), low=low)
+
+
+def averaged_product(grad_fn: Callable[[PyTree], PyTree], perturbed: PyTree, d: PyTree) -> PyTree:
+    """H(w*) D d, as the penalty "detached" of `hero` computes it."""
+    diagonal = penalty.selection(_tree.kernels(d), d, "mean")
+    along, scale = _tree.peak_scaled(jax.tree.map(lambda c, x: c * x, diagonal, d))
+    return _tree.scale(scale, curvature.grad_product(grad_fn, perturbed, along))
+
+
+class Computation:
+    """A HERO step in one type: what it computes from the weights, and from w* and d of another computation."""
+
+    def __init__(self, model: str, num_classes: int, dtype: str, rho: float, gamma: float) -> None:
+        self.dtype = dtype
+        # That of everything but the network.
+        self.wide = jnp.promote_types(dtype, jnp.float32)
+        gradient = gradient_function(models.create(model, num_classes, dtype=jnp.dtype(dtype)))
+
+        def step(params: PyTree, *rest: PyTree) -> Quantities:
+            def grad_fn(params: PyTree) -> PyTree:
+                return gradient(params, *rest)[0]
+
+            g = grad_fn(params)
+            perturbed = _tree.add(params, perturbation.perturbation(params, g, rho, adaptive=True))
+            perturbed_grads = grad_fn(perturbed)
+            d = _tree.subtract(perturbed_grads, g)
+            product = averaged_product(grad_fn, perturbed, d)
+            direction = _tree.add(perturbed_grads, product, 2 * gamma)
+            return dict(zip(("w*", *QUANTITIES), (perturbed, g, perturbed_grads, d, product, direction), strict=False))
+
+        def alone(perturbed: PyTree, d: PyTree, *rest: PyTree) -> Quantities:
+            def grad_fn(params: PyTree) -> PyTree:
+                return gradient(params, *rest)[0]
+
+            products = grad_fn(perturbed), averaged_product(grad_fn, perturbed, d)
+            return dict(zip(QUANTITIES[-2:], products, strict=True))
+
+        self._step, self._alone = jax.jit(step), jax.jit(alone)
+
+    def step(self, *arguments: PyTree) -> Quantities:
+        """(params, batch_stats, images, labels) -> w*, g, g*, d, H(w*) D d and the direction, on the host."""
+        return self._call(self._step, arguments)
+
+    def alone(self, *arguments: PyTree) -> Quantities:
+        """(w*, d, batch_stats, images, labels) -> g* and H(w*) D d, on the host."""
+        return self._call(self._alone, arguments)
+
+    def _call(self, function: Callable[..., Quantities], arguments: tuple[PyTree, ...]) -> Quantities:
+        with jax.enable_x64(self.dtype == "float64"):
+            return jax.device_get(function(*jax.tree.map(self._cast, arguments)))
+
+    def _cast(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(self.wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def weights(arguments: Arguments, dataset: data.Dataset) -> dict[str, tuple[PyTree, PyTree]]:
+    """(params, batch_stats) on the host, at the start and after `arguments.steps` steps of SGD in float32."""
+    size, batch_size = len(dataset.train.labels), arguments.batch_size
+    config = TrainConfig(
+        method="sgd",
+        dataset=arguments.dataset,
+        model=arguments.model,
+        batch_size=batch_size,
+        epochs=-(-arguments.steps // (size // batch_size)),
+    ).resolved()
+    trainer = training.build(config, dataset)
+    images, labels = trainer.layout.replicate(dataset.train)
+    state = trainer.init(0)
+    first = runs.snapshot((state.params, state.batch_stats))
+    epochs = (data.epoch_order(0, epoch, size, batch_size) for epoch in itertools.count())
+    for indices in itertools.islice(itertools.chain.from_iterable(epochs), arguments.steps):
+        state, _ = trainer.step(state, images, labels, indices)
+    return {"initial": first, f"after {arguments.steps} steps": runs.snapshot((state.params, state.batch_stats))}
+
+
+def compare(found: PyTree, exact: PyTree) -> dict[str, float]:
+    """||found - exact|| / ||exact|| and the cosine of the two, over all leaves, in float64."""
+    x, y = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]).astype(float) for tree in (found, exact))
+    lengths = np.linalg.norm(x) * np.linalg.norm(y)
+    return {"error": float(np.linalg.norm(x - y) / np.linalg.norm(y)), "cosine": float(x @ y / lengths)}
+
+
+def measure(
+    computations: dict[str, Computation], params: PyTree, batch_stats: PyTree, batches: list[tuple[Any, Any]]
+) -> list[dict[str, Any]]:
+    """One row a pair of types and quantity: mean and standard deviation over batches of error and cosine; d / g."""
+    seen: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for images, labels in batches:
+        rest = (batch_stats, images, labels)
+        steps = {dtype: computation.step(params, *rest) for dtype, computation in computations.items()}
+        given = steps["float32"]["w*"], steps["float32"]["d"]
+        for dtype, computation in computations.items():
+            steps[dtype] |= computation.alone(*given, *rest)
+        for (found, exact), name in itertools.product(COMPARED, QUANTITIES):
+            row = compare(steps[found][name], steps[exact][name])
+            row["size"] = float(_tree.norm(steps[exact][name]) / _tree.norm(steps[exact]["g"]))
+            seen.setdefault((found, exact, name), []).append(row)
+    rows = []
+    for (found, exact, name), values in seen.items():
+        row: dict[str, Any] = {"dtype": found, "reference": exact, "quantity": name}
+        for key in ("error", "cosine", "size"):
+            row[key] = statistics.mean(value[key] for value in values)
+            row[f"{key}_std"] = statistics.stdev(value[key] for value in values)
+        rows.append(row)
+    return rows
+
+
+def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
+    """Prints how far each quantity is from that of a wider type; with `--out`, writes the record too."""
+    preset = TrainConfig(
+        method="hero", dataset=arguments.dataset, model=arguments.model, rho=arguments.rho, gamma=arguments.gamma
+    ).resolved()
+    assert preset.rho is not None
+    assert preset.gamma is not None
+    dataset = data.load(arguments.dataset, arguments.data_dir)
+    size = arguments.batch_size
+    batches = []
+    if arguments.batches * size > len(dataset.train.labels):
+        raise ValueError(
+            f"`batches` x batch_size must be at most the {len(dataset.train.labels)} training images; got"
+            f" {arguments.batches} x {size}."
+        )
+    for i in range(0, arguments.batches * size, size):
+        images, labels = (x[i : i + size] for x in dataset.train)
+        batches.append((np.asarray(data.normalize(jnp.asarray(images), dataset.pixels)), labels))
+    computations = {
+        dtype: Computation(arguments.model, dataset.num_classes, dtype, preset.rho, preset.gamma)
+        for dtype in ("bfloat16", "float32", "float64")
+    }
+    points = weights(arguments, dataset)
+    record: dict[str, Any] = {"arguments": runs.to_json(arguments), "environment": runs.environment()}
+    record |= {"rho": preset.rho, "gamma": preset.gamma, "rows": []}
+    for where, (params, batch_stats) in points.items():
+        rows = measure(computations, params, batch_stats, batches)
+        record["rows"] += [{"weights": where, **row} for row in rows]
+        table = Table(title=where, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for name in ("quantity", "bfloat16 error", "cosine", "float32 error", "size"):
+            table.add_column(name, justify="left" if name == "quantity" else "right", no_wrap=True)
+        by_type = [[row for row in rows if row["dtype"] == dtype] for dtype, _ in COMPARED]
+        for narrow, yardstick in zip(*by_type, strict=True):
+            table.add_row(
+                narrow["quantity"],
+                f"{narrow['error']:.2g} ± {narrow['error_std']:.1g}",
+                f"{narrow['cosine']:.4f}",
+                f"{yardstick['error']:.1e} ± {yardstick['error_std']:.0e}",
+                f"{narrow['size']:.2g}",
+            )
+        cli.console.print(table)
+    versions, device = record["environment"]["versions"], record["environment"]["device"]
+    cli.console.print(
+        f"{arguments.model} on {arguments.dataset}, batch {size}, rho {preset.rho:g}, gamma {preset.gamma:g}; relative"
+        f" error and cosine against float32, error of float32 against float64, size in norms of g; mean ± standard"
+        f" deviation over {arguments.batches} batches. {device['kind']}; jax {versions['jax']}."
+    )
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(arguments.out, record)
+
+
+if __name__ == "__main__":
+    cli.run(main)
