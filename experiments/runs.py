@@ -114,7 +114,8 @@ class RunFolder:
         if step <= max(self._checkpoints.all_steps(), default=-1):
             return
         try:
-            self._checkpoints.save(step, args=ocp.args.StandardSave(state))
+            with _quiet_callbacks():
+                self._checkpoints.save(step, args=ocp.args.StandardSave(state))
         except (OSError, ValueError) as error:  # ValueError is what tensorstore makes of a full disk
             raise _unwritten(self.path, error) from error
 
@@ -130,7 +131,8 @@ class RunFolder:
         damaged: dict[int, str] = {}
         for step in sorted(self._checkpoints.all_steps(), reverse=True):
             try:
-                restored = self._checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+                with _quiet_callbacks():
+                    restored = self._checkpoints.restore(step, args=ocp.args.StandardRestore(like))
             except Exception as error:  # whatever a damaged file raises
                 damaged[step] = str(error).split("\n")[0][:200]
                 continue
@@ -170,6 +172,21 @@ def _disk(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _unwritten(path, error) from error
+
+
+@contextlib.contextmanager
+def _quiet_callbacks() -> Iterator[None]:
+    """Drops what orbax's callbacks print after a failure: a page for each that finds the event loop closed."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    # Not reached after a failure: callbacks come later than the error.
+    sys.unraisablehook = before
 
 
 def _unwritten(path: Path, error: Exception) -> cli.Failed:

@@ -202,19 +202,14 @@ class TestDamage:
             part(config, images, tmp_path / "run", trainer, max_minutes=1e-9)
         return tmp_path / "run"
 
-    # orbax leaves callbacks of a failed read behind that find its event loop closed.
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
-    def test_of_the_last_checkpoint_falls_back_to_the_one_before(
-        self, config, images, trainer, whole, begun, how, recwarn
-    ):
+    def test_of_the_last_checkpoint_falls_back_to_the_one_before(self, config, images, trainer, whole, begun, how):
         damage(begun / "checkpoint" / "2", how)
         with pytest.warns(UserWarning, match=r"A checkpoint is damaged \(.*\) and now at .*damaged-2"):
             part(config, images, begun, trainer)
         assert_same(begun, whole[0])
         assert (begun / "damaged-2").exists()
 
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_of_all_is_an_error_and_loses_nothing(self, config, images, trainer, begun):
         for step in "12":
             damage(begun / "checkpoint" / step, "cut")
@@ -238,8 +233,8 @@ class TestDamage:
         command = [sys.executable, "-c", code, *COMMAND[3:], "--save-minutes", "0.00001", "--out", str(out)]
         found = subprocess.run(command, capture_output=True, text=True)
         assert found.returncode == 1, found.stderr
-        # Callbacks of the failed write may print after it.
-        assert f"\nstopped: {out} could not be written (" in found.stderr
+        # asyncio may still log what else failed after that.
+        assert any(line.startswith(f"stopped: {out} could not be written (") for line in found.stderr.splitlines())
         assert last_step(out) == 4
         assert status(out) == "failed"
         found = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True)
