@@ -194,7 +194,9 @@ class TrainConfig:
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""
-        return dataclasses.replace(self, parallel="none", devices=None, shard_params=False, sync=True, groups=1)
+        sync = self.sync or self.parallel != "none"
+        plain = {name: getattr(TrainConfig, name) for name in ("save_minutes", "max_minutes", "steps_per_call")}
+        return dataclasses.replace(self, parallel="none", devices=None, shard_params=False, sync=sync, **plain)
 
     def default_folder(self) -> Path:
         """Where the run goes when no folder is given: runs/DATASET-MODEL-METHOD-sSEED."""

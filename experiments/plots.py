@@ -50,18 +50,17 @@ def quantization(
     rows = -(-len(steps) // columns)
     figure = Figure(figsize=(1.0 + 3.8 * columns, 0.6 + 3.0 * rows * len(specs)), layout="constrained")
     panels = figure.subplots(rows * len(specs), columns, sharey=True, squeeze=False)
-    # A method keeps its colour; what is not a method takes the next one.
-    methods = {label: method for method, label in LABELS.items()}
-    styles = {name: methods[name] for name in networks if name in methods}
-    free = itertools.cycle([method for method in METHODS if method not in styles.values()] or METHODS)
-    styles |= {name: next(free) for name in networks if name not in styles}
+    # A method keeps its colour and marker; what is not a method takes a pair that nothing else here has.
+    styles = {LABELS[method]: (COLORS[method], MARKERS[method]) for method in METHODS}
+    pairs = itertools.cycle(itertools.product("P*Xh", ("#CC79A7", "#999999", "#E69F00", *COLORS.values())))
+    styles |= {name: pair[::-1] for name, pair in zip([n for n in networks if n not in styles], pairs, strict=False)}
     for axes in panels.flat:
         axes.set_visible(False)
     for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):
         axes = panels[i * rows + j // columns, j % columns]
         axes.set_visible(True)
         drawn = [
-            (name, lines[spec, step, name], {"color": COLORS[styles[name]], "marker": MARKERS[styles[name]]})
+            (name, lines[spec, step, name], dict(zip(("color", "marker"), styles[name], strict=True)))
             for name in networks
         ]
         _bits_panel(axes, names, drawn)

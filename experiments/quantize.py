@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -200,7 +201,7 @@ def measure_layers(
 
 
 def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Path]]:
-    """Runs by network: those that differ in their seed only are one. Named by method, and by folder where that clashes.
+    """Runs by network: those that differ in their seed only are one. Named by method, and by settings that differ.
 
     Raises ValueError where a run is given twice.
     """
@@ -211,14 +212,19 @@ def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Pa
             raise ValueError(f"`folders` must differ; {path} has the configuration and seed of another one.")
         seeds.add(config)
         groups.setdefault(dataclasses.replace(config, seed=0), []).append(path)
-    labels = [LABELS[config.method] for config in groups]
-    folders = [paths[0] for paths in groups.values()]
-    are_apart = len({folder.name for folder in folders}) == len(folders)
-    names = [
-        label if labels.count(label) == 1 else f"{label} ({folder.name if are_apart else folder})"
-        for label, folder in zip(labels, folders, strict=True)
-    ]
-    return dict(zip(names, groups.values(), strict=True))
+    return {_name(config, groups): paths for config, paths in groups.items()}
+
+
+def _name(config: TrainConfig, among: Iterable[TrainConfig]) -> str:
+    """The label of the method, with the settings that are not those of most networks of that method."""
+    rivals = [dataclasses.asdict(other) for other in among if other.method == config.method]
+    settings = []
+    for name, value in dataclasses.asdict(config).items():
+        counts = Counter(rival[name] for rival in rivals).most_common(2)
+        has_most = len(counts) == 1 or counts[0][1] > counts[1][1]
+        if not (has_most and counts[0][0] == value):
+            settings.append(f"{name} {value}")
+    return LABELS[config.method] + (f" ({', '.join(settings)})" if settings else "")
 
 
 def cells(
