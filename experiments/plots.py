@@ -60,8 +60,7 @@ def quantization(
         axes = panels[i * rows + j // columns, j % columns]
         axes.set_visible(True)
         drawn = [
-            (name, lines[spec, step, name], dict(zip(("color", "marker"), styles[name], strict=True)))
-            for name in networks
+            (name, lines[spec, step, name], {"color": styles[name][0], "marker": styles[name][1]}) for name in networks
         ]
         _bits_panel(axes, names, drawn)
         axes.set_title(f"{spec}, {step}", fontsize=9, loc="left")
