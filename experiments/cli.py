@@ -28,9 +28,11 @@ def run(main: Callable[..., Any]) -> None:
     """Calls `main` with the command line; a mistake in it exits with 2 and a failed run with 1, each with one line.
 
     An error about an argument begins with its name in backquotes (`hero_jax._check`); any other keeps its traceback.
-    SIGTERM is taken as Ctrl-C. What is compiled is kept for the next time, unless JAX_COMPILATION_CACHE_DIR says where.
+    SIGTERM and SIGHUP are taken as Ctrl-C. What is compiled is kept for the next time; JAX_COMPILATION_CACHE_DIR says
+    where, if it is set.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in _ending():
+        signal.signal(number, signal.default_int_handler)
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"compiled-{_instructions()}"))
     try:
@@ -43,6 +45,12 @@ def run(main: Callable[..., Any]) -> None:
         _leave(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+def _ending() -> list[signal.Signals]:
+    """Ctrl-C, what ends a job on a cluster, a terminal that goes away; those that `nohup` and shells ignore stay so."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def cache_folder() -> Path:
@@ -63,7 +71,7 @@ def _instructions() -> str:
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Takes the first Ctrl-C or SIGTERM as a request that the block asks for; a second one ends it at once.
+    """Takes the first Ctrl-C, SIGTERM or SIGHUP as a request that the block asks for; a second one ends it at once.
 
     Only the main thread gets signals: in another one nothing is ever requested.
     """
@@ -73,12 +81,14 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
         if requests:
             signal.default_int_handler(number, frame)
         requests.append(number)
-        print("\nending after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
+        # Neither `print` nor an error is safe here: the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nending soon, with a checkpoint; once more ends at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in _ending()}
     try:
         yield lambda: bool(requests)
     finally:

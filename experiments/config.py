@@ -105,7 +105,7 @@ class TrainConfig:
     save_minutes: float = 5.0
     """Time between checkpoints; the end is always saved."""
     max_minutes: float | None = None
-    """End after the step at which this much time has passed, with a checkpoint; default never."""
+    """End when this much time has passed, with a checkpoint that the same command continues; default never."""
     steps_per_call: int = 1
     """Steps in one compiled call; as many as an epoch has make it one call. XLA:CPU runs convolutions in such a loop
     forty times slower."""
@@ -154,7 +154,7 @@ class TrainConfig:
             _check.positive("max_minutes", self.max_minutes)
         if self.gamma_warmup is not None:
             _check.integer("gamma_warmup", self.gamma_warmup, low=0)
-        for name in ("learning_rate", "weight_decay", "rho", "gamma"):
+        for name in ("learning_rate", "weight_decay", "rho", "gamma", "save_minutes"):
             if getattr(self, name) is not None:
                 _check.non_negative(name, getattr(self, name))
         _check.one_of("dtype", self.dtype, DTYPES)
@@ -188,8 +188,12 @@ class TrainConfig:
         return dataclasses.replace(self, **missing)
 
     def may_differ(self) -> set[str]:
-        """The fields in which parts of one run may differ: what it gives does not depend on them."""
-        layout = {"parallel", "devices", "shard_params"} if self.sync else set()
+        """The fields in which parts of one run may differ: what it gives does not depend on them.
+
+        The layout is one of them, unless it says what is perturbed, or normalised in BatchNorm, together.
+        """
+        has_parts = not self.sync or self.microbatch_size is not None
+        layout = set() if has_parts else {"parallel", "devices", "shard_params"}
         return {"save_minutes", "max_minutes", "steps_per_call", *layout}
 
     def on_one_device(self) -> TrainConfig:

@@ -90,7 +90,7 @@ def subset(dataset: Dataset, train_size: int | None, validation_size: int) -> Da
 def normalize(images: jax.Array, pixels: Pixels) -> jax.Array:
     """uint8 images to float32 of about zero mean and unit deviation a channel."""
     scaled = images.astype(jnp.float32) / pixels.scale
-    return (scaled - jnp.asarray(pixels.mean)) / jnp.asarray(pixels.std)
+    return (scaled - jnp.asarray(pixels.mean, jnp.float32)) / jnp.asarray(pixels.std, jnp.float32)
 
 
 def crop_and_flip(

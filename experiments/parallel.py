@@ -17,6 +17,7 @@ process sends those of its own rows.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -277,6 +278,13 @@ def layout(config: TrainConfig) -> One:
     return Mesh(available[:wanted], shard_params=config.shard_params)
 
 
+def with_devices(config: TrainConfig) -> TrainConfig:
+    """The configuration with the number of devices, where that is a part of what is computed: parts of m-sharpness."""
+    if config.sync or config.parallel == "none" or config.devices is not None:
+        return config
+    return dataclasses.replace(config, devices=jax.device_count())
+
+
 def _check_divides(batch_size: int, parts: int, name: str) -> None:
     if batch_size % parts:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
@@ -352,7 +360,7 @@ def watched() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = str(error).split("\n")[0]
         raise cli.Failed(f"One of the {jax.process_count()} processes is gone ({reason}).") from error

@@ -5,6 +5,7 @@ environment.json   versions, device, commit, command; those of later parts of th
 metrics.jsonl      one JSON line an evaluation
 status.json        running, done, diverged, interrupted or failed; with a message
 checkpoint/STEP/   orbax: params, batch_stats and whatever else the run saves of itself (the last two)
+damaged-STEP/      a checkpoint that could not be read
 lock               locked by the process that writes here, for as long as it lives
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -50,19 +53,21 @@ class RunFolder:
 
         Raises:
           FileExistsError: the folder holds something else, another run, or one that another process is writing.
+          cli.Failed: it cannot be written.
         """
         self.path = path
         self._kept: tuple[int, PyTree] | None = None
         with _disk(path), contextlib.ExitStack() as undo:
-            if not (path / "config.json").exists():
-                claim(path)
-                write_json(path / "config.json", to_json(config))
-            _check_same(path, to_json(config), may_differ)
+            file = path / "config.json"
+            if not file.exists():
+                claim(path, besides=("lock", "config.tmp"))
             undo.enter_context(_locked(path))
-            self.is_done = _read_status(path) == "done"
-            if not self.is_done:
-                self._add_environment()
-                self.status("running")
+            if not file.exists():
+                write_json(file, to_json(config))
+            _check_same(path, to_json(config), may_differ)
+            self._is_done = _read(path / "status.json").get("status") == "done"
+            if not self._is_done:
+                self._begin()
             # One process writes; the others do not take part.
             writer = jax.process_index()
             options = ocp.CheckpointManagerOptions(
@@ -73,7 +78,7 @@ class RunFolder:
                 multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
             )
             (path / "checkpoint").mkdir(exist_ok=True)
-            self._checkpoints = ocp.CheckpointManager((path / "checkpoint").absolute(), options=options)
+            self._checkpoints = _checkpoints(path, options)
             self._exit = undo.pop_all()
 
     def __enter__(self) -> RunFolder:
@@ -85,15 +90,10 @@ class RunFolder:
                 if error is not None and self._kept is not None:
                     self.save(*self._kept)
             finally:
-                if isinstance(error, KeyboardInterrupt):
+                if isinstance(error, KeyboardInterrupt) and not self._is_done:
                     self.status("interrupted")
-                elif _read_status(self.path) == "running":
+                elif _read(self.path / "status.json").get("status") == "running":
                     self.status(*(("done",) if error is None else ("failed", str(error))))
-
-    @property
-    def last_step(self) -> int | None:
-        """The step of the last checkpoint."""
-        return self._checkpoints.latest_step()
 
     def status(self, status: str, message: str = "") -> None:
         """Records where the run stands."""
@@ -126,41 +126,68 @@ class RunFolder:
         again.
 
         Raises:
-          cli.Failed: there are checkpoints, and none can be read.
+          cli.Failed: there are checkpoints and none can be read, or the run is done and has none.
         """
-        damaged: dict[int, str] = {}
-        for step in sorted(self._checkpoints.all_steps(), reverse=True):
-            try:
-                with _quiet_callbacks():
-                    restored = self._checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-            except Exception as error:  # whatever a damaged file raises
-                damaged[step] = str(error).split("\n")[0][:200]
-                continue
-            for later, reason in damaged.items():
-                aside = self.path / f"damaged-{later}"
-                warnings.warn(f"A checkpoint is damaged ({reason}) and now at {aside}.", stacklevel=2)
-                (self.path / "checkpoint" / str(later)).rename(aside)
-            self._checkpoints.reload()
-            self._forget_after(step)
-            return restored
+        if not self._checkpoints.all_steps():
+            if self._is_done:
+                raise cli.Failed(f"{self.path} is a run that is done, and its checkpoint is gone; remove what is left.")
+            self._forget_after(0)
+            return None
+        step, restored, damaged = _last_readable(self._checkpoints, self.path, like)
+        for later in damaged:
+            names = itertools.chain([f"damaged-{later}"], (f"damaged-{later}-{i}" for i in itertools.count(2)))
+            aside = next(self.path / name for name in names if not (self.path / name).exists())
+            (self.path / "checkpoint" / str(later)).rename(aside)
         if damaged:
-            step, reason = next(iter(damaged.items()))
-            raise cli.Failed(f"No checkpoint in {self.path} can be read (the last is that of step {step}: {reason}).")
-        self._forget_after(0)
-        return None
+            self._checkpoints.reload()
+            if self._is_done:
+                self._is_done = False
+                self._begin()
+        self._forget_after(step)
+        return restored
+
+    def _begin(self) -> None:
+        """Records that, and where, a part of the run takes place."""
+        now = environment()
+        first = _read(self.path / "environment.json")
+        write_json(
+            self.path / "environment.json",
+            first | {"continued": [*first.get("continued", []), now]} if first else now,
+        )
+        self.status("running")
 
     def _forget_after(self, step: int) -> None:
         """Drops the evaluations after a step; the file is written whole or not at all."""
-        if (self.path / "metrics.jsonl").exists():
-            rows = [_finite(row) for row in read_metrics(self.path) if row["step"] <= step]
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            lines = file.read_text().split("\n")[:-1]
             with _disk(self.path):
-                _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+                _write(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
-    def _add_environment(self) -> None:
-        """Records where this part of the run takes place."""
-        file, now = self.path / "environment.json", environment()
-        recorded = json.loads(file.read_text()) if file.exists() else None
-        write_json(file, now if recorded is None else recorded | {"continued": [*recorded.get("continued", []), now]})
+
+def _checkpoints(path: Path, options: Any = None) -> ocp.CheckpointManager:
+    """The checkpoints of a run folder; what a checkpoint is does not depend on what the last one looks like."""
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager((path / "checkpoint").absolute(), options=options, item_handlers=handler)
+
+
+def _last_readable(
+    manager: ocp.CheckpointManager, path: Path, like: PyTree | None = None
+) -> tuple[int, Any, list[int]]:
+    """(step, content, damaged later steps) of the last checkpoint that can be read; warns of each that cannot."""
+    reasons: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            with _quiet_callbacks():
+                restored = manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # whatever a damaged file raises
+            reasons[step] = str(error).split("\n")[0][:200]
+            continue
+        for later, reason in reasons.items():
+            warnings.warn(f"The checkpoint of step {later} in {path} is damaged ({reason}).", stacklevel=3)
+        return step, restored, list(reasons)
+    step, reason = next(iter(reasons.items()))
+    raise cli.Failed(f"No checkpoint in {path} can be read (the last is that of step {step}: {reason}).")
 
 
 @contextlib.contextmanager
@@ -190,7 +217,7 @@ def _quiet_callbacks() -> Iterator[None]:
 
 
 def _unwritten(path: Path, error: Exception) -> cli.Failed:
-    reason = str(error).split("\n")[0].split(": ")[-1]
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0].split(": ")[-1]
     return cli.Failed(f"{path} could not be written ({reason}); what was saved before is whole.")
 
 
@@ -202,13 +229,17 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"`out` must be free; another process is writing {path}.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"{path} is on a file system without locks: write it from one process only.", stacklevel=4)
         yield
 
 
 def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
     """Refuses the folder of another run, with the first field that differs."""
-    there, here = json.loads((path / "config.json").read_text()), json.loads(json.dumps(_finite(config)))
-    for name, value in here.items():
+    there = _read(path / "config.json")
+    for name, value in _finite(config).items():
         if name not in may_differ and there.get(name) != value:
             raise FileExistsError(
                 f"`out` must be a new or empty folder, or that of the same run; {path} has {name} {there.get(name)!r},"
@@ -216,35 +247,34 @@ def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str])
             )
 
 
-def _read_status(path: Path) -> str | None:
-    """Where the run stood; None where nothing says so, as in a folder that was just made."""
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file of the folder; empty where there is none, or a crash of the machine left it unfinished."""
     try:
-        return json.loads((path / "status.json").read_text())["status"]
-    except FileNotFoundError:
-        return None
+        return json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
-def claim(path: Path) -> None:
-    """Makes an empty folder; raises FileExistsError rather than write into one that holds something."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def claim(path: Path, besides: Collection[str] = ()) -> None:
+    """Makes an empty folder; raises FileExistsError rather than write into one that holds something `besides` these."""
+    if path.exists() and (not path.is_dir() or any(file.name not in besides for file in path.iterdir())):
         raise FileExistsError(f"`out` must be a new or empty folder; {path} exists. Name another, or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def load_variables(path: Path) -> PyTree:
-    """The network's variables, {"params": ..., "batch_stats": ...}, of the last checkpoint in a run folder.
+    """The network's variables, {"params": ..., "batch_stats": ...}, of the last readable checkpoint in a run folder.
 
     Raises:
       FileNotFoundError: there is no checkpoint in it.
+      cli.Failed: none can be read.
     """
-    folder = (path / "checkpoint").absolute()
-    if not folder.exists():
+    if not (path / "checkpoint").exists():
         raise FileNotFoundError(f"`run` must be a run folder with a checkpoint; got {path}.")
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
+    with _checkpoints(path) as manager:
+        if not manager.all_steps():
             raise FileNotFoundError(f"`run` must be a run folder with a checkpoint; {path} has none yet.")
-        restored = manager.restore(step, args=ocp.args.StandardRestore())
+        _, restored, _ = _last_readable(manager, path)
     return {name: restored[name] for name in ("params", "batch_stats")}
 
 
@@ -291,7 +321,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

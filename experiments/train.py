@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ EVAL_BATCH = 500
 CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
 # Calls of the step between the points at which several processes agree to save or stop.
-AGREE_EVERY = 100
+AGREE_EVERY = 10
 
 
 class Trainer(NamedTuple):
@@ -85,8 +85,9 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     rows = batch_size // layout.num_parts
     if config.microbatch_size is not None and rows % config.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
-    stride = batch_size // (config.penalty_batch_size or batch_size)
-    if batch_size != stride * (config.penalty_batch_size or batch_size) or rows % stride:
+    penalty_size = config.penalty_batch_size or batch_size
+    stride = batch_size // penalty_size
+    if batch_size % penalty_size or rows % stride:
         raise ValueError(
             f"`penalty_batch_size` must be {batch_size} / k where k divides the {rows} images of a part; got"
             f" {config.penalty_batch_size}."
@@ -108,9 +109,11 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     tx = methods.optimizer(config, size // batch_size, layout.axis_name)
     pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
 
+    first_variables = jax.jit(model.init)
+
     def init(seed: int) -> TrainState:
         key_init, key_steps = jax.random.split(jax.random.key(seed))
-        variables = jax.jit(model.init)(key_init, jnp.zeros((1, *shape)))
+        variables = first_variables(key_init, jnp.zeros((1, *shape)))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         key = jax.random.key_data(key_steps)
         return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key)
@@ -132,16 +135,20 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
                 value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
             )
 
-        def grad_fn(params: PyTree, stride: int = 1) -> PyTree:
+        def grad_fn(params: PyTree, every: int = 1) -> PyTree:
             # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            part = (rows.reshape(-1, stride, *rows.shape[1:])[:, 0] for rows in (x, y))
+            part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
             return layout.split(value_and_grad(params, *part)[1])
 
         (loss, batch_stats), grads = value_and_grad(state.params, x, y)
-        options: dict[str, Any] = {"grad_fn": grad_fn, "penalize": penalize}
-        if stride > 1:
-            options["penalty_grad_fn"] = functools.partial(grad_fn, stride=stride)
-        updates, opt_state = tx.update(layout.split(grads), state.opt_state, state.params, **options)
+        updates, opt_state = tx.update(
+            layout.split(grads),
+            state.opt_state,
+            state.params,
+            grad_fn=grad_fn,
+            penalty_grad_fn=None if stride == 1 else functools.partial(grad_fn, every=stride),
+            penalize=penalize,
+        )
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
@@ -222,27 +229,27 @@ def train(
 
     Raises:
       Diverged: the loss stopped being finite; the last good state is in the folder's checkpoint.
-      KeyboardInterrupt: Ctrl-C or SIGTERM, after the step has ended and its state is saved; a second one at once.
+      KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the call of the step (with several processes, after at most
+        `AGREE_EVERY` of them) and a checkpoint; a second one at once.
     """
     config = config.resolved()
     assert config.epochs is not None
     run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
+    last = config.epochs * run.steps_per_epoch
     with cli.deferred_interrupts() as is_interrupted:
         clock = _Clock(config, is_interrupted)
-        while run.step < config.epochs * run.steps:
+        while run.step < last:
             run.advance()
-            is_epoch_end = run.step % run.steps == 0
+            is_epoch_end = run.step % run.steps_per_epoch == 0
             if is_epoch_end:
                 run.end_epoch()
-            is_last = run.step == config.epochs * run.steps
-            wanted = _Wanted.SAVE if is_last else clock.wanted(is_epoch_end)
-            if wanted > _Wanted.NOTHING:
+            wanted = clock.wanted(is_epoch_end)
+            if wanted > _Wanted.NOTHING or run.step == last:
                 run.save()
             if wanted == _Wanted.INTERRUPTION:
                 raise KeyboardInterrupt
-            if wanted == _Wanted.END:
-                message = f"max_minutes {config.max_minutes} passed; step {run.step} of {config.epochs * run.steps}."
-                run.status("interrupted", message)
+            if wanted == _Wanted.END and run.step < last:
+                run.status("interrupted", f"max_minutes {config.max_minutes} passed; step {run.step} of {last}.")
                 return Result(run.metrics, run.variables())
     return Result(run.metrics or run.evaluate(), run.variables())
 
@@ -251,7 +258,7 @@ class _Run:
     """A run under way.
 
     step: steps made so far.
-    steps: those of an epoch.
+    steps_per_epoch: how many an epoch has.
     metrics: the last evaluation that was made here; empty before the first.
     """
 
@@ -266,7 +273,7 @@ class _Run:
         assert config.batch_size is not None
         self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
         size, batch_size = len(dataset.train.labels), config.batch_size
-        self.step, self.steps = 0, size // batch_size
+        self.step, self.steps_per_epoch = 0, size // batch_size
         self.metrics: dict[str, float] = {}
         self._dataset = dataset
         self._train = trainer.layout.replicate(dataset.train)
@@ -277,19 +284,23 @@ class _Run:
         host = trainer.layout.to_host(self._state)
         self._curvature = _Curvature(config, trainer, dataset.train, host.params)
         self._set_good(host)
-        # What is on its way is left to the processes that have a folder, and comes from there.
+        # Process 0 alone has the folder.
         restored = parallel.from_first(None if folder is None else folder.restore(self._good), self._good)
         if restored is not None:
+            # Before its successor comes: the devices may not have room for both.
+            del self._state
             self._state = trainer.layout.to_devices(TrainState(*(restored[name] for name in TrainState._fields)))
             self.step = int(restored["step"])
-            self._losses = [restored["losses"][: self.step % self.steps]]
+            self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
             self._curvature.eigenvectors = restored["eigenvectors"]
             self._good = restored
+            is_over = self.step == (config.epochs or 0) * self.steps_per_epoch
+            cli.console.print("done already" if is_over else f"continuing after step {self.step}")
         self._begun = self.step, time.monotonic()
 
     def advance(self) -> None:
         """Makes one call: `steps_per_call` steps, or those that are left of the epoch."""
-        epoch, done = divmod(self.step, self.steps)
+        epoch, done = divmod(self.step, self.steps_per_epoch)
         order = self._order(epoch)[done : done + self.config.steps_per_call]
         if self.config.steps_per_call > 1:
             images, labels = self._train
@@ -302,7 +313,7 @@ class _Run:
 
     def end_epoch(self) -> None:
         """Evaluates where that is due, logs and reports."""
-        config, epoch, losses = self.config, self.step // self.steps, self._checked_losses()
+        config, epoch, losses = self.config, self.step // self.steps_per_epoch, self._checked_losses()
         assert config.batch_size is not None
         first, started = self._begun
         speed = (self.step - first) * config.batch_size / (time.monotonic() - started)
@@ -325,12 +336,13 @@ class _Run:
         self._begun = self.step, time.monotonic()
 
     def save(self) -> None:
-        """Writes a checkpoint of where the run is."""
+        """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
         if int(self._good["step"]) != self.step:
             losses = self._checked_losses()
             self._set_good(self.trainer.layout.to_host(self._state), losses)
         if self.folder is not None:
             self.folder.save(self.step, self._good)
+        parallel.agreed(0)
 
     def status(self, status: str, message: str) -> None:
         """Records where the run stands, if it has a folder."""
@@ -347,7 +359,9 @@ class _Run:
 
     def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
         """Takes a state on the host as the last good one: what is saved, here or if the run ends early."""
-        padded = np.zeros(self.steps, np.float32)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(host.params)):
+            self._fail(f"The weights of {self.config.method} stopped being finite by step {self.step}.")
+        padded = np.zeros(self.steps_per_epoch, np.float32)
         if losses is not None:
             padded[: len(losses)] = losses
         self._good = host._asdict() | {"losses": padded, "eigenvectors": self._curvature.eigenvectors}
@@ -356,17 +370,20 @@ class _Run:
 
     def _checked_losses(self) -> np.ndarray:
         """The losses of the epoch begun; raises Diverged where one is not finite."""
-        losses = np.concatenate([np.atleast_1d(x) for x in jax.device_get(self._losses)])
+        losses = np.concatenate([np.zeros(0, np.float32), *map(np.atleast_1d, jax.device_get(self._losses))])
         is_finite = np.isfinite(losses)
         if is_finite.all():
             return losses
         first = int(np.argmin(is_finite))
         before = f"; the one before was {losses[first - 1]:.4g}" if first else ""
-        message = (
-            f"The loss of {self.config.method} stopped being finite at step {self.step - len(losses) + first + 1}"
-            f" (epoch {(self.step - 1) // self.steps + 1}){before}. The last good state is that of step"
-            f" {int(self._good['step'])}. A smaller rho, gamma or learning_rate may help."
-        )
+        step = self.step - len(losses) + first + 1
+        where = f"step {step} (epoch {(step - 1) // self.steps_per_epoch + 1})"
+        return self._fail(f"The loss of {self.config.method} stopped being finite at {where}{before}.")
+
+    def _fail(self, message: str) -> NoReturn:
+        """Ends a run that has diverged."""
+        message += f" The last good state is that of step {int(self._good['step'])}."
+        message += " A smaller rho, gamma or learning_rate may help."
         self.status("diverged", message)
         raise Diverged(message)
 
@@ -488,7 +505,7 @@ def main(
         distributed: Ask the cluster (Slurm, Open MPI, Kubernetes, TPU pods) for these three.
     """
     parallel.join(coordinator, num_processes, process_id, distributed)
-    config = config.resolved()
+    config = parallel.with_devices(config.resolved())
     assert config.epochs is not None
     out = out or config.default_folder()
     is_writer = jax.process_index() == 0
@@ -500,16 +517,14 @@ def main(
         advance = progress.epochs(bar, config.method, config.epochs)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
-            if folder is not None and folder.last_step is not None:
-                cli.console.print("done already" if folder.is_done else f"continuing after step {folder.last_step}")
             stack.enter_context(parallel.watched())
             result = train(config, dataset, folder, advance)
-    if config.every is not None and is_writer:
-        plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
-    where = "validation" if config.validation_size else "test"
     if not result.metrics:
         cli.console.print("ended before the first evaluation; the same command continues")
         return
+    if config.every is not None and is_writer:
+        plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
+    where = "validation" if config.validation_size else "test"
     cli.console.print(
         f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
         f" (n = 1 run, {len(dataset.test.labels)} images)"

@@ -123,9 +123,10 @@ def hero(
       `grad_fn`); it ignores extra arguments, but for two that make a step cheaper. `penalize=False`, static, leaves
       the penalty out of it: a step of SAM or ASAM, at its cost. `penalty_grad_fn: params -> grads`, the gradient of a
       part of the batch, takes the place of `grad_fn` in H and T alone: with a fraction f of the batch "detached" costs
-      2 + 3 f gradients. Where the part is drawn at random, the directions of "detached" and "difference" are unbiased
-      for those of the whole batch. It emits trees in the types of `params`; norms, dots and differences are float32 or
-      wider.
+      2 + 3 f gradients, less than without where f < 2/3. Where the part is drawn at random and normalised alike, the
+      directions of "detached" and "difference" are unbiased for those of the whole batch; G of "hvp" and "eigenvalue",
+      and the residual of v, are those of the part. It emits trees in the types of `params`; norms, dots and
+      differences are float32 or wider.
 
     Raises:
       ValueError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -230,7 +231,7 @@ class TestTwoProcesses:
         options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0.001", "--out", str(out)]
 
         def kill_one(processes):
-            wait_for(lambda: len(list(out.glob("checkpoint/[0-9]*"))) == 2)
+            wait_for(lambda: last_step(out) > 0)
             processes[1].kill()
 
         outputs = run_two([sys.executable, "-c", code, *options], process_flags, kill_one)
@@ -239,10 +240,24 @@ class TestTwoProcesses:
         # What is left continues on one device.
         stopped = dataclasses.replace(TrainConfig(**json.loads((out / "config.json").read_text())), parallel="none")
         with runs.RunFolder(out, stopped, stopped.may_differ()) as folder:
-            before = folder.last_step
+            before = last_step(out)
             last = dataclasses.replace(stopped, max_minutes=1e-9)
             training.train(last, data.load("digits"), folder)
-            assert folder.last_step == before + 1
+            assert last_step(out) == before + 1
+
+    def test_a_signal_to_one_ends_both_with_a_checkpoint(self, tmp_path):
+        out = tmp_path / "run"
+        command = [sys.executable, "-m", "experiments.train", "--epochs", "100000", "--parallel", "pmap"]
+        options = ["--save-minutes", "0.001", "--out", str(out)]
+
+        def end_one(processes):
+            wait_for(lambda: last_step(out) > 0)
+            processes[1].send_signal(signal.SIGTERM)
+
+        outputs = run_two([*command, *options], process_flags, end_one)
+        assert [code for code, _ in outputs] == [130, 130], outputs
+        assert json.loads((out / "status.json").read_text())["status"] == "interrupted"
+        runs.load_variables(out)
 
     def test_continue_what_one_device_began(self, tmp_path):
         """Process 0 alone has the folder."""
@@ -252,7 +267,7 @@ class TestTwoProcesses:
         trainer = training.build(begun, images)
         with runs.RunFolder(out, begun, begun.may_differ()) as folder:
             training.train(begun, images, folder, trainer=trainer)
-            assert folder.last_step == 1
+        assert last_step(out) == 1
         whole = training.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
         command = [sys.executable, "-m", "experiments.train", *options, "--parallel", "pmap", "--out", str(out)]
         outputs = run_two(command, process_flags)
@@ -285,6 +300,10 @@ def start(command, devices):
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def last_step(out):
+    return max((int(p.name) for p in out.glob("checkpoint/*") if p.name.isdigit()), default=-1)
 
 
 def wait_for(condition):

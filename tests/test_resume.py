@@ -1,8 +1,10 @@
 """Runs that end early and go on: bit for bit, after any end, on other devices; folders that must not be touched."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, data, runs
+from experiments import cli, data, parallel, runs
 from experiments import train as training
 from experiments.config import TrainConfig
 from hero_jax.models import resnet
 from tests import problems
 
-COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-size", "256", "--every", "4"]
+COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-size", "256"]
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +58,14 @@ def part(config, images, out, trainer, **options):
 
 @pytest.fixture(scope="module")
 def whole(config, images, trainer, tmp_path_factory):
-    """(folder, result) of the run in one part."""
+    """(folder, result) of the run in one part, with checkpoints of its last two steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, part(config, images, out, trainer)
+    return out, part(config, images, out, trainer, save_minutes=0.0)
 
 
 def rows(folder):
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in runs.read_metrics(folder)]
+    found = runs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
 
 
 def status(folder):
@@ -111,7 +114,17 @@ class TestBitForBit:
         kernels = [r.variables["params"]["head"]["kernel"] for r in (result, whole[1])]
         assert np.abs(kernels[0] - kernels[1]).max() > 0
 
-    @pytest.mark.parametrize("urgent", [signal.SIGINT, signal.SIGTERM])
+    def test_epochs_that_are_not_evaluated(self, config, images, trainer, whole, tmp_path):
+        out = tmp_path / "run"
+        for _ in range(4):
+            part(config, images, out, trainer, max_minutes=1e-9, eval_every=4, every=4)
+        assert rows(out) == []
+        part(config, images, out, trainer, eval_every=4, every=4)
+        states = [runs.load_variables(f) for f in (out, whole[0])]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+        assert [row["epoch"] for row in rows(out)] == [4]
+
+    @pytest.mark.parametrize("urgent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd):
         out = tmp_path / "run"
 
@@ -124,17 +137,30 @@ class TestBitForBit:
         with pytest.raises(KeyboardInterrupt):
             part(config, images, out, trainer._replace(step=step))
         assert signal.getsignal(urgent) == handler
-        assert "ending after this step" in capfd.readouterr().err
+        assert "ending soon" in capfd.readouterr().err
         assert status(out) == "interrupted"
         assert "6" in {p.name for p in (out / "checkpoint").iterdir()}
         part(config, images, out, trainer)
         assert_same(out, whole[0])
 
+    def test_a_signal_in_the_last_step(self, config, images, trainer, whole, tmp_path):
+        def step(state, *arguments, **options):
+            if int(state.step) == 15:
+                os.kill(os.getpid(), signal.SIGINT)
+            return trainer.step(state, *arguments, **options)
+
+        out = tmp_path / "run"
+        with pytest.raises(KeyboardInterrupt):
+            part(config, images, out, trainer._replace(step=step))
+        assert status(out) == "interrupted"
+        part(config, images, out, trainer)
+        assert_same(out, whole[0])
+
     def test_killed_at_any_moment(self, tmp_path):
-        """kill -9, thrice, while checkpoints are written all the time."""
+        """kill -9, twice, while checkpoints are written all the time."""
         command = [*COMMAND, "--save-minutes", "0.00001", "--out"]
         ends = []
-        for name, kills in (("whole", 0), ("killed", 3)):
+        for name, kills in (("whole", 0), ("killed", 2)):
             out = tmp_path / name
             for i in range(kills):
                 process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -202,13 +228,30 @@ class TestDamage:
             part(config, images, tmp_path / "run", trainer, max_minutes=1e-9)
         return tmp_path / "run"
 
-    @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+    @pytest.mark.parametrize("how", ["cut", "changed", "gone", "empty"])
     def test_of_the_last_checkpoint_falls_back_to_the_one_before(self, config, images, trainer, whole, begun, how):
         damage(begun / "checkpoint" / "2", how)
-        with pytest.warns(UserWarning, match=r"A checkpoint is damaged \(.*\) and now at .*damaged-2"):
+        (begun / "damaged-2").mkdir()
+        with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .* is damaged \("):
             part(config, images, begun, trainer)
         assert_same(begun, whole[0])
-        assert (begun / "damaged-2").exists()
+        assert (begun / "damaged-2-2").exists()
+
+    def test_of_a_run_that_is_done(self, config, images, trainer, whole, tmp_path):
+        out = tmp_path / "run"
+        shutil.copytree(whole[0], out)
+        damage(out / "checkpoint" / "16", "cut")
+        with pytest.warns(UserWarning, match="step 16"):
+            runs.load_variables(out)
+        with pytest.warns(UserWarning, match="step 16"), pytest.raises(RuntimeError, match="in the middle"):
+            part(config, images, out, trainer._replace(step=failing))
+        assert status(out) == "failed"
+        part(config, images, out, trainer)
+        assert_same(out, whole[0])
+        shutil.rmtree(out / "checkpoint")
+        with pytest.raises(cli.Failed, match="is a run that is done, and its checkpoint is gone"):
+            part(config, images, out, trainer)
+        assert len(rows(out)) == 4
 
     def test_of_all_is_an_error_and_loses_nothing(self, config, images, trainer, begun):
         for step in "12":
@@ -242,8 +285,16 @@ class TestDamage:
         assert "continuing after step 4" in found.stdout
 
 
+def failing(*_, **__):
+    raise RuntimeError("in the middle")
+
+
 def damage(checkpoint, how):
-    """Spoils the file of a checkpoint that lists all others."""
+    """Spoils the file of a checkpoint that lists all others; "empty" leaves its folder alone."""
+    if how == "empty":
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+        return
     file = checkpoint / "default" / "manifest.ocdbt"
     content = file.read_bytes()
     half = len(content) // 2
@@ -261,8 +312,29 @@ class TestFolders:
 
     def test_of_something_else(self, config, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
+        (tmp_path / "lock").touch()
         with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder; .* exists"):
             runs.RunFolder(tmp_path, config)
+
+    def test_that_a_crash_left_unfinished(self, config, images, trainer, whole, tmp_path):
+        out = tmp_path / "run"
+        out.mkdir()
+        for name in ("lock", "config.tmp"):
+            (out / name).touch()
+        part(config, images, out, trainer, max_minutes=1e-9)
+        for name in ("status.json", "environment.json"):
+            (out / name).write_text("")
+        part(config, images, out, trainer)
+        assert_same(out, whole[0])
+
+    def test_without_locks(self, config, monkeypatch, tmp_path):
+        def flock(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(runs.fcntl, "flock", flock)
+        with pytest.warns(UserWarning, match="without locks"), runs.RunFolder(tmp_path / "run", config):
+            pass
+        assert status(tmp_path / "run") == "done"
 
     def test_that_another_process_writes(self, config, tmp_path):
         with runs.RunFolder(tmp_path / "run", config):
@@ -276,5 +348,11 @@ class TestFolders:
 
     def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
         assert config.may_differ() >= {"parallel", "devices", "shard_params", "max_minutes", "steps_per_call"}
-        m_sharpness = dataclasses.replace(config, sync=False, groups=2)
-        assert not m_sharpness.may_differ() & {"parallel", "devices", "groups", "sync"}
+        for parts in ({"sync": False, "groups": 2}, {"microbatch_size": 2}):
+            changed = dataclasses.replace(config, **parts)
+            assert not changed.may_differ() & {"parallel", "devices", "groups", "sync", "microbatch_size"}
+
+    def test_m_sharpness_says_how_many_devices(self, config):
+        assert parallel.with_devices(config) == config
+        changed = dataclasses.replace(config, sync=False, parallel="pmap")
+        assert parallel.with_devices(changed).devices == 8

@@ -154,6 +154,21 @@ def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digit
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
 
 
+def test_weights_that_are_not_finite_are_not_saved(digits, sgd, tmp_path):
+    """The loss of a step precedes its update."""
+    config, trainer = sgd
+
+    def failing_step(state, *rest, **options):
+        state, loss = trainer.step(state, *rest, **options)
+        params = jax.tree.map(lambda x: jnp.where(state.step == 8, jnp.inf, x), state.params)
+        return state._replace(params=params), loss
+
+    message = r"The weights of sgd stopped being finite by step 8\. The last good state is that of step 4"
+    with pytest.raises(training.Diverged, match=message), runs.RunFolder(tmp_path / "run", config) as folder:
+        training.train(config, digits, folder, trainer=trainer._replace(step=failing_step))
+    assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
+
+
 def test_interruption_at_once_saves_the_last_evaluated_state(digits, sgd, tmp_path):
     config, trainer = sgd
 
@@ -232,6 +247,7 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
         ({"epochs": 0}, r"`epochs` must be an integer >= 1; got 0"),
         ({"seed": -1}, r"`seed` must be an integer >= 0; got -1"),
         ({"rho": -0.5}, r"`rho` must be non-negative and finite; got -0.5"),
+        ({"save_minutes": -1.0}, r"`save_minutes` must be non-negative and finite; got -1.0"),
         ({"learning_rate": float("nan")}, r"`learning_rate` must be non-negative and finite; got nan"),
         ({"method": "sgd", "rho": 0.1}, r"`rho` has no effect on method 'sgd'; got 0.1"),
         ({"dtype": "float16"}, r"`dtype` must be one of 'float32', 'bfloat16'; got 'float16'. Did you mean 'bfloat16'"),
