@@ -28,6 +28,7 @@ from rich.table import Table
 from benchmarks import peers
 from experiments import cli, data, runs
 from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from hero_jax import _check, curvature, models, spectrum
 
@@ -131,7 +132,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         method="sgd", dataset="cifar10", epochs=arguments.epochs, train_size=arguments.images, eval_every=1000
     ).resolved()
     dataset = data.subset(data.load("cifar10", arguments.data_dir), arguments.images, 0)
-    trainer = training.build(config, dataset)
+    trainer = trainers.build(config, dataset)
     # The accuracy of these weights is of no interest: one image tests them.
     tiny = dataset._replace(test=data.Split(*(x[:1] for x in dataset.test)))
     variables = training.train(config, tiny, trainer=trainer).variables
@@ -191,4 +192,4 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keep_compiled=False)

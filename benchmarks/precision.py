@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.step_cost import gradient_function
 from experiments import cli, data, runs
-from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from hero_jax import _check, _tree, curvature, models, penalty, perturbation
 
@@ -129,7 +129,7 @@ def weights(arguments: Arguments, dataset: data.Dataset) -> dict[str, tuple[PyTr
         batch_size=batch_size,
         epochs=-(-arguments.steps // (size // batch_size)),
     ).resolved()
-    trainer = training.build(config, dataset)
+    trainer = trainers.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
     first = runs.snapshot((state.params, state.batch_stats))
@@ -224,4 +224,4 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keep_compiled=False)

@@ -352,4 +352,4 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keep_compiled=False)

@@ -22,7 +22,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli, data, runs
-from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig
 from hero_jax import _check, models
 
@@ -106,7 +106,7 @@ def random_dataset(name: str, size: int) -> data.Dataset:
 def epoch(config: TrainConfig, dataset: data.Dataset) -> Callable[[], float]:
     """An epoch that returns its seconds when called."""
     assert config.batch_size is not None
-    trainer = training.build(config, dataset)
+    trainer = trainers.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
     order = data.epoch_order(0, 0, len(dataset.train.labels), config.batch_size)
@@ -186,4 +186,4 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keep_compiled=False)

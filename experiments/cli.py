@@ -24,16 +24,18 @@ class Failed(RuntimeError):
     """A run ended for a reason that its message tells; not a fault of the program."""
 
 
-def run(main: Callable[..., Any]) -> None:
+def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
     """Calls `main` with the command line; a mistake in it exits with 2 and a failed run with 1, each with one line.
 
     An error about an argument begins with its name in backquotes (`hero_jax._check`); any other keeps its traceback.
-    SIGTERM and SIGHUP are taken as Ctrl-C. What is compiled is kept for the next time; JAX_COMPILATION_CACHE_DIR says
-    where, if it is set.
+    SIGTERM and SIGHUP are taken as Ctrl-C. What is compiled is kept for the next time, unless compilation is what is
+    measured; JAX_COMPILATION_CACHE_DIR says where, if it is set.
     """
     for number in _ending():
         signal.signal(number, signal.default_int_handler)
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    if not keep_compiled:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"compiled-{_instructions()}"))
     try:
         tyro.cli(main)

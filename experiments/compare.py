@@ -15,6 +15,7 @@ import tyro
 
 from experiments import cli, data, plots, progress, runs, tables
 from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import LABELS, METHODS, TrainConfig
 from hero_jax import _check, quantize, spectrum
 
@@ -95,7 +96,7 @@ def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: An
     total = display.add_task("all runs", total=len(config.methods) * config.seeds, figures="")
     results = []
     for method in config.methods:
-        trainer = training.build(config.run(method, 0), dataset)
+        trainer = trainers.build(config.run(method, 0), dataset)
         for seed in range(config.seeds):
             run = config.run(method, seed)
             assert run.epochs is not None
@@ -108,7 +109,7 @@ def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: An
 
 
 def measure(
-    config: CompareConfig, run: TrainConfig, trainer: training.Trainer, variables: PyTree, dataset: data.Dataset
+    config: CompareConfig, run: TrainConfig, trainer: trainers.Trainer, variables: PyTree, dataset: data.Dataset
 ) -> Measured:
     """Accuracy at every bit width, and the eigenvalue of largest magnitude of the Hessian of the mean training loss.
 

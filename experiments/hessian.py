@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli, data, plots, progress, runs
-from experiments import train as training
+from experiments import trainer as trainers
 from hero_jax import _check, curvature, spectrum
 
 PyTree = Any
@@ -171,7 +171,7 @@ def main(
     out = out or run / f"hessian-{config.split}"
     started = time.monotonic()
     with progress.bar() as display:
-        _, trainer, variables, dataset = training.load(run, data_dir, display)
+        _, trainer, variables, dataset = trainers.load(run, data_dir, display)
         runs.claim(out)
         split = getattr(dataset, config.split)
         split = data.Split(*(x[: config.images] for x in split))

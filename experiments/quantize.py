@@ -23,7 +23,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli, data, plots, progress, runs, tables
-from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import LABELS, TrainConfig
 from hero_jax import _check, curvature, quantize, spectrum
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
@@ -94,7 +94,7 @@ def _check_once(argument: str, values: Sequence[Any]) -> None:
 class Network(NamedTuple):
     """A saved run, ready to be quantized."""
 
-    trainer: training.Trainer
+    trainer: trainers.Trainer
     variables: PyTree
     dataset: data.Dataset
     calibration: list[np.ndarray]
@@ -127,7 +127,7 @@ def evaluate(
     if "activations" in parts:
         ranges = linen.activation_ranges(forward, variables, batches)
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
-        classify = quantize.classifier(forward, batch_size=training.EVAL_BATCH)
+        classify = quantize.classifier(forward, batch_size=trainers.EVAL_BATCH)
     test = data.Split(*(x[: config.images] for x in network.dataset.test))
 
     def eval_fn(params: PyTree) -> dict[str, Any]:
@@ -277,10 +277,10 @@ def load(
     loaded = {}
     shared: dict[TrainConfig, Network] = {}
     for folder in folders:
-        config, trainer, variables, dataset = training.load(folder, data_dir, display)
+        config, trainer, variables, dataset = trainers.load(folder, data_dir, display)
         images = dataset.train.images[:calibration]
         batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-        classify = quantize.classifier(trainer.forward, batch_size=training.EVAL_BATCH)
+        classify = quantize.classifier(trainer.forward, batch_size=trainers.EVAL_BATCH)
         network = Network(trainer, variables, dataset, batches, classify)
         network = shared.setdefault(dataclasses.replace(config, seed=0), network)
         loaded[folder] = config, network._replace(variables=variables)

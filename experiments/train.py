@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from optax import microbatching
 
-from experiments import cli, data, methods, parallel, plots, progress, runs
+from experiments import cli, data, parallel, plots, progress, runs
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
-from hero_jax import curvature, models, quantize, spectrum
+from experiments.trainer import Trainer, build
+from hero_jax import spectrum
 
 PyTree = Any
-EVAL_BATCH = 500
 # Most products for the eigenvalue, and probes for the norm, at one point of training.
 CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
@@ -32,179 +30,15 @@ CURVATURE_PROBES = 10
 AGREE_EVERY = 10
 
 
-class Trainer(NamedTuple):
-    """The compiled parts of a run, shared by runs that differ in their seed only.
-
-    layout: where state, data and batches lie.
-    init: `seed -> TrainState`, laid out.
-    step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch at the unperturbed
-      weights)`, with the images and labels on every device (`layout.replicate`) and the indices of the whole batch on
-      the host; without `penalize` the step is one of SAM, ASAM or SGD.
-    steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
-      (steps, batch) of their batches.
-    evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
-    forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
-    statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
-    hessian: `(variables, split) -> (matvec, example)`, the Hessian of the mean cross-entropy over a split, normalised
-      by the running BatchNorm statistics, without augmentation or weight decay; and a tree shaped like its vectors.
-    """
-
-    layout: parallel.One
-    init: Callable[[int], TrainState]
-    step: Callable[..., tuple[TrainState, jax.Array]]
-    steps: Callable[[TrainState, jax.Array, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]
-    evaluate: Callable[[PyTree, data.Split], dict[str, float]]
-    forward: Callable[[PyTree, jax.Array], jax.Array]
-    statistics: Callable[[PyTree, jax.Array], PyTree]
-    hessian: Callable[[PyTree, data.Split], tuple[Callable[[PyTree], PyTree], PyTree]]
-
-
 class Diverged(cli.Failed):
     """The loss stopped being finite."""
 
 
 class Result(NamedTuple):
-    """A finished run: its last evaluation, and the variables on the host that it was made with."""
+    """A run that has ended: its last evaluation, empty where none was made, and its last variables, on the host."""
 
     metrics: dict[str, float]
     variables: PyTree
-
-
-def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
-    """Makes the trainer of a resolved configuration; what is compiled does not depend on the seed.
-
-    The step sees the whole batch, or under a mapped axis the rows of one device, and averages over that axis.
-    """
-    assert config.model is not None
-    assert config.batch_size is not None
-    size = len(dataset.train.labels)
-    if size < config.batch_size:
-        raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
-    batch_size, interval = config.batch_size, config.interval or 1
-    layout = parallel.layout(config)
-    rows = batch_size // layout.num_parts
-    if config.microbatch_size is not None and rows % config.microbatch_size:
-        raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
-    penalty_size = config.penalty_batch_size or batch_size
-    stride = batch_size // penalty_size
-    if batch_size % penalty_size or rows % stride:
-        raise ValueError(
-            f"`penalty_batch_size` must be {batch_size} / k where k divides the {rows} images of a part; got"
-            f" {config.penalty_batch_size}."
-        )
-    if config.microbatch_size is not None and rows // stride % config.microbatch_size:
-        raise ValueError(
-            f"`microbatch_size` must divide the {rows // stride} images of a part that the penalty takes; got"
-            f" {config.microbatch_size}."
-        )
-    # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
-    shares_statistics = config.sync and layout.axis_name is not None
-    options: dict[str, Any] = {"axis_name": layout.axis_name} if shares_statistics else {}
-    model = models.create(config.model, dataset.num_classes, **options)
-    apply: Callable[..., Any] = model.apply
-    apply_in_training = apply
-    if config.dtype != "float32":
-        options["dtype"] = jnp.dtype(config.dtype)
-        apply_in_training = models.create(config.model, dataset.num_classes, **options).apply
-    tx = methods.optimizer(config, size // batch_size, layout.axis_name)
-    pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
-
-    first_variables = jax.jit(model.init)
-
-    def init(seed: int) -> TrainState:
-        key_init, key_steps = jax.random.split(jax.random.key(seed))
-        variables = first_variables(key_init, jnp.zeros((1, *shape)))
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        key = jax.random.key_data(key_steps)
-        return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key)
-
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, penalize: bool):
-        x, y = data.normalize(images[indices], pixels), labels[indices]
-        if pixels.augment:
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(indices)))
-
-        def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
-            variables = {"params": layout.whole(params), "batch_stats": state.batch_stats}
-            logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
-            return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
-
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if config.microbatch_size is not None:
-            value_and_grad = microbatching.microbatch(
-                value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
-            )
-
-        def grad_fn(params: PyTree, every: int = 1) -> PyTree:
-            # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
-            return layout.split(value_and_grad(params, *part)[1])
-
-        (loss, batch_stats), grads = value_and_grad(state.params, x, y)
-        updates, opt_state = tx.update(
-            layout.split(grads),
-            state.opt_state,
-            state.params,
-            grad_fn=grad_fn,
-            penalty_grad_fn=None if stride == 1 else functools.partial(grad_fn, every=stride),
-            penalize=penalize,
-        )
-        params = optax.apply_updates(state.params, updates)
-        batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
-        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
-
-    def steps(state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array):
-        def one(state: TrainState, indices: jax.Array) -> tuple[TrainState, jax.Array]:
-            arguments = (state, images, labels, indices)
-            if interval == 1:
-                return step(*arguments, penalize=True)
-            with_it, without = (functools.partial(step, penalize=penalize) for penalize in (True, False))
-            return jax.lax.cond(state.step % interval == 0, with_it, without, *arguments)
-
-        return jax.lax.scan(one, state, order)
-
-    def forward(variables: PyTree, images: jax.Array) -> jax.Array:
-        return apply(variables, data.normalize(images, pixels))
-
-    @jax.jit
-    def statistics(variables: PyTree, images: jax.Array) -> PyTree:
-        x = data.normalize(images, pixels)
-        return apply(variables, x, train=True, mutable=["batch_stats"])[1].get("batch_stats", {})
-
-    def mean_loss(variables: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _cross_entropy(forward(variables, batch[0]), batch[1])
-
-    def hessian(variables: PyTree, split: data.Split) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-        size = len(split.labels)
-        batches = [tuple(x[i : i + EVAL_BATCH] for x in split) for i in range(0, size, EVAL_BATCH)]
-        # The statistics are arguments as the parameters are, so that what is compiled serves all runs.
-        mask = {"params": True, "batch_stats": False}
-        matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)
-        return matvec, curvature.restrict(variables, mask)
-
-    shards = 1 if layout.examples is None else layout.examples.num_devices
-    classify = quantize.classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
-
-    def evaluate(variables: PyTree, split: data.Split) -> dict[str, float]:
-        found = classify(variables, *split)
-        return {name: found[name] for name in ("accuracy", "loss")}
-
-    compiled = {penalize: layout.compile(functools.partial(step, penalize=penalize)) for penalize in (True, False)}
-
-    def compiled_step(*arguments: Any, penalize: bool = True) -> tuple[TrainState, jax.Array]:
-        return compiled[penalize](*arguments)
-
-    init = functools.partial(layout.init, init)
-    return Trainer(layout, init, compiled_step, layout.compile(steps), evaluate, forward, statistics, hessian)
-
-
-def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
-    """The configuration, the trainer, the last saved variables and the data of a run folder."""
-    variables = runs.load_variables(run)
-    config = TrainConfig(**json.loads((run / "config.json").read_text())).on_one_device()
-    dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-    dataset = data.subset(dataset, config.train_size, config.validation_size)
-    return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
 
 
 def train(
@@ -474,10 +308,6 @@ def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
     """The metrics of the transformation at the last step, where the method has any."""
     metrics = getattr(opt_state[0], "metrics", None)
     return {} if metrics is None else {k: float(v) for k, v in metrics._asdict().items()}
-
-
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def main(

@@ -18,6 +18,7 @@ import pytest
 import hero_jax
 from experiments import data, parallel, runs
 from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from hero_jax import models
 from hero_jax.models import resnet
@@ -65,8 +66,8 @@ def config(problem, method, **options):
 def build(config, images):
     """A trainer of a network of the smallest size: 16 hidden units, or one convolution with BatchNorm."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.models, "create", small)
-        return training.build(config, images)
+        patch.setattr(trainers.models, "create", small)
+        return trainers.build(config, images)
 
 
 def small(name, num_classes, **options):
@@ -142,18 +143,22 @@ def test_microbatches_take_an_eighth_of_the_memory():
     assert part < whole / 8 + 10 * params + 2 * 64 * 8 * 8 * 3 * 4
 
 
-@pytest.mark.parametrize("layout", ["none", "groups", *LAYOUTS])
-def test_several_steps_in_one_call_equal_single_ones(layout):
+@pytest.mark.parametrize(
+    ("problem", "layout"), [("conv", "groups"), ("mlp", "none"), *(("mlp", name) for name in LAYOUTS)]
+)
+def test_several_steps_in_one_call_equal_single_ones(problem, layout):
     """Calls of 3 and of 1 step an epoch; every second step with the penalty."""
-    options = {"none": {}, "groups": {"groups": 8, "sync": False}, **LAYOUTS}[layout] | {"interval": 2, "gamma": 1e3}
-    run = config("conv", "hero", steps_per_call=3, **options)
-    trainer = build(run, dataset("conv"))
+    options = {"none": {}, "groups": {"groups": 8, "sync": False}, **LAYOUTS}[layout] | {"interval": 2, "gamma": 30.0}
+    run = config(problem, "hero", steps_per_call=3, **options)
+    trainer = build(run, dataset(problem))
 
     def step(*_, **__):
         raise AssertionError("not one by one")
 
-    found = training.train(run, dataset("conv"), trainer=trainer._replace(step=step))
-    problems.assert_close(found.variables, curve("conv", "hero", **options)[1].variables, rtol=1e-4)
+    found = training.train(run, dataset(problem), trainer=trainer._replace(step=step))
+    problems.assert_close(found.variables, curve(problem, "hero", **options)[1].variables, rtol=1e-4)
+    every_step = curve(problem, "hero", **{**options, "interval": 1})[1].variables["params"]["head"]["kernel"]
+    assert np.abs(every_step - found.variables["params"]["head"]["kernel"]).max() > 1e-4
 
 
 def test_penalty_of_a_part_of_the_batch_is_the_same_on_every_layout():
@@ -219,7 +224,7 @@ class TestTwoProcesses:
         assert [code for code, _ in outputs] == [0, 0], outputs
         assert ["test accuracy" in text for _, text in outputs] == [True, False]
         assert json.loads((out / "environment.json").read_text())["device"]["processes"] == 2
-        read, trainer, variables, images = training.load(out, None, None)
+        read, trainer, variables, images = trainers.load(out, None, None)
         assert read.parallel == "none"
         one = training.train(read, images, trainer=trainer)
         problems.assert_close(variables, one.variables, rtol=1e-4)
@@ -264,7 +269,7 @@ class TestTwoProcesses:
         out, options = tmp_path / "run", ["--epochs", "2", "--train-size", "256"]
         begun = TrainConfig(epochs=2, train_size=256, max_minutes=1e-9).resolved()
         images = data.subset(data.load("digits"), 256, 0)
-        trainer = training.build(begun, images)
+        trainer = trainers.build(begun, images)
         with runs.RunFolder(out, begun, begun.may_differ()) as folder:
             training.train(begun, images, folder, trainer=trainer)
         assert last_step(out) == 1
@@ -408,7 +413,7 @@ def test_bad_configurations(options, message):
 )
 def test_layouts_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        training.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
+        trainers.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
 
 
 def test_layouts_that_do_not_fit_several_processes(monkeypatch):

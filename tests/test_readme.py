@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import curvature, step_cost
+from benchmarks import curvature, precision, step_cost, throughput
 from benchmarks import quantize as sweep
 from experiments import compare, hessian, quantize, train
 
@@ -21,8 +21,10 @@ MAINS = {
     "experiments.hessian": hessian.main,
     "experiments.quantize": quantize.main,
     "benchmarks.curvature": curvature.main,
+    "benchmarks.precision": precision.main,
     "benchmarks.quantize": sweep.main,
     "benchmarks.step_cost": step_cost.main,
+    "benchmarks.throughput": throughput.main,
 }
 COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", TEXT)
 

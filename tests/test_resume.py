@@ -16,6 +16,7 @@ import pytest
 
 from experiments import cli, data, parallel, runs
 from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from hero_jax.models import resnet
 from tests import problems
@@ -33,8 +34,8 @@ def images():
 
 def build(config, images):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.models, "create", lambda _, n, **options: resnet.CifarResNet(0, n, **options))
-        return training.build(config, images)
+        patch.setattr(trainers.models, "create", lambda _, n, **options: resnet.CifarResNet(0, n, **options))
+        return trainers.build(config, images)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import hero_jax
 from experiments import data, methods, runs
 from experiments import train as training
+from experiments import trainer as trainers
 from experiments.config import METHODS, PRESETS, TAKES, TrainConfig
 from hero_jax.models import resnet
 from tests import problems
@@ -31,7 +32,7 @@ def short(**options):
 def sgd(digits):
     """A configuration and its trainer, compiled once."""
     config = short(method="sgd", epochs=4)
-    return config, training.build(config, digits)
+    return config, trainers.build(config, digits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,7 +128,7 @@ class TestRunFolder:
         folder, config, result = run
         variables = runs.load_variables(folder)
         jax.tree.map(np.testing.assert_array_equal, variables["params"], result.variables["params"])
-        trainer = training.build(config, digits)
+        trainer = trainers.build(config, digits)
         assert trainer.evaluate(variables, digits.test) == result.metrics
 
     def test_without_a_checkpoint(self, tmp_path):
@@ -184,7 +185,7 @@ def test_interruption_at_once_saves_the_last_evaluated_state(digits, sgd, tmp_pa
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
-    trainer = training.build(short(), digits)
+    trainer = trainers.build(short(), digits)
     first, again, other = (training.train(short(seed=seed), digits, trainer=trainer) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first.variables, again.variables)
     assert not np.allclose(first.variables["params"]["head"]["kernel"], other.variables["params"]["head"]["kernel"])
@@ -192,12 +193,12 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
 
 def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     """After one step from the same weights, HERO and SGD have the same running statistics and other weights."""
-    monkeypatch.setattr(training.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
+    monkeypatch.setattr(trainers.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     rng = np.random.default_rng(0)
     split = data.Split(rng.integers(0, 256, (16, 8, 8, 3), np.uint8), np.arange(16, dtype=np.int32) % 10)
     images = data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
     sgd, hero = (
-        training.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
+        trainers.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
         for method in ("sgd", "hero")
     )
     after = [trainer.step(trainer.init(0), *split, np.arange(8))[0] for trainer in (sgd, hero)]
@@ -210,7 +211,7 @@ def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
 
 def test_bfloat16_is_for_the_step_alone(digits):
     """Weights differ by its rounding and stay float32; what is measured of the same weights does not differ."""
-    trainers = [training.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
+    trainers = [trainers.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
     images, labels = trainers[0].layout.replicate(digits.train)
     states = [trainer.step(trainer.init(0), images, labels, np.arange(64))[0] for trainer in trainers]
     before = trainers[0].init(0).params["dense1"]["kernel"]
@@ -231,8 +232,8 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
     state = trainer.init(0)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     whole = trainer.evaluate(variables, digits.test)
-    monkeypatch.setattr(training, "EVAL_BATCH", 50)  # 364 = 7 * 50 + 14
-    parts = training.build(config, digits).evaluate(variables, digits.test)
+    monkeypatch.setattr(trainers, "EVAL_BATCH", 50)  # 364 = 7 * 50 + 14
+    parts = trainers.build(config, digits).evaluate(variables, digits.test)
     assert whole["accuracy"] == parts["accuracy"]
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-5)
 
@@ -261,4 +262,4 @@ def test_bad_configurations(options, message):
 
 def test_batch_larger_than_the_data(digits):
     with pytest.raises(ValueError, match=r"`batch_size` must be at most the 256 training images; got 300"):
-        training.build(short(batch_size=300), digits)
+        trainers.build(short(batch_size=300), digits)
