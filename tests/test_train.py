@@ -211,17 +211,17 @@ def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
 
 def test_bfloat16_is_for_the_step_alone(digits):
     """Weights differ by its rounding and stay float32; what is measured of the same weights does not differ."""
-    trainers = [trainers.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
-    images, labels = trainers[0].layout.replicate(digits.train)
-    states = [trainer.step(trainer.init(0), images, labels, np.arange(64))[0] for trainer in trainers]
-    before = trainers[0].init(0).params["dense1"]["kernel"]
+    built = [trainers.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
+    images, labels = built[0].layout.replicate(digits.train)
+    states = [trainer.step(trainer.init(0), images, labels, np.arange(64))[0] for trainer in built]
+    before = built[0].init(0).params["dense1"]["kernel"]
     moves = [np.asarray(state.params["dense1"]["kernel"] - before) for state in states]
     assert {x.dtype for x in jax.tree.leaves(states[1].params)} == {np.dtype("float32")}
     assert 1e-4 < np.linalg.norm(moves[1] - moves[0]) / np.linalg.norm(moves[0]) < 0.1
     variables = {"params": states[0].params, "batch_stats": {}}
-    assert trainers[0].evaluate(variables, digits.test) == trainers[1].evaluate(variables, digits.test)
+    assert built[0].evaluate(variables, digits.test) == built[1].evaluate(variables, digits.test)
     products = []
-    for trainer in trainers:
+    for trainer in built:
         matvec, example = trainer.hessian(variables, digits.train)
         products.append(matvec(example))
     chex.assert_trees_all_equal(*products)
