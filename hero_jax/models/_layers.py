@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,6 +21,44 @@ def conv(dtype: jnp.dtype | None) -> partial[nn.Conv]:
 def batch_norm(train: bool, dtype: jnp.dtype | None, axis_name: str | None) -> partial[nn.BatchNorm]:
     """Returns `nn.BatchNorm` by the statistics of the batch (`train=True`) or the running ones, with momentum 0.9."""
     return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype, axis_name=axis_name)
+
+
+class Block(nn.Module):
+    """What the blocks of residual networks have in common: a width, a stride, and how they compute.
+
+    `dtype` and `axis_name` are those of `CifarResNet`.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: jnp.dtype | None = None
+    axis_name: str | None = None
+
+    def layers(self, train: bool) -> tuple[partial[nn.Conv], partial[nn.BatchNorm]]:
+        """Returns `conv` and `batch_norm` for this block."""
+        return conv(self.dtype), batch_norm(train, self.dtype, self.axis_name)
+
+
+def stages(
+    make_block: Callable[..., nn.Module],
+    widths: Sequence[int],
+    depths: Sequence[int],
+    x: jax.Array,
+    *,
+    train: bool,
+    dtype: jnp.dtype | None,
+    axis_name: str | None,
+) -> jax.Array:
+    """Returns x after `depths[i]` blocks of `widths[i]` for each stage i; all but the first begin with stride 2.
+
+    To be called in the network, whose layers `stage1_block1`, `stage1_block2`, ... they become.
+    """
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for block in range(depth):
+            stride = 2 if stage > 0 and block == 0 else 1
+            name = f"stage{stage + 1}_block{block + 1}"
+            x = make_block(width, stride, dtype, axis_name, name=name)(x, train=train)
+    return x
 
 
 def shortcut(

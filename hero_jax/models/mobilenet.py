@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ _STAGES = (
 )
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(_layers.Block):
     """`f(x) + shortcut(x)`, or f(x) where the stride is not 1.
 
     f is a 1x1 convolution to `expansion` times the channels of x, a 3x3 depthwise one with the stride and a linear 1x1
@@ -31,16 +32,11 @@ class InvertedResidual(nn.Module):
     with BatchNorm where the number of channels changes.
     """
 
-    expansion: int
-    width: int
-    stride: int = 1
-    dtype: jnp.dtype | None = None
-    axis_name: str | None = None
+    expansion: int = 6
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = _layers.conv(self.dtype)
-        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
+        conv, norm = self.layers(train)
         hidden = self.expansion * x.shape[-1]
 
         y = nn.relu(norm(name="bn1")(conv(hidden, (1, 1), name="conv1")(x)))
@@ -92,7 +88,8 @@ class MobileNetV2(nn.Module):
             for block in range(blocks):
                 stride = first_stride if block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
-                x = InvertedResidual(expansion, width, stride, self.dtype, self.axis_name, name=name)(x, train=train)
+                make_block = partial(InvertedResidual, expansion=expansion, name=name)
+                x = make_block(width, stride, self.dtype, self.axis_name)(x, train=train)
         x = nn.relu(norm(name="bn2")(conv(1280, (1, 1), name="conv2")(x)))
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)

@@ -12,21 +12,15 @@ from flax import linen as nn
 from hero_jax.models import _layers
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(_layers.Block):
     """`relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`, both convolutions 3x3.
 
     The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
     """
 
-    width: int
-    stride: int = 1
-    dtype: jnp.dtype | None = None
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = _layers.conv(self.dtype)
-        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
+        conv, norm = self.layers(train)
 
         y = conv(self.width, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
@@ -35,21 +29,15 @@ class ResidualBlock(nn.Module):
         return nn.relu(_layers.shortcut(x, y, conv, norm, self.stride) + y)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(_layers.Block):
     """`relu(f(x) + shortcut(x))`, f the convolutions 1x1, 3x3 (with the stride) and 1x1, the last to `4 * width`.
 
     BatchNorm follows each, and a relu the first two. The shortcut is that of `ResidualBlock`.
     """
 
-    width: int
-    stride: int = 1
-    dtype: jnp.dtype | None = None
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = _layers.conv(self.dtype)
-        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
+        conv, norm = self.layers(train)
 
         y = nn.relu(norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
         y = conv(self.width, (3, 3), self.stride, padding=1, name="conv2")(y)
@@ -79,11 +67,9 @@ class CifarResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = _layers.conv(self.dtype)(16, (3, 3), padding=1, name="conv")(x)
         x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
-        for stage, width in enumerate((16, 32, 64)):
-            for block in range(self.blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = ResidualBlock(width, stride, self.dtype, self.axis_name, name=name)(x, train=train)
+        x = _layers.stages(
+            ResidualBlock, (16, 32, 64), 3 * (self.blocks,), x, train=train, dtype=self.dtype, axis_name=self.axis_name
+        )
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
@@ -131,11 +117,8 @@ class ImageNetResNet(nn.Module):
         x = _layers.conv(self.dtype)(64, (7, 7), 2, padding=3, name="conv")(x)
         x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
-        for stage, blocks in enumerate(self.blocks):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = make_block(64 * 2**stage, stride, self.dtype, self.axis_name, name=name)(x, train=train)
+        widths = [64 * 2**stage for stage in range(len(self.blocks))]
+        x = _layers.stages(make_block, widths, self.blocks, x, train=train, dtype=self.dtype, axis_name=self.axis_name)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 

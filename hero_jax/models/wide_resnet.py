@@ -11,21 +11,15 @@ from flax import linen as nn
 from hero_jax.models import _layers
 
 
-class PreActivationBlock(nn.Module):
+class PreActivationBlock(_layers.Block):
     """`conv(relu(bn(conv(a)))) + shortcut` with a = relu(bn(x)), both convolutions 3x3.
 
     The shortcut is x, or a 1x1 convolution of a, without BatchNorm, where the shape changes.
     """
 
-    width: int
-    stride: int = 1
-    dtype: jnp.dtype | None = None
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = _layers.conv(self.dtype)
-        norm = _layers.batch_norm(train, self.dtype, self.axis_name)
+        conv, norm = self.layers(train)
 
         a = nn.relu(norm(name="bn1")(x))
         y = conv(self.width, (3, 3), self.stride, padding=1, name="conv1")(a)
@@ -58,11 +52,10 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = _layers.conv(self.dtype)(16, (3, 3), padding=1, name="conv")(x)
-        for stage, width in enumerate((16 * self.factor, 32 * self.factor, 64 * self.factor)):
-            for block in range(self.blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = PreActivationBlock(width, stride, self.dtype, self.axis_name, name=name)(x, train=train)
+        widths = [width * self.factor for width in (16, 32, 64)]
+        x = _layers.stages(
+            PreActivationBlock, widths, 3 * (self.blocks,), x, train=train, dtype=self.dtype, axis_name=self.axis_name
+        )
         x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
