@@ -186,9 +186,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" running BatchNorm statistics, to a relative residual of {arguments.rtol:g}; compilation apart."
         + ("" if reason is None else f" The PyTorch tools were left out: {reason}.")
     )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(arguments.out, record)
+    runs.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.step_cost import gradient_function
 from experiments import cli, data, runs
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
-from hero_jax import _check, _tree, curvature, models, penalty, perturbation
+from hero_jax import _check, _tree, models, penalty, perturbation
 
 PyTree = Any
 Quantities = dict[str, PyTree]
@@ -69,8 +69,8 @@ class Arguments:
 def averaged_product(grad_fn: Callable[[PyTree], PyTree], perturbed: PyTree, d: PyTree) -> PyTree:
     """H(w*) D d, as the penalty "detached" of `hero` computes it."""
     diagonal = penalty.selection(_tree.kernels(d), d, "mean")
-    along, scale = _tree.peak_scaled(jax.tree.map(lambda c, x: c * x, diagonal, d))
-    return _tree.scale(scale, curvature.grad_product(grad_fn, perturbed, along))
+    scaled = jax.tree.map(lambda c, x: c * x, diagonal, d)
+    return penalty.scaled_product(grad_fn, lambda product: product, perturbed, scaled)
 
 
 class Computation:
@@ -218,9 +218,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" error and cosine against float32, error of float32 against float64, size in norms of g; mean ± standard"
         f" deviation over {arguments.batches} batches. {device['kind']}; jax {versions['jax']}."
     )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(arguments.out, record)
+    runs.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

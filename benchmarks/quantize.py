@@ -163,10 +163,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" precision, {spec.name}; warm: medians of {arguments.repeats} in turn. Sweeps contain the evaluations, whose"
         " compilation is that of the classifier's line."
     )
-    if arguments.out is not None:
-        record = {"arguments": runs.to_json(arguments), "environment": runs.environment(), "seconds": measured}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(arguments.out, record)
+    record = {"arguments": runs.to_json(arguments), "environment": runs.environment(), "seconds": measured}
+    runs.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rich.table import Table
 import hero_jax
 from benchmarks import peers
 from experiments import cli, runs
+from experiments.config import DTYPES
 from hero_jax import _check, models, penalty
 
 PyTree = Any
@@ -102,7 +103,7 @@ class Arguments:
         _check.one_of("model", self.model, models.MODELS)
         for name in self.methods:
             _check.one_of("methods", name, METHODS)
-        _check.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _check.one_of("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "image_size"):
             _check.integer(name, getattr(self, name), low=1)
         _check.integer("repeats", self.repeats, low=2)
@@ -346,9 +347,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" quartiles of {arguments.repeats} interleaved repeats, in milliseconds; flops in SGD steps and temporary MiB"
         f" as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python {versions['python']}.{notes}"
     )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(arguments.out, record)
+    runs.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -180,9 +180,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" {device['count']}{simulated}, {environment['machine']['cores']} cores; jax"
         f" {environment['versions']['jax']}, python {environment['versions']['python']}."
     )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(arguments.out, {"arguments": runs.to_json(arguments), "environment": environment, "rows": rows})
+    record = {"arguments": runs.to_json(arguments), "environment": environment, "rows": rows}
+    runs.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ LABELS = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "grad_l1": "GRAD L1", "her
 METHODS = tuple(LABELS)
 PARALLEL = ("none", "pmap", "jit")
 DTYPES = ("float32", "bfloat16")
+# Fields that say when a run pauses or asks the host, and nothing about what it computes.
+PACE = ("save_minutes", "max_minutes", "steps_per_call")
 # The hyper-parameters each method has, besides those of SGD.
 TAKES = {
     "sgd": (),
@@ -194,12 +196,12 @@ class TrainConfig:
         """
         has_parts = not self.sync or self.microbatch_size is not None
         layout = set() if has_parts else {"parallel", "devices", "shard_params"}
-        return {"save_minutes", "max_minutes", "steps_per_call", *layout}
+        return {*PACE, *layout}
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""
         sync = self.sync or self.parallel != "none"
-        plain = {name: getattr(TrainConfig, name) for name in ("save_minutes", "max_minutes", "steps_per_call")}
+        plain = {name: getattr(TrainConfig, name) for name in PACE}
         return dataclasses.replace(self, parallel="none", devices=None, shard_params=False, sync=sync, **plain)
 
     def default_folder(self) -> Path:

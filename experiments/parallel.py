@@ -138,14 +138,10 @@ class _Many(One):
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
 
     def replicate(self, tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._replicated, x.__getitem__), tree)
+        return jax.tree.map(lambda x: _laid_out(x, self._replicated), tree)
 
     def to_devices(self, state: TrainState) -> TrainState:
-        return jax.tree.map(
-            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-            state,
-            self.shardings(state),
-        )
+        return jax.tree.map(_laid_out, state, self.shardings(state))
 
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of the state."""
@@ -201,8 +197,7 @@ class Mesh(_Many):
 
         def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
             by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * (indices.ndim - 1), AXIS))
-            rows = jax.make_array_from_callback(indices.shape, by_rows, indices.__getitem__)
-            return compiled(state, images, labels, rows)
+            return compiled(state, images, labels, _laid_out(indices, by_rows))
 
         return run
 
@@ -239,6 +234,11 @@ class Mesh(_Many):
 
 def _same(x: jax.Array) -> jax.Array:
     return x
+
+
+def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on their devices; each brings what its own devices hold."""
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def _parts(indices: np.ndarray, num_parts: int) -> np.ndarray:

@@ -52,8 +52,9 @@ def quantization(
     panels = figure.subplots(rows * len(specs), columns, sharey=True, squeeze=False)
     # A method keeps its colour and marker; what is not a method takes a pair that nothing else here has.
     styles = {LABELS[method]: (COLORS[method], MARKERS[method]) for method in METHODS}
-    pairs = itertools.cycle(itertools.product("P*Xh", ("#CC79A7", "#999999", "#E69F00", *COLORS.values())))
-    styles |= {name: pair[::-1] for name, pair in zip([n for n in networks if n not in styles], pairs, strict=False)}
+    colors = ("#CC79A7", "#999999", "#E69F00", *COLORS.values())
+    pairs = itertools.cycle((color, marker) for marker in "P*Xh" for color in colors)
+    styles |= {name: next(pairs) for name in networks if name not in styles}
     for axes in panels.flat:
         axes.set_visible(False)
     for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):

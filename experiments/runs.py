@@ -319,6 +319,13 @@ def write_json(path: Path, value: Any) -> None:
     _write(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Writes what a benchmark found, and the folder it goes to, where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:

@@ -90,9 +90,8 @@ def detached(
     perturbed_grads = mean(grad_fn(point.perturbed))
     d = _tree.subtract(perturbed_grads, point.grads)
     scaled = _times(diagonal, d)
-    along, peak = _tree.peak_scaled(scaled)
-    product = mean(curvature.grad_product(part_fn, point.perturbed, along))
-    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
+    product = scaled_product(part_fn, mean, point.perturbed, scaled)
+    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2.0, product))
 
 
 def difference(
@@ -157,6 +156,12 @@ def gradient_l1(
 
 
 PENALTIES = {"detached": detached, "difference": difference, "hvp": hvp, "eigenvalue": eigenvalue}
+
+
+def scaled_product(part_fn: GradFn, mean: Mean, params: PyTree, vector: PyTree) -> PyTree:
+    """H(w) u, averaged, wide: taken along u over its largest entry, and scaled back."""
+    along, peak = _tree.peak_scaled(vector)
+    return _tree.scale(peak, mean(curvature.grad_product(part_fn, params, along)))
 
 
 def _times(diagonal: PyTree, tree: PyTree) -> PyTree:
