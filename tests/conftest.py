@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, set before jax is imported, and float64 on request."""
+"""Eight simulated CPU devices, set before jax is imported, float64 on request, and an end to what is compiled."""
 
 import os
 
@@ -14,3 +14,10 @@ def x64():
     """float64 for one test: exactness is tested there."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Drops what a module compiled: each program takes memory maps, and a process that has 65,530 of them crashes."""
+    yield
+    jax.clear_caches()

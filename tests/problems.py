@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import data
+
 
 def random_like(key, tree):
     """Standard normal tree with the shapes and types of `tree`."""
@@ -12,6 +14,18 @@ def random_like(key, tree):
     return structure.unflatten(
         [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
     )
+
+
+def random_images(size):
+    """A data set of random images (size, 8, 8, 3), which are cropped and flipped, for training and for testing."""
+    rng = np.random.default_rng(0)
+    split = data.Split(rng.integers(0, 256, (size, 8, 8, 3), np.uint8), np.arange(size, dtype=np.int32) % 10)
+    return data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+
+
+def last_step(run):
+    """The step of the last checkpoint in a run folder, -1 where there is none."""
+    return max((int(p.name) for p in run.glob("checkpoint/*") if p.name.isdigit()), default=-1)
 
 
 def convnet_params(dtype=jnp.float64):

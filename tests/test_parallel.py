@@ -52,9 +52,7 @@ def dataset(problem):
     """64 images: of digits, or random ones in color that are cropped and flipped."""
     if problem == "mlp":
         return data.subset(data.load("digits"), 64, 0)
-    rng = np.random.default_rng(0)
-    split = data.Split(rng.integers(0, 256, (64, 8, 8, 3), np.uint8), np.arange(64, dtype=np.int32) % 10)
-    return data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+    return problems.random_images(64)
 
 
 def config(problem, method, **options):
@@ -236,7 +234,7 @@ class TestTwoProcesses:
         options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0.001", "--out", str(out)]
 
         def kill_one(processes):
-            wait_for(lambda: last_step(out) > 0)
+            wait_for(lambda: problems.last_step(out) > 0)
             processes[1].kill()
 
         outputs = run_two([sys.executable, "-c", code, *options], process_flags, kill_one)
@@ -245,10 +243,28 @@ class TestTwoProcesses:
         # What is left continues on one device.
         stopped = dataclasses.replace(TrainConfig(**json.loads((out / "config.json").read_text())), parallel="none")
         with runs.RunFolder(out, stopped, stopped.may_differ()) as folder:
-            before = last_step(out)
+            before = problems.last_step(out)
             last = dataclasses.replace(stopped, max_minutes=1e-9)
             training.train(last, data.load("digits"), folder)
-            assert last_step(out) == before + 1
+            assert problems.last_step(out) == before + 1
+
+    def test_the_other_waits_for_a_slow_last_checkpoint(self, tmp_path):
+        code = """
+import time
+from experiments import cli, parallel, runs, train
+save, parallel.SHUTDOWN_TIMEOUT = runs.RunFolder.save, 3
+def slow_save(*arguments):
+    time.sleep(10)
+    save(*arguments)
+runs.RunFolder.save = slow_save
+cli.run(train.main)
+"""
+        out = tmp_path / "run"
+        options = ["--epochs", "1", "--train-size", "64", "--parallel", "pmap", "--out", str(out)]
+        outputs = run_two([sys.executable, "-c", code, *options], process_flags)
+        assert [code for code, _ in outputs] == [0, 0], outputs
+        assert json.loads((out / "status.json").read_text())["status"] == "done"
+        assert problems.last_step(out) == 1
 
     def test_a_signal_to_one_ends_both_with_a_checkpoint(self, tmp_path):
         out = tmp_path / "run"
@@ -256,7 +272,7 @@ class TestTwoProcesses:
         options = ["--save-minutes", "0.001", "--out", str(out)]
 
         def end_one(processes):
-            wait_for(lambda: last_step(out) > 0)
+            wait_for(lambda: problems.last_step(out) > 0)
             processes[1].send_signal(signal.SIGTERM)
 
         outputs = run_two([*command, *options], process_flags, end_one)
@@ -272,7 +288,7 @@ class TestTwoProcesses:
         trainer = trainers.build(begun, images)
         with runs.RunFolder(out, begun, begun.may_differ()) as folder:
             training.train(begun, images, folder, trainer=trainer)
-        assert last_step(out) == 1
+        assert problems.last_step(out) == 1
         whole = training.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
         command = [sys.executable, "-m", "experiments.train", *options, "--parallel", "pmap", "--out", str(out)]
         outputs = run_two(command, process_flags)
@@ -305,10 +321,6 @@ def start(command, devices):
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
-def last_step(out):
-    return max((int(p.name) for p in out.glob("checkpoint/*") if p.name.isdigit()), default=-1)
 
 
 def wait_for(condition):

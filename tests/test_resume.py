@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, data, parallel, runs
+from experiments import cli, parallel, runs
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
@@ -27,9 +27,7 @@ COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-
 @pytest.fixture(scope="module")
 def images():
     """16 random images in color, which are cropped and flipped."""
-    rng = np.random.default_rng(0)
-    split = data.Split(rng.integers(0, 256, (16, 8, 8, 3), np.uint8), np.arange(16, dtype=np.int32) % 10)
-    return data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+    return problems.random_images(16)
 
 
 def build(config, images):
@@ -165,12 +163,12 @@ class TestBitForBit:
             out = tmp_path / name
             for i in range(kills):
                 process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-                begun = last_step(out)
-                while process.poll() is None and last_step(out) < begun + 2 + 3 * i:
+                begun = problems.last_step(out)
+                while process.poll() is None and problems.last_step(out) < begun + 2 + 3 * i:
                     time.sleep(0.01)
                 process.kill()
                 process.wait()
-                ends.append(last_step(out))
+                ends.append(problems.last_step(out))
             found = subprocess.run([*command, str(out)], capture_output=True, text=True)
             assert found.returncode == 0, found.stderr
         assert sorted(set(ends)) == ends, ends
@@ -190,10 +188,6 @@ class TestBitForBit:
         for path, time_ns in before.items():
             if path.relative_to(whole[0]).parts[0] in same:
                 assert path.stat().st_mtime_ns == time_ns
-
-
-def last_step(out):
-    return max((int(p.name) for p in out.glob("checkpoint/*") if p.name.isdigit()), default=-1)
 
 
 @pytest.mark.parametrize("layouts", [("none", "pmap", "sharded"), ("sharded", "jit", "none")])
@@ -259,7 +253,7 @@ class TestDamage:
             damage(begun / "checkpoint" / step, "cut")
         with pytest.raises(cli.Failed, match=r"No checkpoint in .* can be read \(the last is that of step 2: "):
             part(config, images, begun, trainer)
-        assert last_step(begun) == 2
+        assert problems.last_step(begun) == 2
         assert status(begun) == "failed"
 
     def test_full_disk(self, config, images, trainer, tmp_path):
@@ -279,7 +273,7 @@ class TestDamage:
         assert found.returncode == 1, found.stderr
         # asyncio may still log what else failed after that.
         assert any(line.startswith(f"stopped: {out} could not be written (") for line in found.stderr.splitlines())
-        assert last_step(out) == 4
+        assert problems.last_step(out) == 4
         assert status(out) == "failed"
         found = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
