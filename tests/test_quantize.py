@@ -19,6 +19,7 @@ from hero_jax.quantize import (
     fake_quantize,
     named,
     quantize,
+    rounding_noise,
 )
 
 SPECS = [
@@ -509,6 +510,46 @@ class TestStraightThrough:
         gradient = jax.grad(total)(params)
         assert gradient["kernel"].dtype == jnp.bfloat16
         np.testing.assert_array_equal(gradient["bias"], 1)
+
+
+class TestRoundingNoise:
+    @pytest.mark.parametrize("spec", kinds(("max", "percentile")), ids=name_of)
+    def test_is_uniform_over_a_bin_of_the_grid(self, x64, spec):
+        w = weights((8, 4), dtype=jnp.float64)
+        keys = jax.random.split(jax.random.key(0), 2000)
+        u = jax.vmap(lambda key: rounding_noise(key, w, 3, spec))(keys) / scales_of(quantize(w, 3, spec))[0]
+        assert u.min() > -0.5 - 1e-6  # the scale is float32
+        assert u.max() < 0.5 + 1e-6
+        n = u.size
+        assert abs(u.mean()) < 4 / np.sqrt(12 * n)
+        # The variance of u^2 is 1/80 - 1/144.
+        np.testing.assert_allclose((u**2).mean(), 1 / 12, atol=4 * np.sqrt((1 / 80 - 1 / 144) / n))
+        correlation = np.corrcoef(u.reshape(2000, -1).T) - np.eye(w.size)
+        assert np.abs(correlation).max() < 5 / np.sqrt(2000)
+
+    def test_more_bits_less_noise_of_the_same_draw(self):
+        w, key = weights(), jax.random.key(1)
+        u = [rounding_noise(key, w, bits) for bits in (2, 3)]
+        np.testing.assert_allclose(u[0], 3 * u[1], rtol=1e-6)
+        assert not np.allclose(u[0], rounding_noise(jax.random.key(2), w, 2))
+
+    def test_leaves_that_are_not_rounded_get_none(self):
+        params = {"a": weights(), "b": weights(seed=1), "bias": jnp.ones(3, jnp.bfloat16)}
+        u = rounding_noise(jax.random.key(0), params, 4, mask={"a": False, "b": True, "bias": False})
+        assert {name: bool(jnp.any(x != 0)) for name, x in u.items()} == {"a": False, "b": True, "bias": False}
+        assert u["bias"].dtype == jnp.bfloat16
+        # Leaves of one shape have draws of their own.
+        u = rounding_noise(jax.random.key(0), {"a": params["a"], "b": params["a"]}, 4)
+        assert not np.allclose(u["a"], u["b"])
+
+    def test_traced_bits_under_jit(self):
+        w, key = weights(), jax.random.key(0)
+        compiled = jax.jit(lambda bits: rounding_noise(key, w, bits))(4)
+        np.testing.assert_allclose(compiled, rounding_noise(key, w, 4), rtol=1e-6)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"`rounding_noise\(bits=...\).*1"):
+            rounding_noise(jax.random.key(0), weights(), 1)
 
 
 class TestLeaves:

@@ -1,7 +1,7 @@
 """Post-training quantization of weights: simulated, as integers, evaluated, tied to curvature, and on disk.
 
 spec         QuantSpec, named, PRESETS: what decides a quantized weight
-weights      fake_quantize, quantize, dequantize
+weights      fake_quantize, quantize, dequantize, rounding_noise
 evaluate     quantize_and_evaluate, classifier, aggregate
 rounding     optimized, quantized: up or down, whichever changes a layer's outputs least
 linen        activations, BatchNorm folding and re-estimation, bias correction (needs flax; import it by name)
@@ -23,7 +23,7 @@ from hero_jax.quantize.spec import (
     QuantSpec,
     named,
 )
-from hero_jax.quantize.weights import QuantizedArray, dequantize, fake_quantize, quantize
+from hero_jax.quantize.weights import QuantizedArray, dequantize, fake_quantize, quantize, rounding_noise
 
 __all__ = [
     "GRANULARITIES",
@@ -48,6 +48,7 @@ __all__ = [
     "quantize",
     "quantize_and_evaluate",
     "rounding",
+    "rounding_noise",
     "save",
     "sensitivity",
     "to_qwix",
