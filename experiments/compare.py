@@ -10,16 +10,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import tyro
 
-from experiments import cli, data, plots, progress, runs, tables
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import cli, data, plots, progress, runs, sweep, tables
 from experiments.config import LABELS, METHODS, TrainConfig
-from hero_jax import _check, quantize, spectrum
+from hero_jax import _check, quantize
 
-PyTree = Any
+# Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
+MAY_DIFFER = ("seeds", "methods", "bits", "spec", "curvature_size", "curvature_products")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +25,8 @@ class CompareConfig:
     """What to compare. Everything else of a run is the preset of its data set and method."""
 
     dataset: str = "digits"
-    """digits (embedded) or cifar10 (prepared for tensorflow-datasets)."""
-    methods: tuple[str, ...] = METHODS
+    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
+    methods: tuple[str, ...] = ("sgd", "sam", "asam", "grad_l1", "hero")
     """Methods, in the order of the table."""
     seeds: int = 10
     """Runs of each method, with seeds 0, 1, ..."""
@@ -39,7 +37,11 @@ class CompareConfig:
     train_size: int | None = None
     """Train on this many images; default all."""
     validation_size: int = 0
-    """Hold this many training images out and evaluate on them in place of the test set."""
+    """Hold this many training images out, and evaluate on them too."""
+    label_noise: float = 0.0
+    """Share of the training images whose label is altered; every evaluation is on clean labels."""
+    label_noise_kind: str = "symmetric"
+    """symmetric, uniform or asymmetric: see docs/data.md."""
     bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
     """Bit widths of the weights."""
     spec: str = "channel-narrow"
@@ -54,18 +56,15 @@ class CompareConfig:
             raise ValueError("`methods` must name at least one method; got none.")
         for method in self.methods:
             _check.one_of("methods", method, METHODS)
-        for name in ("seeds", "curvature_size", "curvature_products"):
-            if getattr(self, name) is not None:
-                _check.integer(name, getattr(self, name), low=1)
-        for width in self.bits:
-            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        _check.integer("seeds", self.seeds, low=1)
         quantize.named(self.spec)
         self.run("sgd", 0)
+        _ = self.measuring
 
     @property
-    def curvature_images(self) -> int:
-        """`curvature_size`, or its default: all of digits, and of cifar10 what a product takes seconds for on a CPU."""
-        return self.curvature_size or {"digits": 1433, "cifar10": 500}[self.dataset]
+    def measuring(self) -> sweep.Measuring:
+        """What is measured of each run."""
+        return sweep.Measuring((self.spec,), self.bits, self.curvature_size, self.curvature_products)
 
     def run(self, method: str, seed: int) -> TrainConfig:
         """The resolved configuration of one run."""
@@ -77,6 +76,8 @@ class CompareConfig:
             seed=seed,
             train_size=self.train_size,
             validation_size=self.validation_size,
+            label_noise=self.label_noise,
+            label_noise_kind=self.label_noise_kind,
         ).resolved()
 
 
@@ -92,48 +93,20 @@ class Measured(NamedTuple):
 
 
 def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: Any) -> list[Measured]:
-    """Trains, quantizes and measures every method and seed; each run leaves its folder under `out`/runs."""
-    total = display.add_task("all runs", total=len(config.methods) * config.seeds, figures="")
-    results = []
-    for method in config.methods:
-        trainer = trainers.build(config.run(method, 0), dataset)
-        for seed in range(config.seeds):
-            run = config.run(method, seed)
-            assert run.epochs is not None
-            report = progress.epochs(display, f"{LABELS[method]}, seed {seed}", run.epochs)
-            with runs.RunFolder(out / "runs" / f"{method}-s{seed}", run) as folder:
-                trained = training.train(run, dataset, folder, report, trainer)
-            results.append(measure(config, run, trainer, trained.variables, dataset))
-            display.update(total, advance=1)
-    return results
-
-
-def measure(
-    config: CompareConfig, run: TrainConfig, trainer: trainers.Trainer, variables: PyTree, dataset: data.Dataset
-) -> Measured:
-    """Accuracy at every bit width, and the eigenvalue of largest magnitude of the Hessian of the mean training loss.
-
-    BatchNorm uses its running statistics in both; the loss is the mean cross-entropy of the first `curvature_images`
-    training images, without weight decay or augmentation.
-    """
-    params, batch_stats = variables["params"], variables["batch_stats"]
-
-    def eval_fn(params: PyTree) -> dict[str, float]:
-        return trainer.evaluate({"params": params, "batch_stats": batch_stats}, dataset.test)
-
-    rows = quantize.quantize_and_evaluate(eval_fn, params, config.bits, quantize.named(config.spec))
-    images = data.Split(*(x[: config.curvature_images] for x in dataset.train))
-    matvec, example = trainer.hessian(variables, images)
-    products = config.curvature_products
-    result = spectrum.top_eigenpairs(matvec, example, jax.random.key(0), k=1, max_matvecs=products)
-    return Measured(
-        method=run.method,
-        seed=run.seed,
-        accuracy={None if row.bits is None else int(row.bits): 100 * row.metrics["accuracy"] for row in rows},
-        eigenvalue=float(result.eigenvalues[0]),
-        eigenvalue_residual=float(result.residuals[0]),
-        eigenvalue_converged=bool(result.converged[0]),
-    )
+    """Trains, quantizes and measures every method and seed, or what is left of them, in folders under `out`/runs."""
+    configs = {method: config.run(method, 0) for method in config.methods}
+    return [
+        Measured(
+            method=run.name,
+            seed=run.config.seed,
+            accuracy={
+                None if bits == "full" else int(bits): accuracy
+                for bits, accuracy in run.measured["quantized"][config.spec].items()
+            },
+            **{name: run.measured["curvature"][name] for name in Measured._fields if name.startswith("eigenvalue")},
+        )
+        for run in sweep.run_all(configs, range(config.seeds), dataset, out, display, config.measuring)
+    ]
 
 
 class Row(NamedTuple):
@@ -180,12 +153,13 @@ def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     """What the numbers are, in words: nothing in the table means anything without it."""
     spread = f"mean and standard deviation over {config.seeds} seeds" if config.seeds > 1 else "one seed"
-    run, where = config.run("sgd", 0), "validation" if config.validation_size else "test"
-    trained, tested = len(dataset.train.labels), len(dataset.test.labels)
-    measured = min(config.curvature_images, trained)
+    run = config.run("sgd", 0)
+    trained = config.train_size or dataset.train.size - config.validation_size
+    measured = min(config.measuring.curvature_images(config.dataset), trained)
+    noise = f", {config.label_noise:.0%} {config.label_noise_kind} noise" if config.label_noise else ""
     return (
-        f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images, last epoch: accuracy in percent on"
-        f" {tested:,} {where} images, {spread}. Bits: weights rounded after training,"
+        f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images{noise}, last epoch: accuracy in"
+        f" percent on {dataset.test.size:,} test images, {spread}. Bits: weights rounded after training,"
         f" grid {config.spec}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."
@@ -201,16 +175,18 @@ def main(
 
     Args:
         config: The comparison.
-        out: Folder for everything, new or empty; default runs/compare-DATASET.
+        out: Folder for everything: new, empty, or that of the same comparison, which is continued, with other seeds,
+            methods or measurements if you like; default runs/compare-DATASET.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
     out = out or Path("runs") / f"compare-{config.dataset}"
-    runs.claim(out)
+    runs.claim_same(out, runs.to_json(config), may_differ=MAY_DIFFER)
     started = time.monotonic()
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-        dataset = data.subset(dataset, config.train_size, config.validation_size)
         results = compare(config, dataset, out, display)
+    if not results:
+        raise cli.Failed(f"Every run diverged; {out} has the messages.")
     rows = summarize(results)
     header, lines = cells(rows)
     text = caption(config, dataset)
@@ -223,8 +199,9 @@ def main(
     (out / "table.md").write_text(f"{tables.markdown(header, lines)}\n{text}\n")
     plots.accuracy_over_bits(rows, config.spec, out / "bits.png")
     plots.eigenvalues(results, out / "eigenvalues.png")
+    folders = {row.method: [r.seed for r in results if r.method == row.method] for row in rows}
     plots.training(
-        {m: [out / "runs" / f"{m}-s{s}" for s in range(config.seeds)] for m in config.methods}, out / "training.png"
+        {m: [out / "runs" / f"{m}-s{s}" for s in seeds] for m, seeds in folders.items()}, out / "training.png"
     )
     cli.console.print(tables.terminal(header, lines))
     cli.console.print(text)

@@ -1,71 +1,49 @@
-"""What a run is: one frozen dataclass, with presets for each data set and method."""
+"""What a run is: one frozen dataclass; what is left out of it is filled in from `presets`."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from experiments import data
-from hero_jax import _check, models, penalty
+from experiments import data, presets
+from hero_jax import _check, models, penalty, perturbation, quantize
 
-LABELS = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "grad_l1": "GRAD L1", "hero": "HERO"}
+LABELS = {
+    "sgd": "SGD",
+    "noise": "Weight noise",
+    "ema": "EMA",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "grad_l1": "GRAD L1",
+    "hero": "HERO",
+}
 METHODS = tuple(LABELS)
 PARALLEL = ("none", "pmap", "jit")
 DTYPES = ("float32", "bfloat16")
 # Fields that say when a run pauses or asks the host, and nothing about what it computes.
 PACE = ("save_minutes", "max_minutes", "steps_per_call")
 # The hyper-parameters each method has, besides those of SGD.
+_OF_ASCENT = ("rho", "scope", "noise_bits")
+_OF_PENALTY = ("gamma", "gamma_warmup", "interval", "penalty_batch_size")
 TAKES = {
     "sgd": (),
-    "sam": ("rho",),
-    "asam": ("rho",),
-    "grad_l1": ("gamma", "gamma_warmup", "interval", "penalty_batch_size"),
-    "hero": ("rho", "gamma", "gamma_warmup", "penalty", "interval", "penalty_batch_size"),
-}
-
-# digits: rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set;
-# HERO's rho is that of ASAM, so that the two rows differ by the penalty alone.
-# cifar10: the one recipe that the authors publish (ResNet20, 200 epochs, rho 0.5, gamma 5, no penalty in epoch 0). The
-# rho of SAM is that of Foret et al. for CIFAR-10; the gamma of GRAD L1 is a starting point that nobody has tuned here.
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "model": "mlp",
-        "epochs": 60,
-        "batch_size": 64,
-        "learning_rate": 0.1,
-        "weight_decay": 5e-4,
-        "methods": {
-            "sam": {"rho": 0.1},
-            "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 0.003, "gamma_warmup": 1, "interval": 1},
-            "hero": {"rho": 1.0, "gamma": 100.0, "gamma_warmup": 1, "penalty": "detached", "interval": 1},
-        },
-    },
-    "cifar10": {
-        "model": "resnet20",
-        "epochs": 200,
-        "batch_size": 128,
-        "learning_rate": 0.1,
-        "weight_decay": 5e-4,
-        "methods": {
-            "sam": {"rho": 0.05},
-            "asam": {"rho": 0.5},
-            "grad_l1": {"gamma": 1e-3, "gamma_warmup": 1, "interval": 1},
-            "hero": {"rho": 0.5, "gamma": 5.0, "gamma_warmup": 1, "penalty": "detached", "interval": 1},
-        },
-    },
+    "noise": ("noise_bits",),
+    "ema": ("ema_decay",),
+    "sam": _OF_ASCENT,
+    "asam": _OF_ASCENT,
+    "grad_l1": (*_OF_PENALTY, "noise_bits"),
+    "hero": (*_OF_ASCENT, *_OF_PENALTY, "penalty", "reduction"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. What is left out takes the preset of the data set and method (`experiments/config.py`)."""
+    """One training run. What is left out takes the preset of data set, model and method (`experiments/presets.py`)."""
 
     method: str = "hero"
-    """sgd, sam, asam, grad_l1 or hero."""
+    """sgd, noise (SGD around weights with noise), ema (SGD, averaged weights), sam, asam, grad_l1 or hero."""
     dataset: str = "digits"
-    """digits (embedded) or cifar10 (prepared for tensorflow-datasets)."""
+    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
     model: str | None = None
     """A name in hero_jax.models."""
     epochs: int | None = None
@@ -84,6 +62,15 @@ class TrainConfig:
     """Epochs at the start without the penalty; the perturbed gradient is used from the first step."""
     penalty: str | None = None
     """Penalty of hero: detached, difference, hvp or eigenvalue."""
+    scope: str | None = None
+    """Norm of the perturbation: global (that of the whole tree) or leaf (sam, asam, hero)."""
+    reduction: str | None = None
+    """The penalty of a kernel is the mean over its entries, or their sum (hero)."""
+    noise_bits: int | None = None
+    """Every pass of a step is taken around weights with uniform noise as wide as a bin of the grid channel-narrow of so
+    many bits (noise; sam, asam, grad_l1, hero where given)."""
+    ema_decay: float | None = None
+    """Decay a step of the exponential average of weights and statistics that is evaluated and saved (ema)."""
     interval: int | None = None
     """Every so many steps the penalty is in (grad_l1, hero); the others are without, at their lower cost."""
     penalty_batch_size: int | None = None
@@ -97,7 +84,12 @@ class TrainConfig:
     train_size: int | None = None
     """Train on this many images, a random subset that is the same for every seed; default all."""
     validation_size: int = 0
-    """Hold this many training images out and evaluate on them in place of the test set."""
+    """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
+    label_noise: float = 0.0
+    """Share of the training images whose label is altered; every evaluation is on clean labels."""
+    label_noise_kind: str = "symmetric"
+    """symmetric (uniform over the other classes), uniform (over all, the true one included), or asymmetric (the class
+    that is taken for it, docs/data.md)."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     every: int | None = None
@@ -160,7 +152,17 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _check.non_negative(name, getattr(self, name))
         _check.one_of("dtype", self.dtype, DTYPES)
-        for name in ("rho", "gamma", "gamma_warmup", "penalty", "interval", "penalty_batch_size"):
+        if self.scope is not None:
+            _check.one_of("scope", self.scope, perturbation.SCOPES)
+        if self.reduction is not None:
+            _check.one_of("reduction", self.reduction, penalty.REDUCTIONS)
+        if self.noise_bits is not None:
+            _check.integer("noise_bits", self.noise_bits, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        if self.ema_decay is not None:
+            _check.fraction("ema_decay", self.ema_decay)
+        _check.fraction("label_noise", self.label_noise)
+        _check.one_of("label_noise_kind", self.label_noise_kind, data.LABEL_NOISE)
+        for name in {name for names in TAKES.values() for name in names}:
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
         self._check_layout()
@@ -184,8 +186,7 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """This configuration with every preset filled in."""
-        preset = PRESETS[self.dataset]
-        defaults = {k: v for k, v in preset.items() if k != "methods"} | preset["methods"].get(self.method, {})
+        defaults = presets.of(self.dataset, self.model, self.method, self.penalty, TAKES[self.method])
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 

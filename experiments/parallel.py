@@ -4,7 +4,8 @@ A step is written once, `(state, images, labels, indices) -> (state, loss)`, for
 and so is a call that takes several, whose indices have an axis of steps before that of the batch. A layout says where
 the state, the data set and the batch lie, wraps the step for that, and brings the state to the host and back. The data
 set is copied whole to every device and the rows of a batch are gathered there, so that a step moves indices only; a
-process sends those of its own rows.
+process sends those of its own rows. Where the data set is streamed the step is `(state, images, labels) -> (state,
+loss)` and a process reads and sends the images of its own rows.
 
                    state                           batch                        averages
     One            on one device                   on one device                none
@@ -40,16 +41,21 @@ SHUTDOWN_TIMEOUT = 60
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. `key`, the data of a constant key, makes the augmentation with the step number."""
+    """Everything a step changes.
+
+    averaged: {"params", "batch_stats"}, averages that are evaluated in place of these; empty where there are none.
+    key: the data of a constant key, which makes augmentation and noise with the step number.
+    """
 
     params: PyTree
     batch_stats: PyTree
+    averaged: PyTree
     opt_state: PyTree
     step: jax.Array
     key: jax.Array
 
 
-Step = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
+Step = Callable[..., tuple[TrainState, jax.Array]]
 CompiledStep = Callable[..., tuple[TrainState, jax.Array]]
 
 
@@ -73,12 +79,36 @@ class One:
         """A tree of host arrays on every device of this layout."""
         return jax.tree.map(jax.numpy.asarray, tree)
 
-    def compile(self, step: Step) -> CompiledStep:
+    def compile(self, step: Step, *, streamed: bool = False) -> CompiledStep:
         """The step, or several in one call, compiled for this layout.
 
-        It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses.
+        It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses. With `streamed`,
+        it takes the images and labels of the rows of this process (`local_rows`), from the host.
         """
+        program = self._program(step, (None, 0, 0) if streamed else (None, None, None, 0))
+
+        def run(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
+            if streamed:
+                return program(state, *(self._placed(x, axis=0) for x in arguments))
+            *whole, indices = arguments
+            local = indices[..., self.local_rows(indices.shape[-1])]
+            return program(state, *whole, self._placed(local, axis=indices.ndim - 1))
+
+        return run
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that are on devices of this process."""
+        return slice(0, batch_size)
+
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
+        """The compiled step; of its arguments, those of axis 0 are parts of the batch, made by `_placed`."""
+        del in_axes
         return jax.jit(step, donate_argnums=0)
+
+    def _placed(self, x: np.ndarray, axis: int) -> Any:
+        """The rows of this process, along `axis`, as the program takes them."""
+        del axis
+        return x
 
     def first_row(self, rows: int) -> jax.typing.ArrayLike:
         """Inside the step, where it sees `rows` rows: the number in the global batch of the first of them."""
@@ -113,10 +143,11 @@ class Groups(One):
     def __init__(self, groups: int) -> None:
         self.num_parts = groups
 
-    def compile(self, step: Step) -> CompiledStep:
-        mapped = jax.vmap(step, in_axes=(None, None, None, 0), out_axes=None, axis_name=AXIS)
-        compiled = jax.jit(mapped, donate_argnums=0)
-        return lambda state, images, labels, indices: compiled(state, images, labels, _parts(indices, self.num_parts))
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
+        return jax.jit(jax.vmap(step, in_axes=in_axes, out_axes=None, axis_name=AXIS), donate_argnums=0)
+
+    def _placed(self, x: np.ndarray, axis: int) -> np.ndarray:
+        return _parts(x, self.num_parts, axis)
 
 
 class _Many(One):
@@ -143,6 +174,10 @@ class _Many(One):
     def to_devices(self, state: TrainState) -> TrainState:
         return jax.tree.map(_laid_out, state, self.shardings(state))
 
+    def local_rows(self, batch_size: int) -> slice:
+        rows = batch_size // len(self._devices)
+        return slice(self._local.start * rows, self._local.stop * rows)
+
     def shardings(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of the state."""
         return jax.tree.map(lambda _: self._replicated, state)
@@ -157,21 +192,13 @@ class Pmap(_Many):
         super().__init__(devices)
         self.num_parts = len(self._devices)
 
-    def compile(self, step: Step) -> CompiledStep:
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
         # What every device has a copy of is not mapped, and so has no leading axis outside.
-        compiled = jax.pmap(
-            step,
-            axis_name=AXIS,
-            in_axes=(None, None, None, 0),
-            out_axes=None,
-            donate_argnums=0,
-            devices=self._devices,
-        )
+        options: Any = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": None, "devices": self._devices}
+        return jax.pmap(step, donate_argnums=0, **options)
 
-        def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
-            return compiled(state, images, labels, _parts(indices, self.num_parts)[self._local])
-
-        return run
+    def _placed(self, x: np.ndarray, axis: int) -> np.ndarray:
+        return _parts(x, self._local.stop - self._local.start, axis)
 
 
 class Mesh(_Many):
@@ -188,25 +215,25 @@ class Mesh(_Many):
         super().__init__(devices)
         self._shard_params = shard_params
 
-    def compile(self, step: Step) -> CompiledStep:
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
+        del in_axes
+
         def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
             state, loss = step(*arguments)
             return jax.lax.with_sharding_constraint(state, self.shardings(state)), loss
 
-        compiled = jax.jit(laid_out, donate_argnums=0)
+        return jax.jit(laid_out, donate_argnums=0)
 
-        def run(state: TrainState, images: Any, labels: Any, indices: np.ndarray) -> tuple[TrainState, jax.Array]:
-            by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * (indices.ndim - 1), AXIS))
-            return compiled(state, images, labels, _laid_out(indices, by_rows))
-
-        return run
+    def _placed(self, x: np.ndarray, axis: int) -> jax.Array:
+        by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
+        return jax.make_array_from_process_local_data(by_rows, x)
 
     def shardings(self, state: TrainState) -> TrainState:
         whole = super().shardings(state)
         if not self._shard_params:
             return whole
-        params, opt_state = jax.tree.map(self._along_largest, (state.params, state.opt_state))
-        return whole._replace(params=params, opt_state=opt_state)
+        split = {name: getattr(state, name) for name in ("params", "averaged", "opt_state")}
+        return whole._replace(**jax.tree.map(self._along_largest, split))
 
     def whole(self, params: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(params, self._replicated) if self._shard_params else params
@@ -241,9 +268,9 @@ def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-def _parts(indices: np.ndarray, num_parts: int) -> np.ndarray:
-    """Indices (..., batch) as those of each part: (parts, ..., batch / parts)."""
-    return np.moveaxis(indices.reshape(*indices.shape[:-1], num_parts, -1), -2, 0)
+def _parts(x: np.ndarray, num_parts: int, axis: int) -> np.ndarray:
+    """(..., rows, ...) with the rows along `axis`, as those of each part: (parts, ..., rows / parts, ...)."""
+    return np.moveaxis(x.reshape(*x.shape[:axis], num_parts, -1, *x.shape[axis + 1 :]), axis, 0)
 
 
 def layout(config: TrainConfig) -> One:

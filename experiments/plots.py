@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
 from experiments import runs
@@ -18,8 +23,11 @@ if TYPE_CHECKING:
     from experiments.compare import Measured, Row
 
 # Okabe and Ito, Color Universal Design, 2008.
-COLORS = dict(zip(METHODS, ("#000000", "#56B4E9", "#0072B2", "#009E73", "#D55E00"), strict=True))
-MARKERS = dict(zip(METHODS, ("o", "s", "D", "^", "v"), strict=True))
+_PALETTE = ("#000000", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00")
+COLORS = dict(zip(METHODS, _PALETTE, strict=True))
+MARKERS = dict(zip(METHODS, ("o", "p", "<", "s", "D", "^", "v"), strict=True))
+# For what is not a method. Tol, Colour Schemes, SRON technical note, 2021: muted.
+_OTHERS = ("#882255", "#999933", "#332288", "#999999")
 
 
 def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:
@@ -50,19 +58,13 @@ def quantization(
     rows = -(-len(steps) // columns)
     figure = Figure(figsize=(1.0 + 3.8 * columns, 0.6 + 3.0 * rows * len(specs)), layout="constrained")
     panels = figure.subplots(rows * len(specs), columns, sharey=True, squeeze=False)
-    # A method keeps its colour and marker; what is not a method takes a pair that nothing else here has.
-    styles = {LABELS[method]: (COLORS[method], MARKERS[method]) for method in METHODS}
-    colors = ("#CC79A7", "#999999", "#E69F00", *COLORS.values())
-    pairs = itertools.cycle((color, marker) for marker in "P*Xh" for color in colors)
-    styles |= {name: next(pairs) for name in networks if name not in styles}
+    styles = _styles(networks)
     for axes in panels.flat:
         axes.set_visible(False)
     for (i, spec), (j, step) in itertools.product(enumerate(specs), enumerate(steps)):
         axes = panels[i * rows + j // columns, j % columns]
         axes.set_visible(True)
-        drawn = [
-            (name, lines[spec, step, name], {"color": styles[name][0], "marker": styles[name][1]}) for name in networks
-        ]
+        drawn = [(name, lines[spec, step, name], styles[name]) for name in networks]
         _bits_panel(axes, names, drawn)
         axes.set_title(f"{spec}, {step}", fontsize=9, loc="left")
         axes.set_xlabel("bits of a weight" if i * rows + j // columns + 1 == len(panels) else "")
@@ -216,3 +218,197 @@ def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _styles(networks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Color and marker by name: a method keeps its own, what is not a method takes a pair that nothing else has."""
+    styles = {LABELS[method]: {"color": COLORS[method], "marker": MARKERS[method]} for method in METHODS}
+    colors = (*_OTHERS, *COLORS.values())
+    pairs = itertools.cycle({"color": color, "marker": marker} for marker in "P*Xh" for color in colors)
+    return {name: styles.get(name) or next(pairs) for name in networks}
+
+
+def each_run(values: Mapping[str, Sequence[float]], label: str, path: Path, *, log: bool = False) -> None:
+    """A line for each network, a mark for each of its runs, a bar at their mean."""
+    figure = Figure(figsize=(5.6, 1.1 + 0.3 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    styles = _styles(list(values))
+    for i, (name, runs_of) in enumerate(values.items()):
+        apart = i + np.linspace(-0.15, 0.15, len(runs_of)) if len(runs_of) > 1 else [i]
+        axes.plot(runs_of, apart, **styles[name], linestyle="", markersize=4.5, alpha=0.7)
+        axes.vlines(float(np.mean(runs_of)), i - 0.32, i + 0.32, color=styles[name]["color"], linewidth=2)
+    axes.set_yticks(range(len(values)), list(values), fontsize=9)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=150)
+
+
+def along_epochs(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]], path: Path, *, log: bool = False
+) -> None:
+    """Curves along training, a panel below the other: mean over seeds, the band is the range over seeds.
+
+    `panels`: by label of the axis and network, for each seed its (epoch, value)s; the seeds have the same epochs.
+    """
+    figure = Figure(figsize=(5.6, 0.8 + 2.5 * len(panels)), layout="constrained")
+    networks = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    styles = _styles(networks)
+    for axes, (label, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+        for name, seeds in lines.items():
+            epochs, values = np.moveaxis(np.array(seeds), -1, 0)
+            marker = styles[name]["marker"] if epochs.shape[1] <= 12 else ""
+            style = styles[name] | {"marker": marker}
+            axes.plot(epochs[0], values.mean(0), **style, label=name, linewidth=1.5, markersize=4)
+            axes.fill_between(epochs[0], values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
+        if log:
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.axes[-1].set_xlabel("epoch")
+    _legend_below(figure)
+    figure.savefig(path, dpi=150)
+
+
+def over_noise(lines: Mapping[str, Mapping[float, tuple[float, float]]], label: str, path: Path) -> None:
+    """Mean and standard deviation over seeds by network and rate of label noise."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    styles = _styles(list(lines))
+    for i, (name, points) in enumerate(lines.items()):
+        mean, deviation = np.array(list(points.values())).T
+        # Set a little apart, so that the bars of networks that tie can be told from one another.
+        x = 100 * np.array(list(points)) + 0.6 * (i - (len(lines) - 1) / 2)
+        axes.errorbar(x, mean, deviation, label=name, markersize=5, capsize=2, **styles[name])
+    axes.set_xlabel("training labels altered, %")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    _legend_below(figure)
+    figure.savefig(path, dpi=150)
+
+
+def heat_map(values: Mapping[tuple[Any, Any], float], labels: tuple[str, str, str], path: Path) -> None:
+    """A number for each (row, column), on a color of its own; `labels` are those of rows, columns and numbers."""
+    rows, columns = (sorted(set(keys)) for keys in zip(*values, strict=True))
+    table = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
+    figure = Figure(figsize=(1.6 + 0.7 * len(columns), 1.1 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(table, cmap="cividis", aspect="auto")
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
+    for i, j in np.argwhere(np.isfinite(table)):
+        color = "#000000" if table[i, j] > middle else "#FFFFFF"
+        axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+    axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
+    axes.set_ylabel(labels[0])
+    axes.set_xlabel(labels[1])
+    figure.colorbar(image, label=labels[2])
+    figure.savefig(path, dpi=150)
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels, below them."""
+    drawn = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    longest = max(map(len, drawn))
+    columns = 1 if longest > 36 else 2 if longest > 16 else 4
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def landscape_lines(surfaces: Mapping[str, Mapping[str, Any]], methods: Mapping[str, str], path: Path) -> None:
+    """Loss along random lines: mean over the directions of each run, the band is their standard deviation."""
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    styles = _run_styles(methods)
+    for name, found in surfaces.items():
+        steps, lines = found["steps"], np.array(found["lines"])
+        # Infinite losses have no deviation.
+        with np.errstate(invalid="ignore"):
+            mean, deviation = lines.mean(0), lines.std(0, ddof=1)
+        color, marker = styles[name]["color"], styles[name]["marker"]
+        ends = len(steps) - 1
+        axes.plot(steps, mean, color=color, marker=marker, markevery=ends, markersize=5, linewidth=1.5, label=name)
+        # On a logarithmic axis a band must not reach 0.
+        low = np.maximum(mean - deviation, lines.min(0))
+        axes.fill_between(steps, low, mean + deviation, color=color, alpha=0.12, linewidth=0)
+    _log_if_wide(axes, [found["lines"] for found in surfaces.values()])
+    axes.set_xlabel("step, in units of the norm of each filter")
+    axes.set_ylabel("training loss")
+    number = len(next(iter(surfaces.values()))["lines"])
+    axes.set_title(f"mean \u00b1 standard deviation over {number} random directions", fontsize=10, loc="left")
+    axes.grid(alpha=0.3)
+    _legend_below(figure)
+    figure.savefig(path, dpi=150)
+
+
+def landscape_planes(surfaces: Mapping[str, Mapping[str, Any]], levels: Sequence[float], path: Path) -> None:
+    """Contours of the loss at the same levels on the same plane around each run; grey where it is not finite."""
+    columns = min(4, len(surfaces))
+    rows = -(-len(surfaces) // columns)
+    figure = Figure(figsize=(1.7 + 2.7 * columns, 0.6 + 2.7 * rows), layout="compressed")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    colors = ScalarMappable(BoundaryNorm([0, *levels], 256, extend="max"), "cividis")
+    for axes in panels.flat[len(surfaces) :]:
+        axes.set_visible(False)
+    for axes, (name, found) in zip(panels.flat, surfaces.items(), strict=False):
+        steps = found["steps"]
+        # The first direction goes to the right: along the columns of what is drawn.
+        losses = np.ma.masked_invalid(np.array(found["plane"]["loss"]).T)
+        axes.set_facecolor("#CCCCCC")
+        axes.contourf(steps, steps, losses, [0, *levels], norm=colors.norm, cmap=colors.cmap, extend="max")
+        with warnings.catch_warnings():
+            # A plane may reach none of the levels.
+            warnings.filterwarnings("ignore", "No contour levels were found")
+            axes.contour(steps, steps, losses, levels, colors="#000000", linewidths=0.5)
+        axes.plot(0, 0, "+", color="#FFFFFF", markersize=7)
+        # The basin is measured within it.
+        axes.add_patch(Circle((0, 0), steps[-1], fill=False, color="#FFFFFF", linewidth=0.8, linestyle=":"))
+        axes.set_aspect("equal")
+        axes.set_xticks(np.linspace(steps[0], steps[-1], 5))
+        axes.set_yticks(np.linspace(steps[0], steps[-1], 5))
+        axes.set_title(f"{name}: basin {100 * found['basin']['plane']:.1f} %", fontsize=9, loc="left")
+    figure.supxlabel("step along the first random direction", fontsize=9)
+    figure.supylabel("step along the second", fontsize=9)
+    figure.colorbar(colors, ax=panels, label="training loss", shrink=0.9, aspect=25)
+    figure.savefig(path, dpi=150)
+
+
+def landscape_between(
+    first: str, segments: Mapping[str, Mapping[str, Any]], methods: Mapping[str, str], path: Path
+) -> None:
+    """Loss and accuracy along the straight lines from one run to others, which are at 0 and at 1."""
+    figure = Figure(figsize=(9, 4.0), layout="constrained")
+    styles = _run_styles(methods)
+    for axes, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), strict=True):
+        for name, found in segments.items():
+            for split, dashes in (("train", "-"), ("test", "--")):
+                values = unit * np.array(found[split][metric])
+                label = f"{name}, {split}"
+                color = styles[name]["color"]
+                axes.plot(found["steps"], values, dashes, color=color, linewidth=1.5, label=label)
+        for end in (0, 1):
+            axes.axvline(end, color="#999999", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(f"t: {first} is at 0, the other run at 1")
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("loss" if metric == "loss" else "accuracy, %")
+    _log_if_wide(figure.axes[0], [found[split]["loss"] for found in segments.values() for split in ("train", "test")])
+    _legend_below(figure)
+    figure.savefig(path, dpi=150)
+
+
+def _log_if_wide(axes: Any, losses: Sequence[Any]) -> None:
+    """A logarithmic axis where the losses differ by more than a factor of 10: on less it would have hardly a tick."""
+    values = np.concatenate([np.ravel(x) for x in losses])
+    values = values[np.isfinite(values)]
+    if values.size and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+
+
+def _run_styles(methods: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Color and marker by name of a run: those of its method, where no other run has that method."""
+    counts = Counter(methods.values())
+    labels = {name: LABELS[method] if counts[method] == 1 else name for name, method in methods.items()}
+    styles = _styles(list(labels.values()))
+    return {name: styles[label] for name, label in labels.items()}

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import functools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,7 +23,8 @@ from rich.table import Table
 
 from experiments import cli, data, plots, progress, runs, tables
 from experiments import trainer as trainers
-from experiments.config import LABELS, TrainConfig
+from experiments.config import TrainConfig
+from experiments.groups import group_runs
 from hero_jax import _check, curvature, quantize, spectrum
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
@@ -198,33 +198,6 @@ def measure_layers(
         "allocation": chosen._asdict(),
         "accuracy": {"full": rows[0], "uniform": rows[1], "allocated": rows[2]},
     }
-
-
-def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Path]]:
-    """Runs by network: those that differ in their seed only are one. Named by method, and by settings that differ.
-
-    Raises ValueError where a run is given twice.
-    """
-    groups: dict[TrainConfig, list[Path]] = {}
-    seeds = set()
-    for path, config in configs:
-        if config in seeds:
-            raise ValueError(f"`folders` must differ; {path} has the configuration and seed of another one.")
-        seeds.add(config)
-        groups.setdefault(dataclasses.replace(config, seed=0), []).append(path)
-    return {_name(config, groups): paths for config, paths in groups.items()}
-
-
-def _name(config: TrainConfig, among: Iterable[TrainConfig]) -> str:
-    """The label of the method, with the settings that are not those of most networks of that method."""
-    rivals = [dataclasses.asdict(other) for other in among if other.method == config.method]
-    settings = []
-    for name, value in dataclasses.asdict(config).items():
-        counts = Counter(rival[name] for rival in rivals).most_common(2)
-        has_most = len(counts) == 1 or counts[0][1] > counts[1][1]
-        if not (has_most and counts[0][0] == value):
-            settings.append(f"{name} {value}")
-    return LABELS[config.method] + (f" ({', '.join(settings)})" if settings else "")
 
 
 def cells(

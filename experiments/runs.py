@@ -65,7 +65,7 @@ class RunFolder:
             if not file.exists():
                 write_json(file, to_json(config))
             _check_same(path, to_json(config), may_differ)
-            self._is_done = _read(path / "status.json").get("status") == "done"
+            self._is_done = read_json(path / "status.json").get("status") == "done"
             if not self._is_done:
                 self._begin()
             # One process writes; the others do not take part.
@@ -92,7 +92,7 @@ class RunFolder:
             finally:
                 if isinstance(error, KeyboardInterrupt) and not self._is_done:
                     self.status("interrupted")
-                elif _read(self.path / "status.json").get("status") == "running":
+                elif read_json(self.path / "status.json").get("status") == "running":
                     self.status(*(("done",) if error is None else ("failed", str(error))))
 
     def status(self, status: str, message: str = "") -> None:
@@ -149,7 +149,7 @@ class RunFolder:
     def _begin(self) -> None:
         """Records that, and where, a part of the run takes place."""
         now = environment()
-        first = _read(self.path / "environment.json")
+        first = read_json(self.path / "environment.json")
         write_json(
             self.path / "environment.json",
             first | {"continued": [*first.get("continued", []), now]} if first else now,
@@ -238,7 +238,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
     """Refuses the folder of another run, with the first field that differs."""
-    there = _read(path / "config.json")
+    there = read_json(path / "config.json")
     for name, value in _finite(config).items():
         if name not in may_differ and there.get(name) != value:
             raise FileExistsError(
@@ -247,8 +247,8 @@ def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str])
             )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON file of the folder; empty where there is none, or a crash of the machine left it unfinished."""
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file; empty where there is none, or a crash of the machine left it unfinished."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -260,6 +260,24 @@ def claim(path: Path, besides: Collection[str] = ()) -> None:
     if path.exists() and (not path.is_dir() or any(file.name not in besides for file in path.iterdir())):
         raise FileExistsError(f"`out` must be a new or empty folder; {path} exists. Name another, or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
+
+
+def claim_same(path: Path, config: dict[str, Any], may_differ: Collection[str] = ()) -> None:
+    """Makes an empty folder for work that `config` describes, or opens that of the same work.
+
+    Raises FileExistsError where the folder holds something else, or work that differs in more than `may_differ`.
+    """
+    file = path / "config.json"
+    if file.exists():
+        _check_same(path, config, may_differ)
+    else:
+        claim(path, besides=("config.tmp",))
+    write_json(file, config)
+
+
+def status(path: Path) -> str | None:
+    """Where a run stands: running, done, diverged, interrupted or failed; None where there is no run."""
+    return read_json(path / "status.json").get("status")
 
 
 def load_variables(path: Path) -> PyTree:
@@ -275,7 +293,12 @@ def load_variables(path: Path) -> PyTree:
         if not manager.all_steps():
             raise FileNotFoundError(f"`run` must be a run folder with a checkpoint; {path} has none yet.")
         _, restored, _ = _last_readable(manager, path)
-    return {name: restored[name] for name in ("params", "batch_stats")}
+    return evaluated(restored)
+
+
+def evaluated(state: dict[str, PyTree]) -> PyTree:
+    """The variables of a state that are evaluated: the averages where there are any."""
+    return {name: (state["averaged"] or state)[name] for name in ("params", "batch_stats")}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import contextlib
 import enum
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -16,16 +16,18 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import cli, data, parallel, plots, progress, runs
+from experiments import cli, data, parallel, plots, progress, runs, streams
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
-from experiments.trainer import Trainer, build
+from experiments.trainer import Trainer, build, with_label_noise
 from hero_jax import spectrum
 
 PyTree = Any
 # Most products for the eigenvalue, and probes for the norm, at one point of training.
 CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
+# Altered training images, the first so many, on which memorisation is measured.
+MEMORIZED_SIZE = 2000
 # Calls of the step between the points at which several processes agree to save or stop.
 AGREE_EVERY = 10
 
@@ -52,7 +54,7 @@ def train(
 
     Args:
       config: what to run.
-      dataset: the data, after `data.subset`.
+      dataset: the data, after `data.subset`; the labels that the seed alters are altered here.
       folder: where metrics and checkpoints go, and what is continued if it holds a checkpoint; None keeps all in
         memory.
       report: called with the metrics of each epoch.
@@ -70,7 +72,7 @@ def train(
     assert config.epochs is not None
     run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
     last = config.epochs * run.steps_per_epoch
-    with cli.deferred_interrupts() as is_interrupted:
+    with cli.deferred_interrupts() as is_interrupted, contextlib.closing(run):
         clock = _Clock(config, is_interrupted)
         while run.step < last:
             run.advance()
@@ -106,17 +108,21 @@ class _Run:
     ) -> None:
         assert config.batch_size is not None
         self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
-        size, batch_size = len(dataset.train.labels), config.batch_size
+        dataset = with_label_noise(config, dataset)
+        train, batch_size = dataset.train, config.batch_size
+        size = train.size
         self.step, self.steps_per_epoch = 0, size // batch_size
         self.metrics: dict[str, float] = {}
         self._dataset = dataset
-        self._train = trainer.layout.replicate(dataset.train)
+        self._altered = _altered(dataset)
+        # A stream brings its batches itself.
+        self._train: Any = () if isinstance(train, data.Stream) else trainer.layout.replicate(train)
         self._order = functools.lru_cache(1)(lambda epoch: data.epoch_order(config.seed, epoch, size, batch_size))
         self._state = trainer.init(config.seed)
         # Of the epoch begun; the host waits for the device only where it looks at them.
         self._losses: list[Any] = []
         host = trainer.layout.to_host(self._state)
-        self._curvature = _Curvature(config, trainer, dataset.train, host.params)
+        self._curvature = _Curvature(config, trainer, train, host.params)
         self._set_good(host)
         # Process 0 alone has the folder.
         restored = parallel.from_first(None if folder is None else folder.restore(self._good), self._good)
@@ -130,6 +136,7 @@ class _Run:
             self._good = restored
             is_over = self.step == (config.epochs or 0) * self.steps_per_epoch
             cli.console.print("done already" if is_over else f"continuing after step {self.step}")
+        self._batches = self._read_ahead(train) if isinstance(train, data.Stream) else None
         self._begun = self.step, time.monotonic()
 
     def advance(self) -> None:
@@ -141,8 +148,12 @@ class _Run:
             self._state, losses = self.trainer.steps(self._state, images, labels, order)
         else:
             penalize = self.step % (self.config.interval or 1) == 0
-            self._state, losses = self.trainer.step(self._state, *self._train, order[0], penalize=penalize)
+            batch = (order[0],) if self._batches is None else next(self._batches)
+            self._state, losses = self.trainer.step(self._state, *self._train, *batch, penalize=penalize)
         self._losses.append(losses)
+        if self._batches is not None and len(self._losses) > streams.AHEAD:
+            # The device keeps the images of every step that it has not made.
+            jax.block_until_ready(self._losses[-1 - streams.AHEAD])
         self.step += len(order)
 
     def end_epoch(self) -> None:
@@ -158,7 +169,7 @@ class _Run:
         if is_last or is_measured or epoch % config.eval_every == 0:
             host = self.trainer.layout.to_host(self._state)
             variables = _variables(host._asdict())
-            self.metrics = self.trainer.evaluate(variables, self._dataset.test)
+            self.metrics = self._measured(variables)
             row |= {"step": self.step, **self.metrics, **_hero_metrics(host.opt_state)}
             if is_measured:
                 row |= self._curvature(variables)
@@ -168,6 +179,11 @@ class _Run:
         if self.report is not None:
             self.report(row)
         self._begun = self.step, time.monotonic()
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        if self._batches is not None:
+            self._batches.close()
 
     def save(self) -> None:
         """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
@@ -184,12 +200,37 @@ class _Run:
             self.folder.status(status, message)
 
     def variables(self) -> PyTree:
-        """The variables of the last good state, on the host."""
-        return {name: self._good[name] for name in ("params", "batch_stats")}
+        """The variables of the last good state that are evaluated, on the host."""
+        return runs.evaluated(self._good)
 
     def evaluate(self) -> dict[str, float]:
         """The evaluation of the last good state."""
-        return self.trainer.evaluate(_variables(self._good), self._dataset.test)
+        return self._measured(_variables(self._good))
+
+    def _read_ahead(self, train: data.Stream) -> Generator[data.Split]:
+        """The rows of this process in the batches that are left."""
+        config, local = self.config, self.trainer.layout.local_rows(self.config.batch_size or 0)
+
+        def wanted() -> Iterator[tuple[int, np.ndarray]]:
+            for step in range(self.step, (config.epochs or 0) * self.steps_per_epoch):
+                epoch, done = divmod(step, self.steps_per_epoch)
+                yield epoch, self._order(epoch)[done][local]
+
+        def read(rows: tuple[int, np.ndarray]) -> data.Split:
+            epoch, indices = rows
+            return train.rows(indices, augment=(config.seed, epoch))
+
+        return streams.prefetch(read, wanted())
+
+    def _measured(self, variables: PyTree) -> dict[str, float]:
+        """Accuracy and loss on the test images and on those held out; of altered training labels, what was learnt."""
+        found = self.trainer.evaluate(variables, self._dataset.test)
+        if self._dataset.validation is not None:
+            validation = self.trainer.evaluate(variables, self._dataset.validation)
+            found |= {f"validation_{name}": value for name, value in validation.items()}
+        for name, split in self._altered.items():
+            found[name] = self.trainer.evaluate(variables, split)["accuracy"]
+        return found
 
     def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
         """Takes a state on the host as the last good one: what is saved, here or if the run ends early."""
@@ -268,12 +309,12 @@ class _Curvature:
       the parameters with two vectors along a new first axis; empty without `every`.
     """
 
-    def __init__(self, config: TrainConfig, trainer: Trainer, train: data.Split, params: PyTree) -> None:
+    def __init__(self, config: TrainConfig, trainer: Trainer, train: data.Split | data.Stream, params: PyTree) -> None:
         self._trainer = trainer
-        self._images = data.Split(*(x[: config.curvature_size] for x in train))
         key_start, *self._keys = jax.random.split(jax.random.key(config.seed), 3)
         self.eigenvectors: PyTree = {}
         if config.every is not None:
+            self._images = train.first(config.curvature_size)
             # The second one is followed too, so that its overtaking the first is seen.
             pairs = jax.tree.map(lambda x: np.zeros((2, *x.shape), np.float32), params)
             self.eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
@@ -299,9 +340,21 @@ class _Curvature:
         }
 
 
+def _altered(dataset: data.Dataset) -> dict[str, data.Split]:
+    """Training images whose label was altered, with that label ("memorized") and with the true one ("recovered")."""
+    train = dataset.train
+    if dataset.true_labels is None or isinstance(train, data.Stream):
+        return {}
+    which = np.flatnonzero(train.labels != dataset.true_labels)[:MEMORIZED_SIZE]
+    altered = train.take(which)
+    return (
+        {"memorized": altered, "recovered": altered._replace(labels=dataset.true_labels[which])} if len(which) else {}
+    )
+
+
 def _variables(state: dict[str, PyTree]) -> PyTree:
-    """The variables of a state on the host, on the default device."""
-    return {name: jax.tree.map(jnp.asarray, state[name]) for name in ("params", "batch_stats")}
+    """The variables of a state on the host that are evaluated, on the default device."""
+    return jax.tree.map(jnp.asarray, runs.evaluated(state))
 
 
 def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
@@ -354,10 +407,9 @@ def main(
         return
     if config.every is not None and is_writer:
         plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
-    where = "validation" if config.validation_size else "test"
     cli.console.print(
-        f"{where} accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
-        f" (n = 1 run, {len(dataset.test.labels)} images)"
+        f"test accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
+        f" (n = 1 run, {dataset.test.size} images)"
     )
 
 

@@ -30,9 +30,10 @@ class Trainer(NamedTuple):
     init: `seed -> TrainState`, laid out.
     step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch at the unperturbed
       weights)`, with the images and labels on every device (`layout.replicate`) and the indices of the whole batch on
-      the host; without `penalize` the step is one of SAM, ASAM or SGD.
+      the host; without `penalize` the step is one of SAM, ASAM or SGD. Of a stream: `(state, images, labels,
+      penalize=True)`, with those of the rows of this process (`layout.local_rows`), on the host.
     steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
-      (steps, batch) of their batches.
+      (steps, batch) of their batches; not of a stream.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
     forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
     statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
@@ -44,7 +45,7 @@ class Trainer(NamedTuple):
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     steps: Callable[[TrainState, jax.Array, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]
-    evaluate: Callable[[PyTree, data.Split], dict[str, float]]
+    evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
     forward: Callable[[PyTree, jax.Array], jax.Array]
     statistics: Callable[[PyTree, jax.Array], PyTree]
     hessian: Callable[[PyTree, data.Split], tuple[Callable[[PyTree], PyTree], PyTree]]
@@ -57,7 +58,9 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     """
     assert config.model is not None
     assert config.batch_size is not None
-    size = len(dataset.train.labels)
+    size, is_streamed = dataset.train.size, isinstance(dataset.train, data.Stream)
+    if is_streamed and config.steps_per_call > 1:
+        raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {config.steps_per_call}.")
     if size < config.batch_size:
         raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
     batch_size, interval = config.batch_size, config.interval or 1
@@ -87,7 +90,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         options["dtype"] = jnp.dtype(config.dtype)
         apply_in_training = models.create(config.model, dataset.num_classes, **options).apply
     tx = methods.optimizer(config, size // batch_size, layout.axis_name)
-    pixels, shape = dataset.pixels, dataset.train.images.shape[1:]
+    pixels, shape = dataset.pixels, dataset.train.shape
 
     first_variables = jax.jit(model.init)
 
@@ -96,16 +99,26 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         variables = first_variables(key_init, jnp.zeros((1, *shape)))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         key = jax.random.key_data(key_steps)
-        return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), key)
+        # Copies: what a step may overwrite must not be there twice.
+        average = {"params": params, "batch_stats": batch_stats} if config.ema_decay is not None else {}
+        return TrainState(
+            params, batch_stats, jax.tree.map(jnp.copy, average), tx.init(params), jnp.zeros((), jnp.int32), key
+        )
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, penalize: bool):
-        x, y = data.normalize(images[indices], pixels), labels[indices]
+        return step_on(state, images[indices], labels[indices], penalize=penalize)
+
+    def step_on(state: TrainState, images: jax.Array, y: jax.Array, *, penalize: bool):
+        x = data.normalize(images, pixels)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        # Of the numbers folded into a key, those below 2 are what a split makes: crop and flip.
+        noise = methods.noise(config, jax.random.fold_in(key, 2), state.params)
         if pixels.augment:
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(indices)))
+            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(y)))
 
         def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
-            variables = {"params": layout.whole(params), "batch_stats": state.batch_stats}
+            noisy = params if noise is None else optax.tree.add(params, noise)
+            variables = {"params": layout.whole(noisy), "batch_stats": state.batch_stats}
             logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
 
@@ -131,7 +144,9 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         )
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
-        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), layout.mean(loss)
+        variables = {"params": params, "batch_stats": batch_stats}
+        average = methods.averaged(config, state.averaged, variables, state.step)
+        return TrainState(params, batch_stats, average, opt_state, state.step + 1, state.key), layout.mean(loss)
 
     def steps(state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array):
         def one(state: TrainState, indices: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -165,11 +180,15 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     shards = 1 if layout.examples is None else layout.examples.num_devices
     classify = quantize.classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
 
-    def evaluate(variables: PyTree, split: data.Split) -> dict[str, float]:
-        found = classify(variables, *split)
-        return {name: found[name] for name in ("accuracy", "loss")}
+    def evaluate(variables: PyTree, split: data.Split | data.Stream) -> dict[str, float]:
+        found = [(part.size / split.size, classify(variables, *part)) for part in split.parts(EVAL_BATCH)]
+        return {name: sum(share * of_part[name] for share, of_part in found) for name in ("accuracy", "loss")}
 
-    compiled = {penalize: layout.compile(functools.partial(step, penalize=penalize)) for penalize in (True, False)}
+    batch_step = step_on if is_streamed else step
+    compiled = {
+        penalize: layout.compile(functools.partial(batch_step, penalize=penalize), streamed=is_streamed)
+        for penalize in (True, False)
+    }
 
     def compiled_step(*arguments: Any, penalize: bool = True) -> tuple[TrainState, jax.Array]:
         return compiled[penalize](*arguments)
@@ -181,10 +200,17 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
     """The configuration, the trainer, the last saved variables and the data of a run folder."""
     variables = runs.load_variables(run)
-    config = TrainConfig(**json.loads((run / "config.json").read_text())).on_one_device()
+    config = TrainConfig(**json.loads((run / "config.json").read_text())).resolved().on_one_device()
     dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-    dataset = data.subset(dataset, config.train_size, config.validation_size)
+    dataset = with_label_noise(config, data.subset(dataset, config.train_size, config.validation_size))
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
+
+
+def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
+    """The data that a run is trained on: with the labels that its seed alters."""
+    if config.label_noise == 0:
+        return dataset
+    return data.with_label_noise(dataset, config.label_noise, config.label_noise_kind, config.seed)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ hero_jax.penalty       the curvature penalties and their exact gradients
 hero_jax.curvature     products with the Hessian, the Gauss-Newton matrix and the empirical Fisher
 hero_jax.spectrum      eigenvalues, traces, norms and densities, each with its error
 hero_jax.sharpness     worst-case and predicted increases of the loss
+hero_jax.landscape     the loss along lines and planes through the weights, and between networks
 hero_jax.quantize      post-training weight quantization: grids, evaluation, rounding, sensitivity, files
 hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
 hero_jax.models        Flax Linen networks (needs flax; imported on first use)
@@ -14,7 +15,7 @@ hero_jax.models        Flax Linen networks (needs flax; imported on first use)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hero_jax import curvature, parallel, penalty, perturbation, quantize, sharpness, spectrum, transform
+from hero_jax import curvature, landscape, parallel, penalty, perturbation, quantize, sharpness, spectrum, transform
 from hero_jax.transform import HeroState, Metrics, grad_l1, hero, sam
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "curvature",
     "grad_l1",
     "hero",
+    "landscape",
     "parallel",
     "penalty",
     "perturbation",

@@ -48,6 +48,13 @@ def positive(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be positive and finite; got {float(value)!r}.")
 
 
+def fraction(argument: str, value: Any) -> None:
+    """Raises unless `value` is a scalar in [0, 1] (a traced scalar may have any value)."""
+    scalar(argument, value)
+    if not isinstance(value, Tracer) and not 0 <= value <= 1:
+        raise ValueError(f"`{argument}` must be between 0 and 1; got {float(value)!r}.")
+
+
 def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
     """Raises unless `value` is an integer in [low, high] (a traced integer may have any value)."""
     rule = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"

@@ -32,6 +32,7 @@ from hero_jax import _tree, curvature
 
 PyTree = Any
 GradFn = Callable[[PyTree], PyTree]
+REDUCTIONS = ("mean", "sum")
 Mean = Callable[[PyTree], PyTree]
 
 

@@ -167,7 +167,7 @@ def hero(
     _check.non_negative("hero(gamma=...)", gamma)
     _check.one_of("hero(scope=...)", scope, SCOPES)
     _check.one_of("hero(penalty=...)", penalty, penalties.PENALTIES)
-    _check.one_of("hero(reduction=...)", reduction, ("mean", "sum"))
+    _check.one_of("hero(reduction=...)", reduction, penalties.REDUCTIONS)
     _check.non_negative("hero(eps=...)", eps)
     _check.boolean("hero(adaptive=...)", adaptive)
     return _transformation(

@@ -64,9 +64,11 @@ def test_full_precision_row_is_the_accuracy_of_the_run(finished):
         assert math.isclose(result["accuracy"]["full"], 100 * json.loads(lines[-1])["accuracy"])
 
 
-def test_folder_is_never_overwritten(finished):
-    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder"):
+def test_folder_of_something_else_is_never_overwritten(finished):
+    with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder, .* has epochs 3, not None"):
         compare.main(CompareConfig(), finished)
+    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder; "):
+        compare.main(CompareConfig(), finished / "runs")
 
 
 def test_summary_marks_a_method_with_a_run_that_did_not_converge():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from experiments import cli, plots, progress, quantize, tables, train
 from experiments.config import TrainConfig
+from experiments.groups import group_runs
 from experiments.quantize import QuantizeConfig
 from hero_jax import quantize as library
 
@@ -149,16 +150,16 @@ def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(monkeypatch
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     runs = [(tmp_path / str(i), TrainConfig(seed=i)) for i in range(2)]
     others = [TrainConfig(epochs=9), TrainConfig(epochs=9, rho=0.5), TrainConfig(method="sam")]
-    assert quantize.group_runs([*runs, *((tmp_path / str(i), other) for i, other in enumerate(others, 2))]) == {
+    assert group_runs([*runs, *((tmp_path / str(i), other) for i, other in enumerate(others, 2))]) == {
         "HERO (epochs None)": [tmp_path / "0", tmp_path / "1"],
         "HERO": [tmp_path / "2"],
         "HERO (rho 0.5)": [tmp_path / "3"],
         "SAM": [tmp_path / "4"],
     }
     two = [(tmp_path / str(n), TrainConfig(epochs=n)) for n in (3, 4)]
-    assert list(quantize.group_runs(two)) == ["HERO (epochs 3)", "HERO (epochs 4)"]
+    assert list(group_runs(two)) == ["HERO (epochs 3)", "HERO (epochs 4)"]
     with pytest.raises(ValueError, match="`folders` must differ"):
-        quantize.group_runs([runs[0], runs[0]])
+        group_runs([runs[0], runs[0]])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 import hero_jax
-from experiments import data, methods, runs
+from experiments import data, methods, presets, runs
 from experiments import train as training
 from experiments import trainer as trainers
-from experiments.config import METHODS, PRESETS, TAKES, TrainConfig
+from experiments.config import METHODS, TAKES, TrainConfig
+from hero_jax import models, quantize
 from hero_jax.models import resnet
 from tests import problems
 
@@ -44,12 +45,19 @@ def test_every_method_learns_digits(digits, method):
     assert [row["epoch"] for row in rows] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("dataset", PRESETS)
+# What a method takes and leaves out unless it is given.
+OPTIONAL = {"sam": {"noise_bits"}, "asam": {"noise_bits"}, "grad_l1": {"noise_bits", "penalty_batch_size"}}
+OPTIONAL["hero"] = OPTIONAL["grad_l1"]
+
+
+@pytest.mark.parametrize("dataset", presets.DATASETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_fills_every_field_its_method_has(dataset, method):
     config = TrainConfig(method=method, dataset=dataset).resolved()
-    for name in ("model", "epochs", "batch_size", "learning_rate", "weight_decay", *TAKES[method]):
-        assert getattr(config, name) is not None or name == "penalty_batch_size"
+    everything = {name for names in TAKES.values() for name in names}
+    for name in ("model", "epochs", "batch_size", "learning_rate", "weight_decay", *everything):
+        is_filled = name not in everything or (name in TAKES[method] and name not in OPTIONAL.get(method, ()))
+        assert (getattr(config, name) is not None) == is_filled, name
     assert config.resolved() == config
     tx = methods.optimizer(config, 10)
     assert isinstance(tx.init({"w": jnp.ones((2, 3))})[0], hero_jax.HeroState | optax.EmptyState)
@@ -58,7 +66,143 @@ def test_every_preset_fills_every_field_its_method_has(dataset, method):
 def test_given_values_win_over_presets():
     config = TrainConfig(method="hero", rho=0.7, epochs=3).resolved()
     assert (config.rho, config.epochs) == (0.7, 3)
-    assert config.gamma == PRESETS["digits"]["methods"]["hero"]["gamma"]
+    assert config.gamma == presets.DATASETS["digits"]["methods"]["hero"]["gamma"]
+    assert TrainConfig(dataset="cifar10", model="vgg19_bn").resolved().learning_rate == 0.05
+    assert TrainConfig(dataset="cifar10", model="vgg19_bn", learning_rate=0.1).resolved().learning_rate == 0.1
+    assert TrainConfig(penalty="eigenvalue").resolved().gamma != config.gamma
+
+
+def test_presets_name_what_there_is():
+    assert set(presets.DATASETS) == set(data.DATASETS)
+    for preset in presets.DATASETS.values():
+        assert {preset["model"], *preset.get("models", {})} <= set(models.MODELS)
+        assert set(preset["methods"]) == set(METHODS) - {"sgd"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ema", "ema_decay": 1.5}, "`ema_decay` must be between 0 and 1; got 1.5"),
+        ({"label_noise": -0.1}, "`label_noise` must be between 0 and 1; got -0.1"),
+        ({"label_noise_kind": "random"}, "`label_noise_kind` must be one of .* got 'random'"),
+        ({"scope": "layer"}, "`scope` must be one of 'global', 'leaf'; got 'layer'"),
+        ({"reduction": "max"}, "`reduction` must be one of 'mean', 'sum'; got 'max'"),
+        ({"noise_bits": 1}, "`noise_bits` must be an integer in 2..16; got 1"),
+        ({"method": "sgd", "noise_bits": 3}, "`noise_bits` has no effect on method 'sgd'; got 3"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(("field", "values"), [("scope", ("global", "leaf")), ("reduction", ("mean", "sum"))])
+def test_settings_of_the_transformation_reach_it(digits, field, values):
+    steps = []
+    for value in values:
+        trainer = trainers.build(short(gamma_warmup=0, **{field: value}), digits)
+        steps.append(trainer.step(trainer.init(0), *digits.train, np.arange(64))[0].params)
+    assert not np.allclose(steps[0]["dense1"]["kernel"], steps[1]["dense1"]["kernel"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("method", "around"), [("noise", "sgd"), ("asam", "asam")])
+def test_noise_moves_the_point_of_every_pass_and_not_the_weights(digits, method, around):
+    """The step is that of the method on the loss w -> L(w + u), with u drawn anew in every step."""
+    config = short(method=method, noise_bits=2)
+    trainer = trainers.build(config, digits)
+    apply = models.create("mlp", 10).apply
+    tx = methods.optimizer(short(method=around), 4)
+    state, key = trainer.init(0), jax.random.split(jax.random.key(0))[1]
+    params, opt_state = jax.tree.map(jnp.copy, state.params), tx.init(state.params)
+    draws = []
+    for step, indices in enumerate((np.arange(64), np.arange(64, 128))):
+        u = quantize.rounding_noise(
+            jax.random.fold_in(jax.random.fold_in(key, step), 2), params, 2, quantize.named("channel-narrow")
+        )
+        draws.append(u)
+        x, y = data.normalize(digits.train.images[indices], digits.pixels), digits.train.labels[indices]
+
+        def loss(p, x=x, y=y, u=u):
+            logits = apply({"params": optax.tree.add(p, u)}, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params, grad_fn=jax.grad(loss))
+        state, _ = trainer.step(state, *digits.train, indices)
+        params = optax.apply_updates(params, updates)
+        problems.assert_close(state.params, params, rtol=1e-4)
+    assert not np.allclose(draws[0]["dense1"]["kernel"], draws[1]["dense1"]["kernel"])
+
+
+def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
+    config = short(method="ema", epochs=2, ema_decay=0.6)
+    trainer = trainers.build(config, digits)
+    state = trainer.init(0)
+    average = runs.snapshot(state.params)
+    for step, indices in enumerate(
+        np.concatenate([data.epoch_order(0, epoch, len(digits.train.labels), 64) for epoch in range(2)])
+    ):
+        state, _ = trainer.step(state, *digits.train, indices)
+        beta = min(0.6, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, x, beta=beta: beta * a + (1 - beta) * x, average, runs.snapshot(state.params))
+    with runs.RunFolder(tmp_path / "run", config) as folder:
+        result = training.train(config, digits, folder, trainer=trainer)
+    problems.assert_close(result.variables["params"], average, rtol=1e-5)
+    saved = runs.load_variables(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, saved["params"], result.variables["params"])
+    assert trainer.evaluate(saved, digits.test) == result.metrics
+    last = {"params": state.params, "batch_stats": state.batch_stats}
+    assert trainer.evaluate(last, digits.test)["loss"] != result.metrics["loss"]
+
+
+def test_ema_averages_the_statistics_of_batch_norm(monkeypatch):
+    monkeypatch.setattr(trainers.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
+    images = problems.random_images(16)
+    config = TrainConfig(method="ema", dataset="cifar10", batch_size=8, epochs=1).resolved()
+    trainer = trainers.build(config, images)
+    first = trainer.init(0)
+    before = runs.snapshot(first.batch_stats)
+    state = trainer.step(first, *images.train, np.arange(8))[0]
+    expected = jax.tree.map(lambda a, x: 0.1 * a + 0.9 * x, before, runs.snapshot(state.batch_stats))
+    problems.assert_close(state.averaged["batch_stats"], expected, rtol=1e-5)
+
+
+class TestLabelNoise:
+    def test_trains_on_altered_labels_and_tells_what_was_learnt(self, digits):
+        config = short(method="sgd", epochs=30, label_noise=0.5, validation_size=0)
+        rows = []
+        result = training.train(config, digits, report=rows.append)
+        noisy = data.with_label_noise(digits, 0.5, "symmetric", 0)
+        is_altered = noisy.train.labels != noisy.true_labels
+        assert is_altered.sum() == 128
+        trainer = trainers.build(config, digits)
+        variables = jax.tree.map(jnp.asarray, result.variables)
+        predicted = np.argmax(trainer.forward(variables, jnp.asarray(noisy.train.images)), -1)
+        np.testing.assert_allclose(rows[-1]["memorized"], (predicted == noisy.train.labels)[is_altered].mean())
+        np.testing.assert_allclose(rows[-1]["recovered"], (predicted == noisy.true_labels)[is_altered].mean())
+        # SGD recovers first and memorizes then.
+        assert max(row["recovered"] for row in rows[:10]) > rows[-1]["recovered"] + 0.1
+        assert rows[-1]["memorized"] > rows[4]["memorized"] + 0.2
+        assert rows[-1]["accuracy"] == trainer.evaluate(variables, digits.test)["accuracy"]
+
+    def test_kind_and_seed_reach_the_labels_and_none_alters_nothing(self, digits):
+        kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in data.LABEL_NOISE]
+        others = [dataclasses.replace(kinds[0], seed=1), dataclasses.replace(kinds[0], label_noise=0.4)]
+        labels = [trainers.with_label_noise(config, digits).train.labels for config in kinds + others]
+        assert all((a != b).any() for i, a in enumerate(labels) for b in labels[:i])
+        assert trainers.with_label_noise(short(), digits) is digits
+
+
+def test_held_out_images_are_evaluated_beside_the_test_images(digits):
+    images = data.subset(data.load("digits"), 128, 100)
+    rows = []
+    config = short(method="sgd", train_size=128, validation_size=100)
+    result = training.train(config, images, report=rows.append)
+    trainer = trainers.build(config, images)
+    variables = jax.tree.map(jnp.asarray, result.variables)
+    for prefix, split in (("", images.test), ("validation_", images.validation)):
+        for name, value in trainer.evaluate(variables, split).items():
+            assert rows[-1][prefix + name] == value
+    assert len(images.test.labels) == 364
 
 
 def test_gamma_is_off_for_the_warmup_epochs_and_the_perturbation_is_not(digits):
@@ -194,14 +338,12 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
 def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     """After one step from the same weights, HERO and SGD have the same running statistics and other weights."""
     monkeypatch.setattr(trainers.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
-    rng = np.random.default_rng(0)
-    split = data.Split(rng.integers(0, 256, (16, 8, 8, 3), np.uint8), np.arange(16, dtype=np.int32) % 10)
-    images = data.Dataset(split, split, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=True))
+    images = problems.random_images(16)
     sgd, hero = (
         trainers.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
         for method in ("sgd", "hero")
     )
-    after = [trainer.step(trainer.init(0), *split, np.arange(8))[0] for trainer in (sgd, hero)]
+    after = [trainer.step(trainer.init(0), *images.train, np.arange(8))[0] for trainer in (sgd, hero)]
     problems.assert_close(after[1].batch_stats, after[0].batch_stats, rtol=1e-5)
     initial = sgd.init(0).batch_stats["bn"]["mean"]
     assert np.abs(after[1].batch_stats["bn"]["mean"] - initial).max() > 1e-3

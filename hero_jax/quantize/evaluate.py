@@ -54,7 +54,9 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of one number a run."""
+        """The spread of one number a run; NaN where one is not finite."""
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, len(values))
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
 

@@ -1,0 +1,74 @@
+"""Downloads and prepares a data set, once: `python -m experiments.prepare cifar100`.
+
+tensorflow-datasets itself downloads, shuffles and writes array_record without TensorFlow, but the code that it has for
+each data set opens archives and image files through it, so that this command needs it; nothing else here does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments import cli, data
+from hero_jax import _check
+
+
+def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = None) -> None:
+    """Downloads a data set and prepares it as array_record; where it is there and whole, says so and does nothing.
+
+    Args:
+      name: digits, cifar10, cifar100, fashion_mnist, imagenette or imagenet2012.
+      data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    """
+    _check.one_of("name", name, data.DATASETS)
+    if name == "digits":
+        cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
+        return
+    try:
+        cli.console.print(f"{described(name, data.prepared(name, data_dir))}: already there", soft_wrap=True)
+    except FileNotFoundError:
+        prepare(name, data.folder(data_dir))
+        cli.console.print(f"{described(name, data.prepared(name, data_dir))}: prepared", soft_wrap=True)
+
+
+def prepare(name: str, root: Path) -> None:
+    """Downloads and prepares a data set that is not in `root`.
+
+    Raises:
+      cli.Failed: TensorFlow or files to be fetched by hand are missing, or the download failed; says which.
+    """
+    # It may be megabytes of wheels away: say so before anything is downloaded.
+    if importlib.util.find_spec("tensorflow") is None:
+        raise cli.Failed(
+            f"Preparing {name} needs TensorFlow, which is not there (`pip install tensorflow`); reading it does not."
+        )
+    import tensorflow_datasets as tfds
+
+    about, manual = data.PREPARED[name], root / "downloads" / "manual"
+    missing = [file for file in about.manual if not (manual / file).exists()]
+    if missing:
+        raise cli.Failed(
+            f"{name} must be fetched by hand, from https://image-net.org/download-images; {' and '.join(missing)}"
+            f" must be in {manual}."
+        )
+    builder = tfds.builder(about.name, data_dir=root, file_format="array_record")
+    cli.console.print(f"preparing {name} in {builder.data_path}", soft_wrap=True)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of the network, the disk, or a changed archive
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise cli.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
+
+
+def described(name: str, builder: Any) -> str:
+    """The data set, where it is, and how large it is."""
+    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in data.PREPARED[name].splits]
+    bytes_on_disk = sum(file.stat().st_size for file in Path(builder.data_path).iterdir())
+    return f"{name} in {builder.data_path}, {' and '.join(sizes)} images, {bytes_on_disk / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,148 @@
+"""What a run takes where its configuration leaves it open, by data set, model and method, each with its source.
+
+An entry is looked for with the data set and model, then with the data set, then among those of the method everywhere.
+What nobody published for a network here is said to be a starting point: `experiments.search` finds better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+# The authors' released command for HERO (ResNet20 on CIFAR-10): rho 0.5, gamma 5, ASAM's perturbation, mean, no penalty
+# in the first epoch; https://arxiv.org/abs/2111.11986.
+EVERYWHERE: dict[str, Any] = {
+    "scope": "global",
+    "penalty": "detached",
+    "reduction": "mean",
+    "gamma_warmup": 1,
+    "interval": 1,
+}
+
+# Each penalty is of another size: "eigenvalue" is an eigenvalue, not a mean square. Starting points.
+PENALTIES: dict[str, dict[str, Any]] = {"eigenvalue": {"gamma": 0.1}}
+
+# The usual recipe for residual networks on images of 32 x 32 and the authors': SGD, momentum 0.9, cosine, 200 epochs.
+_SMALL_IMAGES: dict[str, Any] = {
+    "model": "resnet20",
+    "epochs": 200,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "weight_decay": 5e-4,
+}
+# Wide residual networks: Foret et al., Sharpness-aware minimization, ICLR 2021, appendix (batch 256, 200 epochs).
+# VGG without shortcuts: half the learning rate, as in its usual re-implementations for CIFAR. The small transformer is
+# trained by SGD here as everything else is; its learning rate is a starting point.
+_MODELS: dict[str, dict[str, Any]] = {
+    "wide_resnet": {"batch_size": 256},
+    "vgg19_bn": {"learning_rate": 0.05},
+    "vit_tiny": {"learning_rate": 0.03, "weight_decay": 1e-4},
+}
+
+# methods: rho of SAM from Foret et al., table of rho by data set; of ASAM from Kwon et al., ICML 2021, section 5 (0.5
+# for CIFAR-10, 1.0 for CIFAR-100 and ImageNet). HERO takes ASAM's rho, so that the two differ by the penalty alone. The
+# gamma of GRAD L1, the bits of the noise and the decay of EMA are starting points.
+DATASETS: dict[str, dict[str, Any]] = {
+    # rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set.
+    "digits": {
+        "model": "mlp",
+        "epochs": 60,
+        "batch_size": 64,
+        "learning_rate": 0.1,
+        "weight_decay": 5e-4,
+        "methods": {
+            "noise": {"noise_bits": 3},
+            "ema": {"ema_decay": 0.99},
+            "sam": {"rho": 0.1},
+            "asam": {"rho": 1.0},
+            "grad_l1": {"gamma": 0.003},
+            "hero": {"rho": 1.0, "gamma": 100.0},
+        },
+    },
+    "cifar10": {
+        **_SMALL_IMAGES,
+        "models": _MODELS,
+        "methods": {
+            "noise": {"noise_bits": 3},
+            "ema": {"ema_decay": 0.999},
+            "sam": {"rho": 0.05},
+            "asam": {"rho": 0.5},
+            "grad_l1": {"gamma": 1e-3},
+            "hero": {"rho": 0.5, "gamma": 5.0},
+        },
+    },
+    "cifar100": {
+        **_SMALL_IMAGES,
+        "models": _MODELS,
+        "methods": {
+            "noise": {"noise_bits": 3},
+            "ema": {"ema_decay": 0.999},
+            "sam": {"rho": 0.1},
+            "asam": {"rho": 1.0},
+            "grad_l1": {"gamma": 1e-3},
+            "hero": {"rho": 1.0, "gamma": 5.0},
+        },
+    },
+    "fashion_mnist": {
+        **_SMALL_IMAGES,
+        "epochs": 100,
+        "models": _MODELS,
+        "methods": {
+            "noise": {"noise_bits": 3},
+            "ema": {"ema_decay": 0.999},
+            "sam": {"rho": 0.05},
+            "asam": {"rho": 0.5},
+            "grad_l1": {"gamma": 1e-3},
+            "hero": {"rho": 0.5, "gamma": 5.0},
+        },
+    },
+    # Ten classes of ImageNet; a starting point, long enough for 9,469 images.
+    "imagenette": {
+        "model": "resnet18",
+        "epochs": 80,
+        "batch_size": 128,
+        "learning_rate": 0.05,
+        "weight_decay": 5e-4,
+        "methods": {
+            "noise": {"noise_bits": 3},
+            "ema": {"ema_decay": 0.999},
+            "sam": {"rho": 0.05},
+            "asam": {"rho": 1.0},
+            "grad_l1": {"gamma": 1e-3},
+            "hero": {"rho": 1.0, "gamma": 5.0},
+        },
+    },
+    # He et al., CVPR 2016, and Goyal et al., 2017: batch 256, learning rate 0.1, weight decay 1e-4, 90 epochs.
+    "imagenet2012": {
+        "model": "resnet50",
+        "epochs": 90,
+        "batch_size": 256,
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "methods": {
+            "noise": {"noise_bits": 4},
+            "ema": {"ema_decay": 0.9999},
+            "sam": {"rho": 0.05},
+            "asam": {"rho": 1.0},
+            "grad_l1": {"gamma": 1e-3},
+            "hero": {"rho": 1.0, "gamma": 5.0},
+        },
+    },
+}
+
+
+def of(dataset: str, model: str | None, method: str, penalty: str | None, takes: Collection[str]) -> dict[str, Any]:
+    """The fields that are filled in for a data set, a model, a method and a penalty (None: those of the preset).
+
+    Of those that belong to methods everywhere, the ones this method `takes`.
+    """
+    preset = dict(DATASETS[dataset])
+    methods, by_model = preset.pop("methods"), preset.pop("models", {})
+    everywhere = {name: value for name, value in EVERYWHERE.items() if name in takes}
+    return (
+        everywhere
+        | preset
+        | by_model.get(model or preset["model"], {})
+        | methods.get(method, {})
+        | (PENALTIES.get(penalty or "", {}))
+    )

@@ -1,0 +1,166 @@
+"""Searches rho and gamma of a method: `python -m experiments.search --method hero --rho 0.5 1 2 --gamma 0 100`.
+
+Every pair is trained with the same seeds and judged by the accuracy after the last epoch on training images that are
+held out; the test images have no part in it. Leaves search.json, search.png and the runs; a search that was ended is
+continued by the same command, and takes more values and seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments import cli, data, plots, progress, runs, sweep, tables
+from experiments.config import LABELS, METHODS, TAKES, TrainConfig
+from hero_jax import _check
+from hero_jax.quantize import Spread
+
+SEARCHED = ("rho", "gamma")
+# What a search may have more of than the one that its folder holds.
+MAY_DIFFER = (*SEARCHED, "seeds")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """What to search. Everything else of a run is the preset of its data set, model and method."""
+
+    method: str = "hero"
+    """sam, asam, grad_l1 or hero."""
+    dataset: str = "digits"
+    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
+    model: str | None = None
+    """A name in hero_jax.models; default the preset."""
+    rho: tuple[float, ...] = ()
+    """Radii to try (sam, asam, hero); default the preset alone."""
+    gamma: tuple[float, ...] = ()
+    """Strengths to try (grad_l1, hero); default the preset alone."""
+    penalty: str | None = None
+    """Penalty of hero; default the preset."""
+    seeds: int = 3
+    """Runs of each pair, with seeds 0, 1, ..."""
+    epochs: int | None = None
+    """Passes over the training images; default the preset."""
+    train_size: int | None = None
+    """Train on this many images; default all that are not held out."""
+    validation_size: int = 360
+    """Training images held out, on which every pair is judged."""
+    label_noise: float = 0.0
+    """Share of the training images whose label is altered; those held out keep theirs."""
+    label_noise_kind: str = "symmetric"
+    """symmetric, uniform or asymmetric: see docs/data.md."""
+
+    def __post_init__(self) -> None:
+        _check.one_of("method", self.method, [name for name in METHODS if set(SEARCHED) & set(TAKES[name])])
+        for name in ("seeds", "validation_size"):
+            _check.integer(name, getattr(self, name), low=1)
+        for name in SEARCHED:
+            values = getattr(self, name)
+            if values and name not in TAKES[self.method]:
+                raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {values!r}.")
+            for value in values:
+                _check.non_negative(name, value)
+                if values.count(value) > 1:
+                    raise ValueError(f"`{name}` must name each once; got {value!r} twice.")
+        assert self.runs()
+
+    def runs(self) -> dict[str, TrainConfig]:
+        """The resolved configuration of each pair, by name."""
+        fixed: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in (*SEARCHED, "seeds")
+        }
+        grids = [[(name, value) for value in getattr(self, name)] or [(name, None)] for name in SEARCHED]
+        made = (TrainConfig(**fixed, **dict(pair)).resolved() for pair in itertools.product(*grids))
+        return {_name(run): run for run in made}
+
+
+def _name(run: TrainConfig) -> str:
+    """The method with its rho and gamma, those it has."""
+    settings = ((name, getattr(run, name)) for name in SEARCHED)
+    return run.method + "".join(f"-{name}{value:g}" for name, value in settings if value is not None)
+
+
+def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:
+    """For each pair its validation accuracy (fraction, mean and deviation over n seeds); n = 0 where all diverged."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for name, run in configs.items():
+            accuracies = [r.history[-1]["validation_accuracy"] for r in found if r.name == name]
+            spread = Spread.of(accuracies) if accuracies else Spread(math.nan, math.nan, 0)
+            yield {
+                "method": run.method,
+                "rho": run.rho,
+                "gamma": run.gamma,
+                "n": spread.n,
+                "validation_accuracy": spread.mean,
+                "std": spread.std,
+            }
+
+    return list(rows())
+
+
+def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of highest mean accuracy, of equal ones that of the smallest gamma and rho.
+
+    Raises cli.Failed where every run diverged.
+    """
+    rows = [row for row in grid if row["n"]]
+    if not rows:
+        raise cli.Failed("Every run of the search diverged; smaller values of `rho` and `gamma` may help.")
+    return min(rows, key=lambda row: (-round(row["validation_accuracy"], 6), row["gamma"] or 0, row["rho"] or 0))
+
+
+def main(
+    config: Annotated[SearchConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Searches rho and gamma on training images that are held out, never on the test images.
+
+    Args:
+        config: The search.
+        out: Folder for everything: new, empty, or that of the same search, which is continued, with other values and
+            seeds if you like; default runs/search-DATASET-METHOD.
+        data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+    """
+    out = out or Path("runs") / f"search-{config.dataset}-{config.method}"
+    runs.claim_same(out, runs.to_json(config), MAY_DIFFER)
+    with progress.bar() as display:
+        dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, display)
+    grid = summarize(config.runs(), found)
+    best = best_of(grid)
+    record = {"config": runs.to_json(config), "grid": grid, "best": best, "environment": runs.environment()}
+    runs.write_json(out / "search.json", record)
+    varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
+    if len(varied) == 2:
+        values = {(row["rho"], row["gamma"]): 100 * row["validation_accuracy"] for row in grid}
+        plots.heat_map(values, ("rho", "gamma", "validation accuracy, %"), out / "search.png")
+    header = ["rho", "gamma", "n", "validation accuracy, %", ""]
+    lines = [
+        [
+            *("" if row[name] is None else f"{row[name]:g}" for name in SEARCHED),
+            str(row["n"]),
+            tables.cell(100 * row["validation_accuracy"], 100 * row["std"]) if row["n"] else "diverged",
+            "best" if row == best else "",
+        ]
+        for row in grid
+    ]
+    cli.console.print(tables.terminal(header, lines, LABELS[config.method]))
+    noise = f", {config.label_noise:.0%} {config.label_noise_kind} label noise" if config.label_noise else ""
+    cli.console.print(
+        f"{config.dataset}{noise}: accuracy after the last epoch on {config.validation_size:,} training images that"
+        f" were held out, mean \u00b1 standard deviation over n seeds. The best is the best of {len(grid)}: its own"
+        f" accuracy here flatters it. Runs and results are in {out}."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,398 @@
+"""The sections of a report: tables of cells, each with its n, spread, commits and hardware, and their plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import groups, page, plots, saved, tables
+from experiments.config import LABELS, TrainConfig
+from experiments.saved import Cell, Run
+from hero_jax.quantize import Spread
+
+SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
+# Formats of a mean and of its deviation where sizes differ by orders.
+SCIENTIFIC = (".3g", ".2g")
+
+
+class Setup(NamedTuple):
+    """What the rows of one table have in common: the task."""
+
+    dataset: str
+    model: str | None
+    train_size: int | None
+    validation_size: int
+    epochs: int | None
+    label_noise: float
+    label_noise_kind: str
+    split: str
+
+    @classmethod
+    def of(cls, run: Run) -> Setup:
+        """The task of a run."""
+        return cls(*(getattr(run.config, name) for name in cls._fields[:-1]), split=run.split)
+
+    def __str__(self) -> str:
+        parts = [self.dataset, str(self.model), f"{self.epochs} epochs"]
+        if self.train_size is not None:
+            parts.append(f"{self.train_size:,} training images")
+        if self.validation_size:
+            parts.append(f"{self.validation_size:,} held out")
+        if self.label_noise:
+            parts.append(f"{100 * self.label_noise:g} % {self.label_noise_kind} label noise")
+        return ", ".join(parts)
+
+
+class Part(NamedTuple):
+    """A table's worth of cells; `base` is what the others are compared with, where there is one."""
+
+    title: str
+    setup: Setup
+    cells: list[Cell]
+    base: Cell | None
+
+
+class Plotter:
+    """Draws the plots of a report into its folder, as PNG and SVG."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._count = out, 0
+
+    def __call__(self, plot: Callable[..., None], *arguments: Any, caption: str, **options: Any) -> page.Picture:
+        self._count += 1
+        names = [f"plot-{self._count:02}-{plot.__name__.replace('_', '-')}.{kind}" for kind in ("svg", "png")]
+        for name in names:
+            plot(*arguments, self.out / name, **options)
+        return page.Picture(names[0], caption, names)
+
+    def copied(self, image: Path, caption: str) -> page.Picture:
+        """A picture that is there already."""
+        self._count += 1
+        name = f"plot-{self._count:02}-{image.name}"
+        (self.out / name).write_bytes(image.read_bytes())
+        return page.Picture(name, caption, [name])
+
+
+def accuracy(made: Sequence[Part], draw: Plotter) -> list[Any]:
+    """For each task a row a network: accuracy, loss, time, and paired differences."""
+    content = []
+    for part in made:
+        content += [page.Heading(part.title), accuracy_table(part)]
+        values = {cell.name: [run.accuracy for run in cell.runs] for cell in part.cells}
+        if max(len(values), *map(len, values.values())) > 1:
+            caption = f"{part.title}: accuracy after the last epoch; a mark is a run, the bar the mean."
+            content.append(draw(plots.each_run, values, f"{part.setup.split} accuracy, %", caption=caption))
+        curves = {cell.name: [_curve(run, "accuracy", 100) for run in cell.runs] for cell in part.cells}
+        if max(len(seed) for seeds in curves.values() for seed in seeds) > 1:
+            caption = f"{part.title}: accuracy along training; mean, and range over seeds."
+            content.append(draw(plots.along_epochs, {f"{part.setup.split} accuracy, %": curves}, caption=caption))
+    return content
+
+
+def accuracy_table(part: Part) -> page.Table:
+    """The table of one task."""
+    rivals = [cell for cell in part.cells if cell.network.method != "hero"]
+    best = max(rivals, key=saved.mean_accuracy, default=None)
+    compared = [part.base] if part.base is not None else []
+    if best is not None and best is not part.base and len(rivals) < len(part.cells):
+        compared.append(best)
+    header = ["network", "n", "last epoch", "at best validation", "train loss", "seconds"]
+    header += [f"minus {base.name}" for base in compared]
+    lines = []
+    for cell in part.cells:
+        n = len(cell.runs)
+        validated, seconds = (
+            [value for run in cell.runs if (value := getattr(run, name)) is not None]
+            for name in ("accuracy_at_best_validation", "seconds")
+        )
+        columns = [
+            tables.spread([run.accuracy for run in cell.runs], n),
+            tables.spread(validated, n),
+            tables.spread([run.rows[-1]["train_loss"] for run in cell.runs], n, SCIENTIFIC),
+            tables.spread(seconds, n, SCIENTIFIC),
+        ]
+        seeds, *others = ({run.config.seed: run.accuracy for run in c.runs} for c in (cell, *compared))
+        columns += [
+            tables.NOTHING if base is cell else tables.difference(seeds, other)
+            for base, other in zip(compared, others, strict=True)
+        ]
+        lines.append([cell.name, str(n), *columns])
+    text = f"Accuracy in percent on the {part.setup.split} images. {SPREAD}"
+    if compared and len(part.cells) > 1:
+        text += " Differences of the last epoch: paired over the n seeds that both have, mean \u00b1 standard error."
+    if compared and compared[-1] is best and len(rivals) < len(part.cells):
+        text += f" {compared[-1].name} has the best mean of those that are not HERO."
+    text += " Train loss: mean over the last epoch. Seconds: in training steps, with the compilation of the first;"
+    text += " where not every epoch was evaluated, at the speed of those that were."
+    return page.Table(*_without_empty(header, lines), f"{text} {origin(part.cells)}")
+
+
+def label_noise(runs: Sequence[Run], draw: Plotter) -> list[Any]:
+    """For each task and kind of noise, accuracy and memorization by rate; curves along training for each rate."""
+    content = []
+    clean = {run.path: Setup.of(run)._replace(label_noise=0.0, label_noise_kind="symmetric") for run in runs}
+    noisy = [run for run in runs if run.config.label_noise]
+    for setup, kind in dict.fromkeys((clean[run.path], run.config.label_noise_kind) for run in noisy):
+        of_kind = [
+            run
+            for run in runs
+            if clean[run.path] == setup and (not run.config.label_noise or run.config.label_noise_kind == kind)
+        ]
+        rows = _by_rate(of_kind)
+        title = f"{setup}, {kind} label noise"
+        content.append(page.Heading(title))
+        where = f"{setup.split} accuracy, %"
+        shown: list[tuple[str, Callable[[Run], float | None]]] = [
+            (f"{where}, last epoch", lambda run: run.accuracy),
+            (f"{where}, at best validation", lambda run: run.accuracy_at_best_validation),
+            (f"{where}, highest of all epochs", lambda run: 100 * max(row["accuracy"] for row in run.rows)),
+            ("altered images taken for their wrong label, %", lambda run: _percent(run.rows[-1].get("memorized"))),
+            ("altered images taken for their true label, %", lambda run: _percent(run.rows[-1].get("recovered"))),
+        ]
+        for label, value in shown:
+            values = {
+                name: {rate: [x for run in of_rate if (x := value(run)) is not None] for rate, of_rate in row.items()}
+                for name, row in rows.items()
+            }
+            if not any(numbers for row in values.values() for numbers in row.values()):
+                continue
+            text = f"{title}: {label}. {SPREAD}"
+            if "highest" in label:
+                text += f" The epoch is chosen by the very numbers that are shown, on the {setup.split} images."
+            content.append(_rate_table(values, f"{text} {origin(of_kind)}"))
+            if "last epoch" in label:
+                points = {
+                    name: {rate: Spread.of(numbers)[:2] for rate, numbers in sorted(row.items())}
+                    for name, row in values.items()
+                }
+                caption = f"{title}: {label}; mean \u00b1 standard deviation over seeds."
+                content.append(draw(plots.over_noise, points, where, caption=caption))
+        content += _memorization(rows, title, draw)
+    return content
+
+
+def _by_rate(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """Runs by network, named without its noise, and by rate of noise."""
+    by_network: dict[TrainConfig, dict[float, list[Run]]] = {}
+    for cell in saved.cells(runs):
+        plain = dataclasses.replace(cell.network, label_noise=0.0, label_noise_kind="symmetric")
+        by_network.setdefault(plain, {})[cell.network.label_noise] = cell.runs
+    return {name: by_network[network] for network, name in groups.names(by_network).items()}
+
+
+def _rate_table(values: Mapping[str, Mapping[float, Sequence[float]]], caption: str) -> page.Table:
+    rates = sorted({rate for row in values.values() for rate, numbers in row.items() if numbers})
+    lines = [[name, *(tables.spread(row.get(rate, ())) for rate in rates)] for name, row in values.items()]
+    return page.Table(["network", *(f"{100 * rate:g} % noise" for rate in rates)], lines, caption)
+
+
+def _memorization(rows: Mapping[str, Mapping[float, Sequence[Run]]], title: str, draw: Plotter) -> list[page.Picture]:
+    """For each rate, what networks say of the altered images along training."""
+    pictures = []
+    labels = {"memorized": "wrong label learned, %", "recovered": "true label found, %"}
+    for rate in sorted({rate for row in rows.values() for rate in row}):
+        panels: dict[str, dict[str, list[Any]]] = {}
+        for field, label in labels.items():
+            for name, row in rows.items():
+                curves = [_curve(run, field, 100) for run in row.get(rate, ())]
+                if curves and all(curves):
+                    panels.setdefault(label, {})[name] = curves
+        if panels:
+            caption = (
+                f"{title} of {100 * rate:g} %: altered training images along training; mean, and range over seeds."
+            )
+            pictures.append(draw(plots.along_epochs, panels, caption=caption))
+    return pictures
+
+
+def quantization(made: Sequence[Part], draw: Plotter) -> list[Any]:
+    """For each task and quantizer, accuracy by bit width."""
+    content = []
+    for part in made:
+        cells = {c.name: [run.measured for run in c.runs if run.measured.get("quantized")] for c in part.cells}
+        cells = {name: measured for name, measured in cells.items() if measured}
+        for spec in dict.fromkeys(spec for measured in cells.values() for spec in measured[0]["quantized"]):
+            rows = {
+                name: [record["quantized"][spec] for record in measured]
+                for name, measured in cells.items()
+                if spec in measured[0]["quantized"]
+            }
+            widths = list(dict.fromkeys(width for row in rows.values() for width in row[0]))
+            lines = []
+            for name, row in rows.items():
+                columns = [tables.spread([r[width] for r in row if width in r], len(row)) for width in widths]
+                lines.append([name, str(len(row)), str(cells[name][0]["images"]), *columns])
+            header = ["network", "n", "images", *(w if w == "full" else f"{w} bit" for w in widths)]
+            text = f"Accuracy in percent with the weights rounded after training, grid {spec}, on so many images."
+            text += f" {SPREAD} {origin([cell for cell in part.cells if cell.name in rows])}"
+            content += [page.Heading(f"{part.title}: {spec}"), page.Table(header, lines, text)]
+            points = {
+                (spec, "nearest", name): [Spread.of([r.get(width, float("nan")) for r in row])[:2] for width in widths]
+                for name, row in rows.items()
+            }
+            caption = f"{part.title}: accuracy over the bits of a weight, {spec}; mean \u00b1 standard deviation."
+            content.append(draw(plots.quantization, points, widths, caption=caption))
+    return content
+
+
+def curvature(made: Sequence[Part], draw: Plotter) -> list[Any]:
+    """For each task, top Hessian eigenvalue and norm at the end and along training."""
+    content = []
+    for part in made:
+        cells = {cell.name: [run.curvature for run in cell.runs if run.curvature] for cell in part.cells}
+        cells = {name: found for name, found in cells.items() if found}
+        if not cells:
+            continue
+        lines = []
+        for name, found in cells.items():
+            value, residual, norm, sem = (
+                [record[field] for record in found]
+                for field in ("eigenvalue", "eigenvalue_residual", "hessian_norm", "hessian_norm_sem")
+            )
+            star = "" if all(record["eigenvalue_converged"] for record in found) else "*"
+            norms = tables.spread(norm, len(found), SCIENTIFIC)
+            eigenvalues = tables.spread(value, len(found), SCIENTIFIC) + star
+            errors = [f"{max(residual):.1e}", norms, f"{sum(sem) / len(sem):.2g}"]
+            lines.append([name, str(len(found)), str(found[0]["images"]), eigenvalues, *errors])
+        header = ["network", "n", "images", "top eigenvalue", "largest residual", "norm", "sem of a norm"]
+        text = (
+            f"Hessian of the mean training loss over so many images, at the end of training. {SPREAD} The eigenvalue is"
+            " the largest in magnitude; a star marks networks of which some run did not reach its relative residual."
+            " The norm is that of Frobenius, estimated by random probes; sem is the mean standard error of one."
+        )
+        text += f" {origin([cell for cell in part.cells if cell.name in cells])}"
+        content += [page.Heading(part.title), page.Table(header, lines, text)]
+        values = {name: [abs(record["eigenvalue"]) for record in found] for name, found in cells.items()}
+        caption = f"{part.title}: top eigenvalue at the end; a mark is a run, the bar the mean."
+        content.append(draw(plots.each_run, values, "|top Hessian eigenvalue|", caption=caption, log=True))
+        content += _curvature_along_training(part, draw)
+    return content
+
+
+def _curvature_along_training(part: Part, draw: Plotter) -> list[page.Picture]:
+    panels: dict[str, dict[str, list[Any]]] = {}
+    for field, label in (("eigenvalue", "|top eigenvalue|"), ("hessian_norm", "Frobenius norm")):
+        for cell in part.cells:
+            curves = [[(epoch, abs(value)) for epoch, value in _curve(run, field)] for run in cell.runs]
+            if min(map(len, curves)) > 1:
+                panels.setdefault(label, {})[cell.name] = curves
+    caption = f"{part.title}: curvature along training; mean, and range over seeds."
+    return [draw(plots.along_epochs, panels, caption=caption, log=True)] if panels else []
+
+
+def landscapes(folders: Sequence[Path], draw: Plotter) -> list[Any]:
+    """The pictures of each landscape, with the numbers of its record."""
+    content = []
+    for folder in folders:
+        record = saved.read_json(folder / "landscape.json")
+        lines = []
+        for name, found in record.get("runs", {}).items():
+            center, basin = found["center"], found["basin"]
+            mean, std = (100 * basin["line"][x] for x in ("mean", "std"))
+            figures = [
+                f"{center['loss']:.4f}",
+                f"{100 * center['accuracy']:.2f}",
+                tables.cell(mean, std, (".1f", ".1f")),
+            ]
+            lines.append([name, *figures, f"{100 * basin['plane']:.1f}"])
+        content.append(page.Heading(str(folder)))
+        if lines:
+            config = record["config"]
+            text = (
+                "Mean training loss and accuracy in percent at the weights of one run each. Basin: percent of the steps"
+                f" up to {config['radius']:g} along {config['directions']} random filter-normalized lines (mean \u00b1"
+                " standard deviation over the lines), and of the disk of that radius in the plane of two of them,"
+                f" where the loss is less than {config['rise']:g} above that of the run."
+            )
+            text += f" Commit: {record['environment']['commit']}. Hardware: {_machine(record['environment'])}."
+            header = ["run", "train loss", "train accuracy", "basin, line", "basin, plane"]
+            content.append(page.Table(header, lines, text))
+        joined = record.get("between", {}).get("to", {})
+        if joined:
+            lines = []
+            for name, found in joined.items():
+                barriers = [found["barriers"][split] for split in ("train", "test")]
+                numbers = ((f"{part['loss']:.3f}", f"{100 * part['error']:.2f}") for part in barriers)
+                lines.append([name, *(number for pair in numbers for number in pair)])
+            text = (
+                f"Barriers on the straight line from {record['between']['first']}: most by which loss, or error in"
+                " percent, rises above the line through the two runs; one pair of runs a row, so without deviation."
+            )
+            content.append(page.Table(["to", "train loss", "train error", "test loss", "test error"], lines, text))
+        content += [draw.copied(image, f"{folder}: {image.stem}") for image in sorted(folder.glob("*.png"))]
+    return content
+
+
+def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
+    """What was tried in each search, by method; the chosen settings are marked."""
+    content = []
+    for folder in folders:
+        record = saved.read_json(folder / "search.json")
+        found = ("n", "validation_accuracy", "std")
+        best = record["best"]
+        chosen = list(best.values()) if all(isinstance(value, dict) for value in best.values()) else [best]
+        for method in dict.fromkeys(row["method"] for row in record["grid"]):
+            rows = [row for row in record["grid"] if row["method"] == method]
+            settings = [name for name in rows[0] if name not in (*found, "method")]
+            used = [name for name in settings if any(row[name] is not None for row in rows)]
+            lines = []
+            for row in rows:
+                is_best = any(all(row[name] == pick.get(name) for name in (*used, "method")) for pick in chosen)
+                std = float("nan") if row["std"] is None else row["std"]
+                values = [tables.NOTHING if row[name] is None else str(row[name]) for name in used]
+                text = tables.cell(100 * row["validation_accuracy"], 100 * std)
+                lines.append([*values, str(row["n"]), text + (" (chosen)" if is_best else "")])
+            text = f"Validation accuracy in percent. {SPREAD}"
+            content.append(page.Heading(f"{folder}: {LABELS[method]}"))
+            content.append(page.Table([*used, "n", "validation accuracy"], lines, text, left=0))
+            varied = [name for name in used if len({row[name] for row in rows}) > 1]
+            if len(varied) == 2 and len({tuple(row[name] for name in varied) for row in rows}) == len(rows):
+                values = {(row[varied[0]], row[varied[1]]): 100 * row["validation_accuracy"] for row in rows}
+                labels = (*varied, "validation accuracy, %")
+                caption = f"{folder}, {LABELS[method]}: validation accuracy in percent by {varied[0]} and {varied[1]}."
+                content.append(draw(plots.heat_map, values, labels, caption=caption))
+    return content
+
+
+def origin(cells: Sequence[Cell] | Sequence[Run]) -> str:
+    """Commits and hardware of the runs behind a table, and which of its cells mix them."""
+    runs_of = [run for cell in cells for run in (cell.runs if isinstance(cell, Cell) else [cell])]
+    sentences = []
+    for what, value in (("Commit", commit), ("Hardware", hardware)):
+        counts = Counter(value(run) for run in runs_of)
+        listed = [f"{name} ({count} runs)" if len(counts) > 1 else name for name, count in counts.most_common()]
+        within = [(c.name, sorted({value(run) for run in c.runs})) for c in cells if isinstance(c, Cell)]
+        mixed = [f"{name} has runs of {' and '.join(values)}" for name, values in within if len(values) > 1]
+        sentences.append(f"{what}: {'; '.join([', '.join(listed), *mixed])}.")
+    return " ".join(sentences)
+
+
+def commit(run: Run) -> str:
+    return " then ".join(dict.fromkeys(part.get("commit", "unknown") for part in run.parts)) or "unknown"
+
+
+def hardware(run: Run) -> str:
+    return " then ".join(dict.fromkeys(map(_machine, run.parts))) or "unknown"
+
+
+def _machine(part: Mapping[str, Any]) -> str:
+    device, machine = part.get("device", {}), part.get("machine", {})
+    return f"{device.get('count', '?')} x {device.get('kind', 'unknown device')}, {machine.get('cores', '?')} cores"
+
+
+def _curve(run: Run, field: str, unit: float = 1) -> list[tuple[float, float]]:
+    """(epoch, value) of each evaluation that has the field."""
+    return [(row["epoch"], unit * row[field]) for row in run.rows if field in row]
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _without_empty(header: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns that have something in them."""
+    kept = [i for i in range(len(header)) if any(line[i] != tables.NOTHING for line in lines)]
+    return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]

@@ -1,0 +1,185 @@
+"""Many runs: each configuration with each seed in a folder of its own, then measured; what is there is not made again.
+
+OUT/config.json         what the sweep is
+OUT/runs/NAME-sSEED/    a run folder (`runs`), and with it
+    measured.json       accuracy at each bit width, top Hessian eigenvalue and Hessian norm of the run, by `Measuring`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import cli, data, progress, runs
+from experiments import train as training
+from experiments import trainer as trainers
+from experiments.config import TrainConfig
+from hero_jax import _check, quantize, spectrum
+
+PyTree = Any
+# Of the Hutchinson estimate of the Hessian norm.
+NORM_PROBES = 10
+# Training images for the Hessian where nothing is said: all of digits, of others what a product takes seconds for on a
+# CPU.
+CURVATURE_IMAGES = {"digits": 1433}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """What is measured of a run that has ended."""
+
+    specs: tuple[str, ...] = ("channel-narrow",)
+    """Names of the quantizers: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
+    bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
+    """Bit widths of the weights."""
+    curvature_size: int | None = None
+    """Training images for the Hessian; default all of digits, 500 of others."""
+    curvature_products: int = 200
+    """Most Hessian-vector products for the top eigenvalue."""
+
+    def __post_init__(self) -> None:
+        for name in ("curvature_size", "curvature_products"):
+            if getattr(self, name) is not None:
+                _check.integer(name, getattr(self, name), low=1)
+        for width in self.bits:
+            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+        for spec in self.specs:
+            quantize.named(spec)
+
+    def curvature_images(self, dataset: str) -> int:
+        """`curvature_size`, or its default for a data set."""
+        return self.curvature_size or CURVATURE_IMAGES.get(dataset, 500)
+
+
+class Run(NamedTuple):
+    """A run that has ended well: its name and seed, the evaluations along it, and measured.json ({} without)."""
+
+    name: str
+    config: TrainConfig
+    history: list[dict[str, Any]]
+    measured: dict[str, Any]
+
+
+def run_all(
+    configs: Mapping[str, TrainConfig],
+    seeds: Sequence[int],
+    dataset: data.Dataset,
+    out: Path,
+    display: Any,
+    measuring: Measuring | None = None,
+) -> list[Run]:
+    """Trains and measures every configuration with every seed, or what is left of them.
+
+    A run that diverges is said to have done so, and the others go on.
+
+    Args:
+      configs: resolved configurations by name, whose own seed does not matter.
+      seeds: seeds of each.
+      dataset: the data as loaded: each configuration holds out and leaves out its own part.
+      out: where the run folders are: `out`/runs/NAME-sSEED.
+      display: of `progress.bar`.
+      measuring: what is measured of each; None: nothing.
+
+    Returns:
+      The runs that ended well, by configuration and seed.
+    """
+    total = display.add_task("all runs", total=len(configs) * len(seeds), figures="")
+    found: list[Run] = []
+    compiled: dict[TrainConfig, tuple[trainers.Trainer, data.Dataset]] = {}
+    for name, config in configs.items():
+        for seed in seeds:
+            run = dataclasses.replace(config, seed=seed)
+            path = out / "runs" / f"{name}-s{seed}"
+            key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
+            if runs.status(path) not in ("done", "diverged") or not _is_measured(path, measuring):
+                if key not in compiled:
+                    images = data.subset(dataset, run.train_size, run.validation_size)
+                    # The programs of one configuration at a time.
+                    compiled = {key: (trainers.build(key, images), images)}
+                _train(name, run, path, *compiled[key], display, measuring)
+            if runs.status(path) == "diverged":
+                cli.console.print(f"{path.name} diverged; the others go on")
+            else:
+                found.append(Run(name, run, runs.read_metrics(path), _measured(path)))
+            display.update(total, advance=1)
+    return found
+
+
+def _train(
+    name: str,
+    run: TrainConfig,
+    path: Path,
+    trainer: trainers.Trainer,
+    images: data.Dataset,
+    display: Any,
+    measuring: Measuring | None,
+) -> None:
+    """Trains what is left of a run, and measures it."""
+    assert run.epochs is not None
+    if runs.status(path) == "done":
+        variables = runs.load_variables(path)
+    else:
+        report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
+        try:
+            with runs.RunFolder(path, run, run.may_differ()) as folder:
+                variables = training.train(run, images, folder, report, trainer).variables
+        except training.Diverged:
+            return
+    if measuring is not None:
+        variables = jax.tree.map(jnp.asarray, variables)
+        found = measure(measuring, run.dataset, trainer, variables, trainers.with_label_noise(run, images))
+        runs.write_json(path / "measured.json", {"config": runs.to_json(measuring), **found})
+
+
+def measure(
+    measuring: Measuring, name: str, trainer: trainers.Trainer, variables: PyTree, dataset: data.Dataset
+) -> dict[str, Any]:
+    """Accuracy at every bit width, the eigenvalue of largest magnitude, and the norm of the Hessian, as JSON values.
+
+    BatchNorm uses its running statistics in all; the Hessian is that of the mean cross-entropy of the first training
+    images, with the labels they are trained on, without weight decay or augmentation.
+    """
+    params = variables["params"]
+
+    def eval_fn(params: PyTree) -> dict[str, float]:
+        return trainer.evaluate({**variables, "params": params}, dataset.test)
+
+    quantized = {}
+    for spec in measuring.specs:
+        rows = quantize.quantize_and_evaluate(eval_fn, params, measuring.bits, quantize.named(spec))
+        quantized[spec] = {"full" if row.bits is None else str(row.bits): 100 * row.metrics["accuracy"] for row in rows}
+    images = dataset.train.first(measuring.curvature_images(name))
+    matvec, example = trainer.hessian(variables, images)
+    pairs = spectrum.top_eigenpairs(matvec, example, jax.random.key(0), k=1, max_matvecs=measuring.curvature_products)
+    norm = spectrum.hessian_norm(matvec, example, jax.random.key(1), num_probes=NORM_PROBES)
+    return {
+        "images": dataset.test.size,
+        "quantized": quantized,
+        "curvature": {
+            "images": images.size,
+            "eigenvalue": float(pairs.eigenvalues[0]),
+            "eigenvalue_residual": float(pairs.residuals[0]),
+            "eigenvalue_converged": bool(pairs.converged[0]),
+            "hessian_norm": float(norm.mean),
+            "hessian_norm_sem": float(norm.sem),
+        },
+    }
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """measured.json of a run folder; empty where there is none."""
+    return runs.read_json(path / "measured.json")
+
+
+def _is_measured(path: Path, measuring: Measuring | None) -> bool:
+    """Whether a run has been measured as it is asked for; one that diverged has nothing to measure."""
+    if measuring is None or runs.status(path) == "diverged":
+        return True
+    wanted = json.loads(json.dumps(runs.to_json(measuring)))
+    return _measured(path).get("config") == wanted

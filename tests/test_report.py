@@ -1,0 +1,477 @@
+"""`experiments.report`: its numbers against NumPy, what it refuses, and pages that need nothing else."""
+
+import base64
+import html.parser
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import page, report, runs, saved, tables
+from experiments import train as training
+from experiments.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+EPOCHS = 3
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+ENVIRONMENT = {
+    "versions": {"python": "3.11", "jax": "0.10"},
+    "device": {"kind": "cpu", "platform": "cpu", "count": 1, "processes": 1},
+    "machine": {"processor": "x86_64", "cores": 2},
+    "commit": "aaaaaaaaaaaa",
+    "command": ["train", "--method", "sgd"],
+}
+
+
+def fake(
+    folder, accuracies=(0.5, 0.6, 0.7), status="done", message="", measured=None, more=None, part=None, **fields: Any
+):
+    """A run folder as a run leaves it: one row an epoch, with `more` fields (a list of one value an epoch each)."""
+    folder.mkdir(parents=True)
+    config = TrainConfig(**{"method": "sgd", "epochs": EPOCHS, **fields}).resolved()
+    runs.write_json(folder / "config.json", runs.to_json(config))
+    runs.write_json(folder / "environment.json", ENVIRONMENT | (part or {}))
+    runs.write_json(folder / "status.json", {"status": status, "message": message})
+    rows = []
+    for i, accuracy in enumerate(accuracies):
+        row = {"epoch": i + 1, "train_loss": 0.5 / (i + 1), "images_per_second": 640.0, "step": 10 * (i + 1)}
+        rows.append(row | {"accuracy": accuracy} | {name: values[i] for name, values in (more or {}).items()})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if measured is not None:
+        runs.write_json(folder / "measured.json", measured)
+    return folder
+
+
+def last(values):
+    """Accuracies of a run that ends with each of these."""
+    return [(0.5, 0.6, value) for value in values]
+
+
+def cells_of(text, start):
+    """The cells of the Markdown rows that start with this cell."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page; fails where tags do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def made(folder, *more):
+    """The Markdown and the HTML of a report."""
+    report.main((folder, *more))
+    out = folder / "report"
+    return (out / "report.md").read_text(), (out / "report.html").read_text()
+
+
+MEASURED = {
+    "quantized": {"channel-narrow": {"full": 97.0, "8": 96.0, "2": 60.0}},
+    "curvature": {
+        "eigenvalue": -4.0,
+        "eigenvalue_residual": 1e-4,
+        "eigenvalue_converged": True,
+        "hessian_norm": 6.0,
+        "hessian_norm_sem": 0.5,
+        "images": 100,
+    },
+    "images": 364,
+}
+
+
+def measured(shift=0.0, **curvature):
+    """measured.json with its accuracies and its eigenvalue shifted."""
+    row = {name: value + shift for name, value in MEASURED["quantized"]["channel-narrow"].items()}
+    changed = MEASURED["curvature"] | {"eigenvalue": -4.0 - shift} | curvature
+    return MEASURED | {"quantized": {"channel-narrow": row}, "curvature": changed}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A folder with data for every section, and its report."""
+    base = tmp_path_factory.mktemp("all")
+    for seed, accuracy in enumerate((0.90, 0.93, 0.91)):
+        along = {"validation_accuracy": (0.5, 0.8, 0.7)}
+        fake(base / f"sgd-s{seed}", (0.5, 0.6, accuracy), seed=seed, measured=measured(seed), more=along)
+    for seed, accuracy in enumerate((0.94, 0.92), start=1):
+        found = {"eigenvalue": (5.0, -4.0, 3.0), "eigenvalue_residual": (1e-4, 1e-4, 0.01)}
+        found |= {"hessian_norm": (7.0, 6.0, 5.0 + seed), "hessian_norm_sem": (0.3, 0.2, 0.1)}
+        fake(base / f"hero-s{seed}", (0.5, 0.6, accuracy), method="hero", seed=seed, more=found, every=1)
+    for rate in (0.2, 0.8):
+        for kind in ("symmetric", "asymmetric"):
+            for seed in (0, 1):
+                told = {"memorized": (0.1, 0.2, rate + seed / 10), "recovered": (0.8, 0.6, 0.1)}
+                noise: dict[str, Any] = {"label_noise": rate, "label_noise_kind": kind, "seed": seed}
+                fake(base / f"noisy-{kind}-{rate}-s{seed}", (0.7, 0.8, 0.9 - rate - seed / 10), more=told, **noise)
+    for penalty in ("hvp", "difference"):
+        fake(base / "ablations" / penalty, (0.5, 0.6, 0.8), method="hero", penalty=penalty, every=1, seed=1)
+    fake(base / "half", status="interrupted", message="max_minutes 1 passed", accuracies=(0.01,), seed=7)
+    fake(base / "<b>", status="diverged", message="The loss & <i>all</i> | that", accuracies=(), seed=8)
+    grid = [
+        {"method": "hero", "rho": rho, "gamma": gamma, "n": 3, "validation_accuracy": rho / 2 + gamma, "std": 0.01}
+        for rho in (0.5, 1.0)
+        for gamma in (0.1, 0.2)
+    ]
+    (base / "search").mkdir()
+    runs.write_json(base / "search" / "search.json", {"grid": grid, "best": {"hero": grid[3]}, "config": {}})
+    fake(base / "search" / "trial", seed=9)
+    folder = base / "landscape-a"
+    folder.mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "plane.png")
+    around = {
+        "center": {"loss": 0.25, "accuracy": 0.97},
+        "basin": {"line": {"mean": 0.5, "std": 0.125}, "plane": 0.375},
+        "lines": [[1.0] * 300],
+    }
+    between = {
+        "first": "sgd-s0",
+        "to": {"x": {"barriers": {s: {"loss": 1.5, "error": 0.25} for s in ("train", "test")}}},
+    }
+    config = {"radius": 1.0, "directions": 5, "rise": 0.1}
+    record = {"runs": {"sgd-s0": around}, "config": config, "between": between, "environment": ENVIRONMENT}
+    runs.write_json(folder / "landscape.json", record)
+    return base, *made(base)
+
+
+def test_means_and_deviations_are_those_of_numpy(everything):
+    _, text, _ = everything
+    values = 100 * np.array([0.90, 0.93, 0.91])
+    row = next(row for row in cells_of(text, "SGD") if row[1] == "3")
+    assert row[2] == f"{values.mean():.2f} \u00b1 {values.std(ddof=1):.2f}"
+    # Each time the second epoch has the best validation accuracy.
+    assert row[3] == "60.00 \u00b1 0.00"
+    # 30 steps of 64 images at 640 a second.
+    assert row[5].startswith("3 \u00b1")
+
+
+def test_differences_are_paired_over_shared_seeds(everything):
+    _, text, _ = everything
+    paired = 100 * np.array([0.94 - 0.93, 0.92 - 0.91])
+    row = next(row for row in cells_of(text, "HERO") if row[1] == "2")
+    assert row[-1] == f"{paired.mean():+.2f} \u00b1 {paired.std(ddof=1) / math.sqrt(2):.2f} (n\u00a02)"
+    assert "minus SGD" in text
+
+
+def test_difference_by_hand():
+    assert tables.difference({0: 3.0, 1: 6.0, 5: 90.0}, {1: 2.0, 0: 1.0, 4: 7.0}) == "+3.00 \u00b1 1.00 (n\u00a02)"
+    assert tables.difference({0: 3.0}, {0: 4.0}) == "-1.00 (n\u00a01)"
+    assert tables.difference({0: 3.0}, {1: 4.0}) == "\u2014"
+
+
+def test_spread_tells_its_n_where_the_row_has_another():
+    assert tables.spread([1.0, 3.0], 2) == "2.00 \u00b1 1.41"
+    assert tables.spread([1.0, 3.0], 5) == "2.00 \u00b1 1.41 (n\u00a02)"
+    assert tables.spread([1.0], 1) == "1.00"
+    assert tables.spread([]) == "\u2014"
+
+
+def test_label_noise(everything):
+    _, text, _ = everything
+    for kind in ("symmetric", "asymmetric"):
+        title = f"digits, mlp, {EPOCHS} epochs, {kind} label noise: test accuracy, %, last epoch"
+        table = text[: text.index(title)]
+        header = table[table.rindex("| network") :]
+        assert header.splitlines()[0] == "| network | 0 % noise | 20 % noise | 80 % noise |"
+        row = cells_of(header, "SGD")[0]
+        assert row[1] == "91.33 \u00b1 1.53 (n\u00a03)"
+        assert row[2:] == ["65.00 \u00b1 7.07 (n\u00a02)", "5.00 \u00b1 7.07 (n\u00a02)"]
+    wrong = text[: text.index("symmetric label noise: altered images taken for their wrong label")]
+    assert cells_of(wrong[wrong.rindex("| network") :], "SGD")[0][1:] == [
+        "25.00 \u00b1 7.07 (n\u00a02)",
+        "85.00 \u00b1 7.07 (n\u00a02)",
+    ]
+    best = text[: text.index("symmetric label noise: test accuracy, %, highest of all epochs")]
+    assert cells_of(best[best.rindex("| network") :], "SGD")[0][2] == "80.00 \u00b1 0.00 (n\u00a02)"
+
+
+def test_quantization(everything):
+    _, text, _ = everything
+    row = next(row for row in cells_of(text, "SGD") if "364" in row)
+    assert row == ["SGD", "3", "364", "98.00 \u00b1 1.00", "97.00 \u00b1 1.00", "61.00 \u00b1 1.00"]
+    assert "grid channel-narrow" in text
+
+
+def test_curvature_from_either_source_and_its_star(everything):
+    _, text, _ = everything
+    rows = text[text.index("## Curvature") : text.index("## Landscapes")]
+    sgd, hero = cells_of(rows, "SGD")[0], cells_of(rows, "HERO")[0]
+    assert sgd == ["SGD", "3", "100", "-5 \u00b1 1", "1.0e-04", "6 \u00b1 0", "0.5"]
+    assert hero == ["HERO", "2", "1000", "3 \u00b1 0*", "1.0e-02", "6.5 \u00b1 0.71", "0.1"]
+
+
+def test_ablations_have_a_row_a_setting_and_leave_the_main_table(everything):
+    _, text, _ = everything
+    rows = text[text.index("## Ablations") : text.index("## Search")]
+    assert [row[0] for row in cells_of(rows, "HERO")] == []
+    names = [line.split(" | ")[0] for line in rows.splitlines() if line.startswith("| HERO")]
+    assert names == [f"| HERO (penalty {penalty})" for penalty in ("detached", "difference", "hvp")]
+    accuracy = text[text.index("## Accuracy") : text.index("## Label noise")]
+    assert "penalty" not in accuracy
+
+
+def test_ablations_are_compared_with_the_base(tmp_path):
+    for i, setting in enumerate(({}, {"rho": 0.5}, {"gamma": 7.0})):
+        fake(tmp_path / "ablations" / str(i), (0.5, 0.6, 0.9 - i / 10), method="hero", **setting)
+    text, _ = made(tmp_path)
+    assert "minus HERO" in text
+    assert cells_of(text, "HERO (gamma 7.0)")[0][-1] == "-20.00 (n\u00a01)"
+    assert "deviation" in text
+
+
+def test_search_marks_what_was_chosen(everything):
+    _, text, _ = everything
+    rows = text[text.index("## Search") : text.index("## Where")]
+    assert "| 1.0 | 0.2 | 3 | 70.00 \u00b1 1.00 (chosen) |" in rows
+    assert rows.count("(chosen)") == 1
+    assert "heat-map" in rows
+
+
+def test_landscapes_are_embedded_with_their_numbers(everything):
+    base, text, code = everything
+    assert ["sgd-s0", "0.2500", "97.00", "50.0 \u00b1 12.5", "37.5"] in cells_of(text, "sgd-s0")
+    assert "| x | 1.500 | 25.00 | 1.500 | 25.00 |" in text
+    image = base64.b64encode((base / "landscape-a" / "plane.png").read_bytes()).decode()
+    assert image in code
+
+
+def test_runs_that_are_not_done_are_listed_and_left_out(everything):
+    _, text, code = everything
+    assert "18 runs: 16 done, 1 diverged, 1 interrupted." in text
+    assert "max_minutes 1 passed" in text
+    accuracy = text[text.index("## Accuracy") : text.index("## Label noise")]
+    assert cells_of(accuracy, "SGD")[0][1:3] == ["3", "91.33 \u00b1 1.53"]
+    assert "max_minutes 1 passed" in Page(code).text
+
+
+def test_page_needs_nothing_else_and_nests(everything):
+    _, _, code = everything
+    page_read = Page(code)
+    images = [attributes for tag, attributes in page_read.tags if tag == "img"]
+    assert len(images) > 8
+    for attributes in images:
+        kind, _, content = attributes["src"].partition(";base64,")
+        marks = {"data:image/svg+xml": b"<svg", "data:image/png": b"\x89PNG"}
+        assert marks[kind] in base64.b64decode(content)
+        assert attributes["alt"]
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page_read.tags}
+    links = [attributes["href"] for tag, attributes in page_read.tags if tag == "a"]
+    identifiers = {f"#{attributes['id']}" for _, attributes in page_read.tags if "id" in attributes}
+    assert set(links) == identifiers
+    assert len(links) == 9
+    assert "url(" not in code
+    assert "@import" not in code
+
+
+def test_all_text_is_escaped(everything):
+    _, text, code = everything
+    page_read = Page(code)
+    assert {tag for tag, _ in page_read.tags} & {"b", "i"} == set()
+    assert "/<b>" in page_read.text
+    assert "The loss & <i>all</i> | that" in page_read.text
+    assert "<b>" not in text
+    assert "&lt;b&gt;" in text
+
+
+def test_a_page_that_does_not_nest_is_noticed():
+    with pytest.raises(AssertionError):
+        Page("<p><table></p></table>")
+
+
+def test_markdown_tables_have_as_many_cells_in_every_row(everything):
+    _, text, _ = everything
+    tables_read = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
+    assert len(tables_read) > 10
+    for table in tables_read:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_links_of_the_markdown_are_files_beside_it(everything):
+    base, text, _ = everything
+    files = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(files) > 8
+    assert {file.name for file in (base / "report").iterdir()} == {*files, "report.md", "report.html"}
+    for file in files:
+        if file.endswith(".png") and "plane" not in file:
+            with Image.open(base / "report" / file) as image:
+                assert min(image.size) > 150
+                assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
+
+
+def test_all_commits_and_hardware_are_listed(tmp_path):
+    gpu = {"kind": "H", "platform": "gpu", "count": 4, "processes": 1}
+    fake(tmp_path / "a", seed=0)
+    fake(tmp_path / "b", seed=1, part={"commit": "bbbbbbbbbbbb", "device": gpu})
+    fake(tmp_path / "c", seed=2, part={"continued": [ENVIRONMENT | {"commit": "cccccccccccc"}]})
+    text, _ = made(tmp_path)
+    caption = next(line for line in text.splitlines() if line.startswith("Accuracy in percent"))
+    assert "SGD has runs of aaaaaaaaaaaa and aaaaaaaaaaaa then cccccccccccc and bbbbbbbbbbbb" in caption
+    assert "1 x cpu, 2 cores (2 runs), 4 x H, 2 cores (1 runs)" in caption
+    assert "train --method sgd" in text
+
+
+def test_names_tell_settings_apart_and_pace_does_not(tmp_path):
+    fake(tmp_path / "a", seed=0)
+    fake(tmp_path / "b", seed=1, save_minutes=60.0)
+    fake(tmp_path / "c", seed=1, learning_rate=0.3)
+    fake(tmp_path / "d", seed=0, train_size=100)
+    text, _ = made(tmp_path)
+    assert cells_of(text, "SGD (learning_rate 0.1)")[0][1] == "2"
+    assert cells_of(text, "SGD (learning_rate 0.3)")[0][1:3] == ["1", "70.00"]
+    assert "100 training images" in text
+
+
+def test_older_runs_without_newer_fields(tmp_path):
+    fake(tmp_path / "new", method="hero", seed=0)
+    old = fake(tmp_path / "old", method="hero", seed=1)
+    fields = json.loads((old / "config.json").read_text())
+    newer = ("interval", "scope", "reduction", "label_noise", "label_noise_kind", "dtype")
+    runs.write_json(old / "config.json", {name: fields[name] for name in fields if name not in newer})
+    text, _ = made(tmp_path)
+    assert cells_of(text, "HERO")[0][1] == "2"
+
+
+def test_accuracy_of_older_runs_on_held_out_images_says_so(tmp_path):
+    fake(tmp_path / "a", validation_size=100)
+    fake(tmp_path / "b", validation_size=100, seed=1, more={"validation_accuracy": (0.1, 0.2, 0.3)})
+    text, _ = made(tmp_path)
+    assert "percent on the validation images" in text
+    assert "percent on the test images" in text
+
+
+def test_a_report_replaces_an_earlier_one_only(tmp_path):
+    run = fake(tmp_path / "runs" / "a")
+    out = tmp_path / "out"
+    report.main((tmp_path / "runs",), out)
+    (out / "plot-99-old.png").write_text("")
+    report.main((run, tmp_path / "runs"), out)
+    assert not (out / "plot-99-old.png").exists()
+    assert "1 finished run " in (out / "report.md").read_text()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder, or that of a report"):
+        report.main((run,), out)
+    assert (out / "report.html").exists()
+
+
+class TestRefusals:
+    def test_no_runs(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`folders` must hold run folders .*; got none below"):
+            report.main((tmp_path,))
+        assert not (tmp_path / "report").exists()
+
+    def test_a_seed_twice(self, tmp_path):
+        fake(tmp_path / "a")
+        fake(tmp_path / "b", max_minutes=3.0)
+        with pytest.raises(
+            ValueError, match=r"`folders` must differ; .* has the configuration and seed of another one"
+        ):
+            report.main((tmp_path,))
+
+    @pytest.mark.parametrize(
+        ("other", "what"),
+        [
+            (MEASURED | {"images": 5}, "images: 364 in .*, 5 in"),
+            (MEASURED | {"quantized": {"tensor-narrow": {"full": 1.0}}}, "quantizers: .*tensor-narrow"),
+            (measured(images=7), "images for the curvature: 100 in .*, 7 in"),
+        ],
+    )
+    def test_runs_of_a_cell_measured_differently(self, other, what, tmp_path):
+        fake(tmp_path / "a", measured=MEASURED)
+        fake(tmp_path / "b", seed=1, measured=other)
+        with pytest.raises(ValueError, match=f"`folders` must have the runs of SGD measured alike; {what}"):
+            report.main((tmp_path,))
+        assert not (tmp_path / "report").exists()
+
+    def test_fields_of_another_version(self, tmp_path):
+        folder = fake(tmp_path / "a")
+        fields = json.loads((folder / "config.json").read_text())
+        runs.write_json(folder / "config.json", fields | {"warp": 9})
+        with pytest.raises(ValueError, match=r"`folders` must hold runs of fields that are known here; .* has warp"):
+            report.main((tmp_path,))
+
+    def test_impossible_configuration(self, tmp_path):
+        folder = fake(tmp_path / "a")
+        fields = json.loads((folder / "config.json").read_text())
+        runs.write_json(folder / "config.json", fields | {"epochs": -1})
+        with pytest.raises(ValueError, match=r"`folders` must hold runs that are possible here; .*`epochs`"):
+            report.main((tmp_path,))
+
+    def test_damaged_file(self, tmp_path):
+        (fake(tmp_path / "a") / "measured.json").write_text("{")
+        with pytest.raises(ValueError, match=r"`folders` must hold whole files; .*measured.json is damaged"):
+            report.main((tmp_path,))
+
+    def test_command_exits_with_two_and_one_line(self, tmp_path):
+        arguments = [sys.executable, "-m", "experiments.report", str(tmp_path)]
+        found = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 2
+        assert re.fullmatch(r"error: `folders` must hold run folders .*\n", found.stderr)
+
+
+def test_what_is_not_a_run_is_passed_over(tmp_path):
+    fake(tmp_path / "a")
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "config.json").write_text(json.dumps({"specs": [], "seed": 0}))
+    fake(tmp_path / "b" / "checkpoint" / "kept", seed=3)
+    found = saved.find([tmp_path, tmp_path / "a"])
+    assert [run.path for run in found.runs] == [tmp_path / "a"]
+
+
+def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path):
+    fake(tmp_path / "a", measured=measured(hessian_norm=math.nan))
+    fake(tmp_path / "b", seed=1, measured=MEASURED)
+    text, _ = made(tmp_path)
+    assert cells_of(text[text.index("## Curvature") :], "SGD")[0][5] == "nan"
+
+
+def test_missing_cells_are_dashes(tmp_path):
+    fake(tmp_path / "a", measured=MEASURED)
+    more = MEASURED | {"quantized": {"channel-narrow": {"full": 97.0, "4": 90.0}}}
+    fake(tmp_path / "b", method="sam", measured=more)
+    text, _ = made(tmp_path)
+    assert cells_of(text[text.index("## Quantization") :], "SAM")[0] == [
+        "SAM",
+        "1",
+        "364",
+        "97.00",
+        "\u2014",
+        "\u2014",
+        "90.00",
+    ]
+
+
+def test_a_page_of_one_section_has_no_contents(tmp_path):
+    code = page.to_html("t", "i", [page.Section("one", ["text"])], tmp_path)
+    assert "<nav>" not in code
+    assert "<p>text</p>" in code
+
+
+def test_a_real_run(tmp_path):
+    training.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
+    text, code = made(tmp_path)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert cells_of(text, "SGD")[0][1:3] == ["1", f"{100 * row['accuracy']:.2f}"]
+    assert runs.environment()["commit"] in text
+    assert not [tag for tag, _ in Page(code).tags if tag == "img"]
