@@ -44,8 +44,8 @@ class Split(NamedTuple):
         """The shape (H, W, C) of an image."""
         return self.images.shape[1:]
 
-    def first(self, n: int) -> Split:
-        """The first n images, or all where there are fewer."""
+    def first(self, n: int | None) -> Split:
+        """The first n images, or all where there are fewer and for None."""
         return Split(self.images[:n], self.labels[:n])
 
     def take(self, indices: np.ndarray) -> Split:
@@ -98,9 +98,9 @@ class Stream:
         """The shape (H, W, C) of an image."""
         return self.side, self.side, 3
 
-    def first(self, n: int) -> Split:
-        """The first n images, or all where there are fewer, in memory and as in evaluation."""
-        return self.rows(np.arange(min(n, self.size)))
+    def first(self, n: int | None) -> Split:
+        """The first n images, or all where there are fewer and for None, in memory and as in evaluation."""
+        return self.rows(np.arange(self.size)[:n])
 
     def take(self, indices: np.ndarray) -> Stream:
         """A stream of the images of these indices, in their order."""

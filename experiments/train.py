@@ -209,10 +209,12 @@ class _Run:
 
     def _read_ahead(self, train: data.Stream) -> Generator[data.Split]:
         """The rows of this process in the batches that are left."""
-        config, local = self.config, self.trainer.layout.local_rows(self.config.batch_size or 0)
+        config = self.config
+        assert config.batch_size is not None
+        local, last = self.trainer.layout.local_rows(config.batch_size), (config.epochs or 0) * self.steps_per_epoch
 
         def wanted() -> Iterator[tuple[int, np.ndarray]]:
-            for step in range(self.step, (config.epochs or 0) * self.steps_per_epoch):
+            for step in range(self.step, last):
                 epoch, done = divmod(step, self.steps_per_epoch)
                 yield epoch, self._order(epoch)[done][local]
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import page, report, runs, saved, tables
+from experiments import report, runs, tables
 from experiments import train as training
 from experiments.config import TrainConfig
+from experiments.report import page, saved
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3

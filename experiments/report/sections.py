@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import groups, page, plots, saved, tables
+from experiments import groups, plots, tables
 from experiments.config import LABELS, TrainConfig
-from experiments.saved import Cell, Run
+from experiments.report import page, saved
+from experiments.report.saved import Cell, Run
 from hero_jax.quantize import Spread
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."

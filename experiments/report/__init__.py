@@ -2,6 +2,10 @@
 
 Finds every run folder below the folders it is given, and leaves report.html, one file that needs nothing else, and
 report.md with the same tables beside the plots. A mean has its n and, over two runs or more, its standard deviation.
+
+saved       runs and what was measured of them, read back and checked, in cells
+sections    the sections: tables and plots of cells
+page        a page of sections as HTML and as Markdown
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, groups, page, saved, sections, tables
+from experiments import cli, groups, tables
 from experiments.config import LABELS
-from experiments.saved import Run
-from experiments.sections import Part, Setup
+from experiments.report import page, saved, sections
+from experiments.report.saved import Run
+from experiments.report.sections import Part, Setup
 
 OURS = re.compile(r"report\.(html|md)|plot-[\w.-]+\.(png|svg)")
 
@@ -152,7 +157,3 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path |
     (out / "report.md").write_text(page.to_markdown(title, introduction, content))
     (out / "report.html").write_text(page.to_html(title, introduction, content, out))
     cli.console.print(f"{introduction} The report is {out / 'report.html'}.")
-
-
-if __name__ == "__main__":
-    cli.run(main)

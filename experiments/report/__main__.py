@@ -1,0 +1,3 @@
+from experiments import cli, report
+
+cli.run(report.main)
