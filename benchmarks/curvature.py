@@ -134,12 +134,13 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     dataset = data.subset(data.load("cifar10", arguments.data_dir), arguments.images, 0)
     trainer = trainers.build(config, dataset)
     # The accuracy of these weights is of no interest: one image tests them.
-    tiny = dataset._replace(test=data.Split(*(x[:1] for x in dataset.test)))
+    tiny = dataset._replace(test=dataset.test.first(1))
     variables = training.train(config, tiny, trainer=trainer).variables
     variables = jax.tree.map(jnp.asarray, variables)
     model = models.create("resnet20", 10)
-    images = data.normalize(jnp.asarray(dataset.train.images), dataset.pixels)
-    labels = jnp.asarray(dataset.train.labels)
+    train = dataset.train.first(None)
+    images = data.normalize(jnp.asarray(train.images), dataset.pixels)
+    labels = jnp.asarray(train.labels)
 
     def loss_fn(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         logits = model.apply({"params": params, "batch_stats": variables["batch_stats"]}, batch[0])

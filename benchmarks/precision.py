@@ -121,7 +121,7 @@ class Computation:
 
 def weights(arguments: Arguments, dataset: data.Dataset) -> dict[str, tuple[PyTree, PyTree]]:
     """(params, batch_stats) on the host, at the start and after `arguments.steps` steps of SGD in float32."""
-    size, batch_size = len(dataset.train.labels), arguments.batch_size
+    size, batch_size = dataset.train.size, arguments.batch_size
     config = TrainConfig(
         method="sgd",
         dataset=arguments.dataset,
@@ -181,13 +181,14 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     dataset = data.load(arguments.dataset, arguments.data_dir)
     size = arguments.batch_size
     batches = []
-    if arguments.batches * size > len(dataset.train.labels):
+    if arguments.batches * size > dataset.train.size:
         raise ValueError(
-            f"`batches` x batch_size must be at most the {len(dataset.train.labels)} training images; got"
+            f"`batches` x batch_size must be at most the {dataset.train.size} training images; got"
             f" {arguments.batches} x {size}."
         )
+    train = dataset.train.first(arguments.batches * size)
     for i in range(0, arguments.batches * size, size):
-        images, labels = (x[i : i + size] for x in dataset.train)
+        images, labels = (x[i : i + size] for x in train)
         batches.append((np.asarray(data.normalize(jnp.asarray(images), dataset.pixels)), labels))
     computations = {
         dtype: Computation(arguments.model, dataset.num_classes, dtype, preset.rho, preset.gamma)

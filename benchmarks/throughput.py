@@ -109,7 +109,7 @@ def epoch(config: TrainConfig, dataset: data.Dataset) -> Callable[[], float]:
     trainer = trainers.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
-    order = data.epoch_order(0, 0, len(dataset.train.labels), config.batch_size)
+    order = data.epoch_order(0, 0, dataset.train.size, config.batch_size)
 
     def run() -> float:
         nonlocal state
@@ -138,7 +138,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     times = [[run() for run in epochs] for _ in range(arguments.repeats)]
     rows = []
     for config, seconds, begun in zip(configurations, zip(*times, strict=True), first, strict=True):
-        images = len(dataset.train.labels)
+        images = dataset.train.size
         low, _, high = statistics.quantiles(seconds, n=4)
         rows.append(
             {

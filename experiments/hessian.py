@@ -18,7 +18,7 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, data, plots, progress, runs
+from experiments import cli, plots, progress, runs
 from experiments import trainer as trainers
 from hero_jax import _check, curvature, spectrum
 
@@ -173,11 +173,10 @@ def main(
     with progress.bar() as display:
         _, trainer, variables, dataset = trainers.load(run, data_dir, display)
         runs.claim(out)
-        split = getattr(dataset, config.split)
-        split = data.Split(*(x[: config.images] for x in split))
+        split = getattr(dataset, config.split).first(config.images)
         matvec, example = trainer.hessian(variables, split)
         measured = measure(config, matvec, example, progress.steps(display))
-    record = {"config": runs.to_json(config), "run": run.name, "images": len(split.labels), **measured}
+    record = {"config": runs.to_json(config), "run": run.name, "images": split.size, **measured}
     runs.write_json(out / "curvature.json", record | {"environment": runs.environment()})
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")
@@ -189,7 +188,7 @@ def main(
         f" \u00b1 {norm['sem']:.2g} (standard errors of {trace['probes']} probes)"
     )
     cli.console.print(
-        f"Hessian of the mean cross-entropy over {len(split.labels):,} {config.split} images, running BatchNorm"
+        f"Hessian of the mean cross-entropy over {split.size:,} {config.split} images, running BatchNorm"
         f" statistics, no augmentation, no weight decay. {time.monotonic() - started:.0f} s. Results are in {out}."
     )
 

@@ -128,7 +128,7 @@ def evaluate(
         ranges = linen.activation_ranges(forward, variables, batches)
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
         classify = quantize.classifier(forward, batch_size=trainers.EVAL_BATCH)
-    test = data.Split(*(x[: config.images] for x in network.dataset.test))
+    test = network.dataset.test.first(config.images)
 
     def eval_fn(params: PyTree) -> dict[str, Any]:
         current = variables | {"params": params} if correct is None else correct(params)
@@ -153,7 +153,7 @@ def measure_layers(
     """Each layer quantized alone against its trace, and bits allocated to layers by the traces; training loss."""
     assert config.sensitivity is not None
     trainer, variables = network.trainer, network.variables
-    images = data.Split(*(x[: config.calibration] for x in network.dataset.train))
+    images = network.dataset.train.first(config.calibration)
     product, example = trainer.hessian(variables, images)
 
     def matvec(vector: PyTree) -> PyTree:
@@ -183,7 +183,7 @@ def measure_layers(
     sizes = {layer.layer: layer.size for layer in layers}
     chosen = allocation.allocate_bits(costs, sizes, mean_bits=float(config.sensitivity))
     tree = allocation.bits_tree(params, chosen.bits)
-    test = data.Split(*(x[: config.images] for x in network.dataset.test))
+    test = network.dataset.test.first(config.images)
     rows = quantize.quantize_and_evaluate(
         lambda p: trainer.evaluate(variables | {"params": p}, test), params, (config.sensitivity, tree), spec
     )
@@ -251,12 +251,14 @@ def load(
     shared: dict[TrainConfig, Network] = {}
     for folder in folders:
         config, trainer, variables, dataset = trainers.load(folder, data_dir, display)
-        images = dataset.train.images[:calibration]
+        images = dataset.train.first(calibration).images
         batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
         classify = quantize.classifier(trainer.forward, batch_size=trainers.EVAL_BATCH)
         network = Network(trainer, variables, dataset, batches, classify)
         network = shared.setdefault(dataclasses.replace(config, seed=0), network)
-        loaded[folder] = config, network._replace(variables=variables)
+        # Labels that were altered are those of each seed; else the data are there once.
+        own = {"dataset": dataset} if config.label_noise else {}
+        loaded[folder] = config, network._replace(variables=variables, **own)
     return loaded
 
 
@@ -297,7 +299,7 @@ def main(
                         scores.setdefault((spec, step, name), []).append(rows)
         for name, paths in groups.items() if config.sensitivity is not None else ():
             layers[name] = measure_layers(config, loaded[paths[0]][1], quantize.named(config.specs[0]), report)
-    images = min(config.images or 10**9, len(next(iter(loaded.values()))[1].dataset.test.labels))
+    images = min(config.images or 10**9, next(iter(loaded.values()))[1].dataset.test.size)
     text = (
         f"{names.pop()}: accuracy in percent on {images:,} images, kernels rounded after training; mean \u00b1 standard"
         f" deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."

@@ -19,6 +19,7 @@ import tyro
 from experiments import cli, data, parallel, plots, progress, runs, streams
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
+from experiments.tensorboard import events
 from experiments.trainer import Trainer, build, with_label_noise
 from hero_jax import spectrum
 
@@ -373,6 +374,7 @@ def main(
     num_processes: int | None = None,
     process_id: int | None = None,
     distributed: bool = False,
+    tensorboard: bool = False,
 ) -> None:
     """Trains one network on one data set and leaves a run folder; the same command continues what was interrupted.
 
@@ -388,6 +390,7 @@ def main(
         num_processes: Processes in all.
         process_id: Which of them this is, from 0.
         distributed: Ask the cluster (Slurm, Open MPI, Kubernetes, TPU pods) for these three.
+        tensorboard: Write the metrics of each epoch to OUT/tensorboard too.
     """
     parallel.join(coordinator, num_processes, process_id, distributed)
     config = parallel.with_devices(config.resolved())
@@ -403,7 +406,14 @@ def main(
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
             stack.enter_context(parallel.watched())
-            result = train(config, dataset, folder, advance)
+            write = stack.enter_context(events(out)) if tensorboard and is_writer else None
+
+            def report(row: dict[str, float]) -> None:
+                advance(row)
+                if write is not None:
+                    write(row)
+
+            result = train(config, dataset, folder, report)
     if not result.metrics:
         cli.console.print("ended before the first evaluation; the same command continues")
         return

@@ -170,8 +170,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         return _cross_entropy(forward(variables, batch[0]), batch[1])
 
     def hessian(variables: PyTree, split: data.Split) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-        size = len(split.labels)
-        batches = [tuple(x[i : i + EVAL_BATCH] for x in split) for i in range(0, size, EVAL_BATCH)]
+        batches = [tuple(x[i : i + EVAL_BATCH] for x in split) for i in range(0, split.size, EVAL_BATCH)]
         # The statistics are arguments as the parameters are, so that what is compiled serves all runs.
         mask = {"params": True, "batch_stats": False}
         matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from experiments import cli, parallel, runs
 from experiments import train as training
@@ -214,6 +215,22 @@ def test_other_devices_in_every_part(config, images, whole, tmp_path, layouts):
         else:
             result = part(changed, images, tmp_path / "run", trainer)
     problems.assert_close(result.variables, whole[1].variables, rtol=1e-4)
+
+
+def test_tensorboard_has_every_epoch_once(config, images, tmp_path):
+    out = tmp_path / "run"
+    command = [*COMMAND, "--tensorboard", "--out", str(out)]
+    found = subprocess.run([*command, "--max-minutes", "1e-9"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    events = event_accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    rows = runs.read_metrics(out)
+    assert len(rows) == 6
+    for name in ("accuracy", "train_loss"):
+        scalars = [(event.step, event.value) for event in events.Scalars(name)]
+        np.testing.assert_allclose(scalars, [(row["epoch"], row[name]) for row in rows], rtol=1e-6)
 
 
 class TestDamage:

@@ -1,0 +1,300 @@
+"""Many runs: what is there is not made again, what is missing is; the search; the whole set, planned and run small."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli, compare, data, presets, progress, reproduce, runs, search, sweep
+from experiments import train as training
+from experiments import trainer as trainers
+from experiments.config import METHODS, TrainConfig
+from experiments.search import SearchConfig
+from tests import problems
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"epochs": 1, "batch_size": 64, "train_size": 128}
+MEASURING = sweep.Measuring(("channel-narrow", "channel-stretched"), (8, 2), 50, 60)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def run_all(configs, seeds, dataset, out, measuring=MEASURING):
+    with progress.bar() as display:
+        return sweep.run_all(configs, seeds, dataset, out, display, measuring)
+
+
+@pytest.fixture(scope="module")
+def swept(digits, tmp_path_factory):
+    """Two methods with two seeds: (folder, configurations, what was found)."""
+    out = tmp_path_factory.mktemp("sweep")
+    configs = {name: TrainConfig(method=name, **SMALL).resolved() for name in ("sgd", "asam")}
+    return out, configs, run_all(configs, range(2), digits, out)
+
+
+def written(out):
+    """When each file of each run was written."""
+    files = (file for file in (out / "runs").rglob("*") if file.is_file())
+    return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in files}
+
+
+class TestSweep:
+    def test_finds_every_run_in_its_folder(self, swept):
+        out, configs, found = swept
+        assert [(run.name, run.config.seed) for run in found] == [("sgd", 0), ("sgd", 1), ("asam", 0), ("asam", 1)]
+        for run in found:
+            folder = out / "runs" / f"{run.name}-s{run.config.seed}"
+            assert runs.status(folder) == "done"
+            assert run.history == runs.read_metrics(folder)
+            assert run.config == json_config(folder)
+            assert dataclasses.replace(run.config, seed=0) == configs[run.name]
+
+    def test_measures_what_the_saved_weights_give(self, swept, digits):
+        out, _, found = swept
+        run = found[3]
+        images = data.subset(digits, 128, 0)
+        trainer = trainers.build(run.config, images)
+        variables = runs.load_variables(out / "runs" / "asam-s1")
+        again = sweep.measure(MEASURING, "digits", trainer, jax.tree.map(jnp.asarray, variables), images)
+        assert {name: run.measured[name] for name in again} == again
+        assert set(again["quantized"]) == {"channel-narrow", "channel-stretched"}
+        assert again["quantized"]["channel-narrow"]["2"] != again["quantized"]["channel-stretched"]["2"]
+        assert np.isclose(again["quantized"]["channel-narrow"]["full"], 100 * run.history[-1]["accuracy"])
+        assert again["curvature"]["images"] == 50
+        assert again["images"] == 364
+
+    def test_what_is_there_is_not_made_again(self, swept, digits):
+        out, configs, found = swept
+        before = written(out)
+        assert run_all(configs, range(2), digits, out) == found
+        assert written(out) == before
+
+    def test_other_measurements_are_made_and_the_training_is_not(self, swept, digits):
+        out, configs, _ = swept
+        before = written(out)
+        wider = sweep.Measuring(bits=(4,), curvature_size=50, curvature_products=60)
+        found = run_all({"sgd": configs["sgd"]}, range(1), digits, out, wider)
+        assert set(found[0].measured["quantized"]["channel-narrow"]) == {"full", "4"}
+        after = written(out)
+        changed = {name for name in after if after[name] != before.get(name)}
+        assert changed == {"runs/sgd-s0/measured.json"}
+        run_all({"sgd": configs["sgd"]}, range(1), digits, out)
+
+    def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, capsys):
+        def train(run, *rest, **options):
+            return failing(run, *rest, **options) if run.seed == 0 else original(run, *rest, **options)
+
+        def failing(run, images, folder, report, trainer):
+            def step(state, *rest, **options):
+                state, loss = trainer.step(state, *rest, **options)
+                return state, loss * jnp.nan
+
+            return original(run, images, folder, report, trainer._replace(step=step))
+
+        original = training.train
+        monkeypatch.setattr(sweep.training, "train", train)
+        configs = {"sgd": TrainConfig(method="sgd", **SMALL).resolved()}
+        found = run_all(configs, range(2), digits, tmp_path)
+        assert [run.config.seed for run in found] == [1]
+        assert "sgd-s0 diverged" in capsys.readouterr().out
+        before = written(tmp_path)
+        run_all(configs, range(2), digits, tmp_path)
+        assert written(tmp_path) == before
+
+    def test_labels_are_altered_by_the_seed_of_each_run(self, digits, tmp_path):
+        config = TrainConfig(method="sgd", label_noise=0.6, **SMALL).resolved()
+        found = run_all({"sgd": config}, range(2), digits, tmp_path)
+        for run in found:
+            assert {"memorized", "recovered"} <= set(run.history[-1])
+        alone = training.train(found[1].config, data.subset(digits, 128, 0))
+        assert alone.metrics["recovered"] == found[1].history[-1]["recovered"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"bits": (1,)}, "`bits` must be an integer in 2..16; got 1"),
+            ({"specs": ("channel-wide",)}, "must be one of"),
+            ({"curvature_size": 0}, "`curvature_size` must be an integer >= 1; got 0"),
+            ({"curvature_products": 0}, "`curvature_products` must be an integer >= 1; got 0"),
+        ],
+    )
+    def test_bad_measurements(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            sweep.Measuring(**options)
+
+
+def json_config(folder):
+    return TrainConfig(**json.loads((folder / "config.json").read_text()))
+
+
+def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
+    arguments = shlex.split("--methods sgd hero --epochs 2 --train-size 128 --bits 8 2 --curvature-size 50")
+    command = [sys.executable, "-m", "experiments.compare", *arguments, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--seeds", "1"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = tmp_path / "out" / "runs" / "sgd-s0"
+    for _ in range(2000):
+        if runs.status(first) == "done":
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    ended = (first / "metrics.jsonl").stat().st_mtime_ns
+    done = subprocess.run([*command, "--seeds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["method"], r["seed"]) for r in record["results"]] == [("sgd", 0), ("sgd", 1), ("hero", 0), ("hero", 1)]
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == ended
+    again = subprocess.run([*command, "--seeds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert table_of(again.stdout) == table_of(done.stdout)
+
+
+def table_of(text):
+    return [line for line in text.splitlines() if not re.match(r"\d+ s\.", line)]
+
+
+def test_comparison_passes_the_label_noise_on():
+    config = compare.CompareConfig(label_noise=0.4, label_noise_kind="asymmetric")
+    assert (config.run("hero", 0).label_noise, config.run("hero", 0).label_noise_kind) == (0.4, "asymmetric")
+
+
+class TestSearch:
+    def test_judges_by_held_out_images(self, tmp_path, capsys):
+        config = SearchConfig(
+            method="asam", rho=(0.5, 2.0), seeds=2, epochs=2, train_size=128, validation_size=100, label_noise=0.4
+        )
+        search.main(config, tmp_path / "out")
+        record = json.loads((tmp_path / "out" / "search.json").read_text())
+        assert [row["rho"] for row in record["grid"]] == [0.5, 2.0]
+        for row in record["grid"]:
+            paths = [tmp_path / "out" / "runs" / f"asam-rho{row['rho']:g}-s{seed}" for seed in range(2)]
+            accuracies = [runs.read_metrics(path)[-1]["validation_accuracy"] for path in paths]
+            np.testing.assert_allclose(row["validation_accuracy"], np.mean(accuracies))
+            np.testing.assert_allclose(row["std"], np.std(accuracies, ddof=1))
+            assert json_config(paths[0]).label_noise == 0.4
+        assert record["best"] == search.best_of(record["grid"])
+        assert "held out" in capsys.readouterr().out
+        # More values are added to what is there.
+        search.main(SearchConfig(**vars(config) | {"rho": (0.5, 1.0, 2.0)}), tmp_path / "out")
+        assert len(json.loads((tmp_path / "out" / "search.json").read_text())["grid"]) == 3
+
+    def test_best_is_the_highest_mean_then_the_weakest(self):
+        def row(rho, gamma, accuracy, n=2):
+            return {"rho": rho, "gamma": gamma, "validation_accuracy": accuracy, "n": n}
+
+        assert search.best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
+        assert search.best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
+        assert search.best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        with pytest.raises(cli.Failed, match="Every run of the search diverged"):
+            search.best_of([row(1, 3, float("nan"), 0)])
+
+    def test_every_pair_once(self):
+        made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
+        assert len(made) == 6
+        assert {(run.rho, run.gamma) for run in made.values()} == {(r, g) for r in (1, 2) for g in (0, 3, 5)}
+        (preset,) = SearchConfig(method="sam").runs().values()
+        assert preset == TrainConfig(method="sam", validation_size=360).resolved()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"method": "sgd"}, "`method` must be one of 'sam', 'asam', 'grad_l1', 'hero'; got 'sgd'"),
+            ({"method": "sam", "gamma": (1.0,)}, r"`gamma` has no effect on method 'sam'; got \(1.0,\)"),
+            ({"rho": (1.0, 1.0)}, "`rho` must name each once; got 1.0 twice"),
+            ({"rho": (-1.0,)}, "`rho` must be non-negative and finite; got -1.0"),
+            ({"validation_size": 0}, "`validation_size` must be an integer >= 1; got 0"),
+        ],
+    )
+    def test_bad_searches(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            SearchConfig(**options)
+
+
+def take_two_steps(run, images):
+    trainer = trainers.build(run, images)
+    state = trainer.init(0)
+    for indices in np.arange(2 * run.batch_size).reshape(2, -1) % images.train.size:
+        state, loss = trainer.step(state, *images.train, indices)
+    assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("dataset", presets.DATASETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_takes_two_steps(dataset, method):
+    tiny = {"model": "mlp", "epochs": 2, "batch_size": 4}
+    take_two_steps(TrainConfig(method=method, dataset=dataset, **tiny).resolved(), problems.random_images(8))
+
+
+class TestReproduce:
+    def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
+        config = reproduce.ReproduceConfig(epochs=4, train_size=64)
+        plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
+        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 13, "noise": 54, "ablations": 14}
+        images = data.subset(digits, 64, 20)
+        # What is compiled depends on none of these.
+        plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}
+        every = {dataclasses.replace(run, **plain) for planned in plans.values() for run in planned.values()}
+        assert len(every) == 26
+        for run in every:
+            take_two_steps(run, images)
+
+    def test_what_the_search_found_is_taken(self, tmp_path):
+        for label, method, best in (
+            ("clean", "sam", {"rho": 0.3, "gamma": None}),
+            ("clean", "hero", {"rho": 0.7, "gamma": 11.0}),
+            ("noisy", "hero", {"rho": 2.0, "gamma": 300.0}),
+        ):
+            (tmp_path / "search" / f"{label}-{method}").mkdir(parents=True)
+            runs.write_json(
+                tmp_path / "search" / f"{label}-{method}" / "search.json", {"best": {"method": method, **best}}
+            )
+        config = reproduce.ReproduceConfig()
+        clean, noisy, changed = (
+            reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")
+        )
+        assert clean["sam"].rho == clean["sam-noise"].rho == 0.3
+        assert clean["asam"].rho == 1.0
+        assert (clean["hero"].rho, clean["hero"].gamma, clean["hero-hvp"].gamma) == (0.7, 11.0, 11.0)
+        assert (clean["hero-eigenvalue"].rho, clean["hero-eigenvalue"].gamma) == (0.7, 0.1)
+        assert noisy["hero-symmetric_0.8"].gamma == 300.0
+        assert noisy["sam-symmetric_0.8"].rho == 0.1
+        assert changed["hero-gamma_0.0"].rho == 0.7
+        assert changed["hero"].gamma == 11.0
+        assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
+
+    def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
+        few = {name: {"method": name} for name in ("sgd", "asam", "hero")}
+        monkeypatch.setattr(reproduce, "variants", lambda found, epochs: few)
+        out = tmp_path / "all"
+        config = reproduce.ReproduceConfig(
+            epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),
+            noise_kinds=("uniform",), specs=("channel-narrow",), curvature_size=20,
+        )  # fmt: skip
+        reproduce.main(config, ("accuracy", "landscape"), out)
+        page = (out / "report" / "report.html").read_text()
+        for section in ("Accuracy", "Quantization", "Curvature", "Landscapes"):
+            assert f">{section}</h2>" in page
+        before = written(out / "accuracy")
+        reproduce.main(config, ("accuracy", "landscape"), out)
+        assert written(out / "accuracy") == before
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):
+            reproduce.main(reproduce.ReproduceConfig(), ("all",), tmp_path)
+        with pytest.raises(ValueError, match="`parts` must have accuracy before landscape"):
+            reproduce.main(reproduce.ReproduceConfig(), ("landscape",), tmp_path / "out")
+        with pytest.raises(ValueError, match=r"`noise_rates` must be between 0 and 1; got 1\.5"):
+            reproduce.ReproduceConfig(noise_rates=(1.5,))
+        with pytest.raises(ValueError, match="`noise_kinds` must be one of"):
+            reproduce.ReproduceConfig(noise_kinds=("all",))
