@@ -1,12 +1,24 @@
-"""Experiment scripts: `python -m experiments.train` for one run, `python -m experiments.compare` for the main job.
+"""The paper's experiments: `python -m experiments.train` for one run, `python -m experiments.reproduce` for all.
 
-config    what a run is, and the presets of each data set
-data      images and labels in memory; augmentation
-methods   the methods compared, as Optax pipelines
-train     the trainer
-runs      run folders: config, environment, metrics, checkpoint
-compare   methods x seeds: train, quantize, measure curvature, one table
-hessian   the curvature of a saved run
-quantize  saved runs at low bit widths, their layers, bits for each
-plots     the figures
+Commands
+    train        one run: a folder that the same command continues
+    compare      methods x seeds, quantized and measured, in one table: the main job
+    search       rho and gamma on held-out images
+    reproduce    everything on one data set, and its report
+    hessian      the curvature of a saved run
+    quantize     saved runs at low bit widths, their layers, bits for each
+    landscape    the loss around saved runs and between them
+    report       one page from run folders
+    prepare      downloads and prepares a data set
+
+A run
+    config       what it is; presets: what it takes where that is left open
+    data         images and labels, label noise, augmentation; streams: those that stay on disk
+    methods      what is trained, as Optax pipelines
+    trainer      its compiled parts; parallel: how they lie on devices
+    runs         its folder; groups: folders of the same network
+    sweep        many runs, of which none is made twice
+
+What is seen
+    cli, progress, tensorboard, tables, plots
 """

@@ -38,6 +38,8 @@ class CompareConfig:
     """Train on this many images; default all."""
     validation_size: int = 0
     """Hold this many training images out, and evaluate on them too."""
+    test_size: int | None = None
+    """Evaluate on this many test images; default all."""
     label_noise: float = 0.0
     """Share of the training images whose label is altered; every evaluation is on clean labels."""
     label_noise_kind: str = "symmetric"
@@ -76,6 +78,7 @@ class CompareConfig:
             seed=seed,
             train_size=self.train_size,
             validation_size=self.validation_size,
+            test_size=self.test_size,
             label_noise=self.label_noise,
             label_noise_kind=self.label_noise_kind,
         ).resolved()
@@ -155,11 +158,12 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     spread = f"mean and standard deviation over {config.seeds} seeds" if config.seeds > 1 else "one seed"
     run = config.run("sgd", 0)
     trained = config.train_size or dataset.train.size - config.validation_size
+    tested = config.test_size or dataset.test.size
     measured = min(config.measuring.curvature_images(config.dataset), trained)
     noise = f", {config.label_noise:.0%} {config.label_noise_kind} noise" if config.label_noise else ""
     return (
         f"{config.dataset}, {run.model}, {run.epochs} epochs on {trained:,} images{noise}, last epoch: accuracy in"
-        f" percent on {dataset.test.size:,} test images, {spread}. Bits: weights rounded after training,"
+        f" percent on {tested:,} test images, {spread}. Bits: weights rounded after training,"
         f" grid {config.spec}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."

@@ -85,6 +85,8 @@ class TrainConfig:
     """Train on this many images, a random subset that is the same for every seed; default all."""
     validation_size: int = 0
     """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
+    test_size: int | None = None
+    """Evaluate on this many test images, a random subset that is the same for every run; default all."""
     label_noise: float = 0.0
     """Share of the training images whose label is altered; every evaluation is on clean labels."""
     label_noise_kind: str = "symmetric"
@@ -129,6 +131,7 @@ class TrainConfig:
             "epochs",
             "batch_size",
             "train_size",
+            "test_size",
             "eval_every",
             "every",
             "curvature_size",

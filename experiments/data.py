@@ -87,12 +87,17 @@ def load(name: str, data_dir: Path | None = None, report: Report | None = None) 
     return Dataset(train, test, about.num_classes, about.pixels, similar)
 
 
-def subset(dataset: Dataset, train_size: int | None, validation_size: int) -> Dataset:
+def subset(dataset: Dataset, train_size: int | None, validation_size: int, test_size: int | None = None) -> Dataset:
     """Holds `validation_size` training images out as `validation`, then keeps `train_size` of the rest.
 
-    The order is random and the same for every run, so that runs with the same sizes see the same images. The test set
-    stays as it is.
+    The order is random and the same for every run, so that runs with the same sizes see the same images. Of the test
+    images `test_size` are kept, chosen in the same way, or all.
     """
+    if test_size is not None:
+        if test_size > dataset.test.size:
+            raise ValueError(f"`test_size` must be at most {dataset.test.size} for this data set; got {test_size}.")
+        chosen = np.random.default_rng(1).permutation(dataset.test.size)[:test_size]
+        dataset = dataset._replace(test=dataset.test.take(chosen))
     available = dataset.train.size
     wanted = validation_size + (train_size or 1)
     if wanted > available:

@@ -55,6 +55,8 @@ class ReproduceConfig:
     """Train on this many images; default all that are not held out."""
     validation_size: int | None = None
     """Training images held out; default a tenth of them, of digits a quarter for the search."""
+    test_size: int | None = None
+    """Evaluate on this many test images; default all."""
     noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of altered labels; the search on noisy labels is at the highest."""
     noise_kinds: tuple[str, ...] = ("symmetric", "asymmetric")
@@ -77,7 +79,7 @@ class ReproduceConfig:
 
     def run(self, settings: Settings, validation_size: int) -> TrainConfig:
         """The resolved configuration of a run with these settings."""
-        named = {name: getattr(self, name) for name in ("dataset", "model", "epochs", "train_size")}
+        named = {name: getattr(self, name) for name in ("dataset", "model", "epochs", "train_size", "test_size")}
         return TrainConfig(**named, validation_size=validation_size, **settings).resolved()
 
 
@@ -153,6 +155,7 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
                     epochs=config.epochs,
                     train_size=config.train_size,
                     validation_size=held_out,
+                    test_size=config.test_size,
                     label_noise=rate,
                 ),
                 out / "search" / f"{label}-{method}",

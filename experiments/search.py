@@ -50,6 +50,8 @@ class SearchConfig:
     """Train on this many images; default all that are not held out."""
     validation_size: int = 360
     """Training images held out, on which every pair is judged."""
+    test_size: int | None = None
+    """Evaluate, beside them, on this many test images, which have no part in the choice; default all."""
     label_noise: float = 0.0
     """Share of the training images whose label is altered; those held out keep theirs."""
     label_noise_kind: str = "symmetric"

@@ -99,7 +99,7 @@ def run_all(
             key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
             if runs.status(path) not in ("done", "diverged") or not _is_measured(path, measuring):
                 if key not in compiled:
-                    images = data.subset(dataset, run.train_size, run.validation_size)
+                    images = trainers.subset(run, dataset)
                     # The programs of one configuration at a time.
                     compiled = {key: (trainers.build(key, images), images)}
                 _train(name, run, path, *compiled[key], display, measuring)

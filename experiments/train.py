@@ -20,7 +20,7 @@ from experiments import cli, data, parallel, plots, progress, runs, streams
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
 from experiments.tensorboard import events
-from experiments.trainer import Trainer, build, with_label_noise
+from experiments.trainer import Trainer, build, subset, with_label_noise
 from hero_jax import spectrum
 
 PyTree = Any
@@ -55,7 +55,7 @@ def train(
 
     Args:
       config: what to run.
-      dataset: the data, after `data.subset`; the labels that the seed alters are altered here.
+      dataset: the data, after `trainer.subset`; the labels that the seed alters are altered here.
       folder: where metrics and checkpoints go, and what is continued if it holds a checkpoint; None keeps all in
         memory.
       report: called with the metrics of each epoch.
@@ -401,7 +401,7 @@ def main(
     cli.console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
     with progress.bar() as bar:
         dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
-        dataset = data.subset(dataset, config.train_size, config.validation_size)
+        dataset = subset(config, dataset)
         advance = progress.epochs(bar, config.method, config.epochs)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None

@@ -201,8 +201,13 @@ def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, T
     variables = runs.load_variables(run)
     config = TrainConfig(**json.loads((run / "config.json").read_text())).resolved().on_one_device()
     dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-    dataset = with_label_noise(config, data.subset(dataset, config.train_size, config.validation_size))
+    dataset = with_label_noise(config, subset(config, dataset))
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
+
+
+def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
+    """The images that a run has for training, validation and testing, before its label noise."""
+    return data.subset(dataset, config.train_size, config.validation_size, config.test_size)
 
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:

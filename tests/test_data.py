@@ -233,6 +233,19 @@ class TestSubset:
         with pytest.raises(ValueError, match=r"`train_size` \+ `validation_size` must be at most 1433 .* got 1500"):
             data.subset(data.load("digits"), 1400, 100)
 
+    def test_keeps_a_random_part_of_the_test_images(self):
+        digits = data.load("digits")
+        part = data.subset(digits, None, 0, 100)
+        assert part.train is digits.train
+        assert part.test.size == 100
+        rows = {image.tobytes() for image in digits.test.images}
+        assert {image.tobytes() for image in part.test.images} <= rows
+        assert len(np.unique(part.test.labels)) == 10
+        assert not np.array_equal(part.test.images, digits.test.images[:100])
+        np.testing.assert_array_equal(part.test.images, data.subset(digits, 500, 10, 100).test.images)
+        with pytest.raises(ValueError, match="`test_size` must be at most 364 for this data set; got 365"):
+            data.subset(digits, None, 0, 365)
+
 
 def labeled(num_classes, each, similar=None):
     """A data set with `each` images of every class, in a random order."""

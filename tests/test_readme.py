@@ -10,7 +10,7 @@ import tyro
 
 from benchmarks import curvature, precision, step_cost, throughput
 from benchmarks import quantize as sweep
-from experiments import compare, hessian, quantize, train
+from experiments import compare, hessian, landscape, prepare, quantize, report, reproduce, search, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -19,7 +19,12 @@ MAINS = {
     "experiments.train": train.main,
     "experiments.compare": compare.main,
     "experiments.hessian": hessian.main,
+    "experiments.landscape": landscape.main,
+    "experiments.prepare": prepare.main,
     "experiments.quantize": quantize.main,
+    "experiments.report": report.main,
+    "experiments.reproduce": reproduce.main,
+    "experiments.search": search.main,
     "benchmarks.curvature": curvature.main,
     "benchmarks.precision": precision.main,
     "benchmarks.quantize": sweep.main,

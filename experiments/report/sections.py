@@ -26,6 +26,7 @@ class Setup(NamedTuple):
     model: str | None
     train_size: int | None
     validation_size: int
+    test_size: int | None
     epochs: int | None
     label_noise: float
     label_noise_kind: str
@@ -42,6 +43,8 @@ class Setup(NamedTuple):
             parts.append(f"{self.train_size:,} training images")
         if self.validation_size:
             parts.append(f"{self.validation_size:,} held out")
+        if self.test_size is not None:
+            parts.append(f"{self.test_size:,} test images")
         if self.label_noise:
             parts.append(f"{100 * self.label_noise:g} % {self.label_noise_kind} label noise")
         return ", ".join(parts)
