@@ -314,6 +314,7 @@ def _legend_below(figure: Figure) -> None:
     drawn = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     longest = max(map(len, drawn))
     columns = 1 if longest > 36 else 2 if longest > 16 else 4
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(drawn) // columns))
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 

@@ -33,7 +33,7 @@ GAMMA_FACTORS = {"grad_l1": (0.3, 1.0, 3.0, 10.0), "hero": (0.1, 1.0, 10.0)}
 # Of asymmetric noise half of a class or more would be the other class.
 MOST_ASYMMETRIC = 0.5
 # Variants that are trained on altered labels.
-ON_NOISY = ("sgd", "noise", "ema", "sam", "asam", "asam-noise", "grad_l1", "hero", "hero-eigenvalue")
+ON_NOISY = ("sgd", "noise", "ema", "sam", "asam", "asam-noise", "grad_l1", "hero", "hero-noise", "hero-eigenvalue")
 Settings = Mapping[str, Any]
 
 
@@ -87,7 +87,7 @@ def variants(found: Mapping[str, Settings], epochs: int) -> dict[str, Settings]:
     """Settings of every method and variant, by name, with the rho and gamma that were `found` for its method.
 
     The penalty of GRAD L1 is on throughout, or in the last quarter alone as its authors have it towards the end of
-    training. The perturbation of SAM and ASAM with noise is taken around noisy weights.
+    training. The perturbation of SAM, ASAM and HERO with noise is taken around noisy weights.
     """
     made: dict[str, Settings] = {
         name: {"method": name} for name in ("sgd", "noise", "ema", "sam", "asam", "grad_l1", "hero")
@@ -96,6 +96,7 @@ def variants(found: Mapping[str, Settings], epochs: int) -> dict[str, Settings]:
         "grad_l1-late": {"method": "grad_l1", "gamma_warmup": epochs * 3 // 4},
         "sam-noise": {"method": "sam", "noise_bits": 3},
         "asam-noise": {"method": "asam", "noise_bits": 3},
+        "hero-noise": {"method": "hero", "noise_bits": 3},
         **{f"hero-{name}": {"method": "hero", "penalty": name} for name in ("difference", "hvp", "eigenvalue")},
     }
     return {name: _with_found(found, settings) for name, settings in made.items()}

@@ -226,9 +226,8 @@ def test_curvature_from_either_source_and_its_star(everything):
 def test_ablations_have_a_row_a_setting_and_leave_the_main_table(everything):
     _, text, _ = everything
     rows = text[text.index("## Ablations") : text.index("## Search")]
-    assert [row[0] for row in cells_of(rows, "HERO")] == []
     names = [line.split(" | ")[0] for line in rows.splitlines() if line.startswith("| HERO")]
-    assert names == [f"| HERO (penalty {penalty})" for penalty in ("detached", "difference", "hvp")]
+    assert names == ["| HERO", "| HERO (penalty difference)", "| HERO (penalty hvp)"]
     accuracy = text[text.index("## Accuracy") : text.index("## Label noise")]
     assert "penalty" not in accuracy
 
@@ -335,11 +334,11 @@ def test_all_commits_and_hardware_are_listed(tmp_path):
 
 def test_names_tell_settings_apart_and_pace_does_not(tmp_path):
     fake(tmp_path / "a", seed=0)
-    fake(tmp_path / "b", seed=1, save_minutes=60.0)
+    fake(tmp_path / "b", seed=1, save_minutes=60.0, every=5)
     fake(tmp_path / "c", seed=1, learning_rate=0.3)
     fake(tmp_path / "d", seed=0, train_size=100)
     text, _ = made(tmp_path)
-    assert cells_of(text, "SGD (learning_rate 0.1)")[0][1] == "2"
+    assert cells_of(text, "SGD")[0][1] == "2"
     assert cells_of(text, "SGD (learning_rate 0.3)")[0][1:3] == ["1", "70.00"]
     assert "100 training images" in text
 

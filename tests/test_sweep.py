@@ -240,7 +240,7 @@ class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
         config = reproduce.ReproduceConfig(epochs=4, train_size=64)
         plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
-        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 13, "noise": 54, "ablations": 14}
+        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 14, "noise": 60, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
         plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}

@@ -139,7 +139,7 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path |
     claim(out)
     draw = sections.Plotter(out)
     written = {
-        "Accuracy": sections.accuracy(of_tasks, draw),
+        "Accuracy": sections.accuracy([part for part in of_tasks if not part.setup.label_noise], draw),
         "Label noise": sections.label_noise(main_runs, draw),
         "Quantization": sections.quantization(every, draw),
         "Curvature": sections.curvature(every, draw),

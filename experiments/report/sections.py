@@ -184,6 +184,7 @@ def _by_rate(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
     for cell in saved.cells(runs):
         plain = dataclasses.replace(cell.network, label_noise=0.0, label_noise_kind="symmetric")
         by_network.setdefault(plain, {})[cell.network.label_noise] = cell.runs
+    by_network = {network: row for network, row in by_network.items() if any(row)}
     return {name: by_network[network] for network, name in groups.names(by_network).items()}
 
 
