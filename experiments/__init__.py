@@ -13,7 +13,9 @@ Commands
 
 A run
     config       what it is; presets: what it takes where that is left open
-    data         images and labels, label noise, augmentation; streams: those that stay on disk
+    data         images and labels, augmentation; streams: those that stay on disk
+    prepared     data sets that tensorflow-datasets has prepared
+    label_noise  wrong labels for some of the training images
     methods      what is trained, as Optax pipelines
     trainer      its compiled parts; parallel: how they lie on devices
     runs         its folder; groups: folders of the same network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from experiments import data, presets
+from experiments import data, label_noise, presets
 from hero_jax import _check, models, penalty, perturbation, quantize
 
 LABELS = {
@@ -164,7 +164,7 @@ class TrainConfig:
         if self.ema_decay is not None:
             _check.fraction("ema_decay", self.ema_decay)
         _check.fraction("label_noise", self.label_noise)
-        _check.one_of("label_noise_kind", self.label_noise_kind, data.LABEL_NOISE)
+        _check.one_of("label_noise_kind", self.label_noise_kind, label_noise.KINDS)
         for name in {name for names in TAKES.values() for name in names}:
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data
+from experiments import cli, data, prepared
 from hero_jax import _check
 
 
@@ -28,10 +28,10 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
         cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
         return
     try:
-        cli.console.print(f"{described(name, data.prepared(name, data_dir))}: already there", soft_wrap=True)
+        cli.console.print(f"{described(name, prepared.find(name, data_dir))}: already there", soft_wrap=True)
     except FileNotFoundError:
-        prepare(name, data.folder(data_dir))
-        cli.console.print(f"{described(name, data.prepared(name, data_dir))}: prepared", soft_wrap=True)
+        prepare(name, prepared.folder(data_dir))
+        cli.console.print(f"{described(name, prepared.find(name, data_dir))}: prepared", soft_wrap=True)
 
 
 def prepare(name: str, root: Path) -> None:
@@ -47,7 +47,7 @@ def prepare(name: str, root: Path) -> None:
         )
     import tensorflow_datasets as tfds
 
-    about, manual = data.PREPARED[name], root / "downloads" / "manual"
+    about, manual = prepared.DATASETS[name], root / "downloads" / "manual"
     missing = [file for file in about.manual if not (manual / file).exists()]
     if missing:
         raise cli.Failed(
@@ -65,7 +65,7 @@ def prepare(name: str, root: Path) -> None:
 
 def described(name: str, builder: Any) -> str:
     """The data set, where it is, and how large it is."""
-    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in data.PREPARED[name].splits]
+    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in prepared.DATASETS[name].splits]
     bytes_on_disk = sum(file.stat().st_size for file in Path(builder.data_path).iterdir())
     return f"{name} in {builder.data_path}, {' and '.join(sizes)} images, {bytes_on_disk / 1e6:,.1f} MB"
 

@@ -39,9 +39,24 @@ _MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"learning_rate": 0.03, "weight_decay": 1e-4},
 }
 
-# methods: rho of SAM from Foret et al., table of rho by data set; of ASAM from Kwon et al., ICML 2021, section 5 (0.5
-# for CIFAR-10, 1.0 for CIFAR-100 and ImageNet). HERO takes ASAM's rho, so that the two differ by the penalty alone. The
-# gamma of GRAD L1, the bits of the noise and the decay of EMA are starting points.
+
+def _methods(*, sam: float, asam: float, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of methods where `sam` and `asam` are their rho.
+
+    rho of SAM: Foret et al., ICLR 2021, by data set. Of ASAM: Kwon et al., ICML 2021, section 5 (0.5 for CIFAR-10, 1.0
+    for CIFAR-100 and ImageNet). HERO takes ASAM's, so that the two differ by the penalty alone, and the authors' gamma.
+    The gamma of GRAD L1, the bits of the noise and the decay of EMA are starting points.
+    """
+    return {
+        "noise": {"noise_bits": 3},
+        "ema": {"ema_decay": 0.999},
+        "sam": {"rho": sam},
+        "asam": {"rho": asam},
+        "grad_l1": {"gamma": 1e-3},
+        "hero": {"rho": asam, "gamma": 5.0},
+    } | others
+
+
 DATASETS: dict[str, dict[str, Any]] = {
     # rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set.
     "digits": {
@@ -50,52 +65,13 @@ DATASETS: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "learning_rate": 0.1,
         "weight_decay": 5e-4,
-        "methods": {
-            "noise": {"noise_bits": 3},
-            "ema": {"ema_decay": 0.99},
-            "sam": {"rho": 0.1},
-            "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 0.003},
-            "hero": {"rho": 1.0, "gamma": 100.0},
-        },
+        "methods": _methods(
+            sam=0.1, asam=1.0, ema={"ema_decay": 0.99}, grad_l1={"gamma": 0.003}, hero={"rho": 1.0, "gamma": 100.0}
+        ),
     },
-    "cifar10": {
-        **_SMALL_IMAGES,
-        "models": _MODELS,
-        "methods": {
-            "noise": {"noise_bits": 3},
-            "ema": {"ema_decay": 0.999},
-            "sam": {"rho": 0.05},
-            "asam": {"rho": 0.5},
-            "grad_l1": {"gamma": 1e-3},
-            "hero": {"rho": 0.5, "gamma": 5.0},
-        },
-    },
-    "cifar100": {
-        **_SMALL_IMAGES,
-        "models": _MODELS,
-        "methods": {
-            "noise": {"noise_bits": 3},
-            "ema": {"ema_decay": 0.999},
-            "sam": {"rho": 0.1},
-            "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 1e-3},
-            "hero": {"rho": 1.0, "gamma": 5.0},
-        },
-    },
-    "fashion_mnist": {
-        **_SMALL_IMAGES,
-        "epochs": 100,
-        "models": _MODELS,
-        "methods": {
-            "noise": {"noise_bits": 3},
-            "ema": {"ema_decay": 0.999},
-            "sam": {"rho": 0.05},
-            "asam": {"rho": 0.5},
-            "grad_l1": {"gamma": 1e-3},
-            "hero": {"rho": 0.5, "gamma": 5.0},
-        },
-    },
+    "cifar10": {**_SMALL_IMAGES, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
+    "cifar100": {**_SMALL_IMAGES, "models": _MODELS, "methods": _methods(sam=0.1, asam=1.0)},
+    "fashion_mnist": {**_SMALL_IMAGES, "epochs": 100, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
     # Ten classes of ImageNet; a starting point, long enough for 9,469 images.
     "imagenette": {
         "model": "resnet18",
@@ -103,14 +79,7 @@ DATASETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "learning_rate": 0.05,
         "weight_decay": 5e-4,
-        "methods": {
-            "noise": {"noise_bits": 3},
-            "ema": {"ema_decay": 0.999},
-            "sam": {"rho": 0.05},
-            "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 1e-3},
-            "hero": {"rho": 1.0, "gamma": 5.0},
-        },
+        "methods": _methods(sam=0.05, asam=1.0),
     },
     # He et al., CVPR 2016, and Goyal et al., 2017: batch 256, learning rate 0.1, weight decay 1e-4, 90 epochs.
     "imagenet2012": {
@@ -119,14 +88,7 @@ DATASETS: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "learning_rate": 0.1,
         "weight_decay": 1e-4,
-        "methods": {
-            "noise": {"noise_bits": 4},
-            "ema": {"ema_decay": 0.9999},
-            "sam": {"rho": 0.05},
-            "asam": {"rho": 1.0},
-            "grad_l1": {"gamma": 1e-3},
-            "hero": {"rho": 1.0, "gamma": 5.0},
-        },
+        "methods": _methods(sam=0.05, asam=1.0, noise={"noise_bits": 4}, ema={"ema_decay": 0.9999}),
     },
 }
 
@@ -144,5 +106,5 @@ def of(dataset: str, model: str | None, method: str, penalty: str | None, takes:
         | preset
         | by_model.get(model or preset["model"], {})
         | methods.get(method, {})
-        | (PENALTIES.get(penalty or "", {}))
+        | PENALTIES.get(penalty or "", {})
     )

@@ -21,14 +21,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data, landscape, progress, report, runs, search, sweep
+from experiments import cli, data, label_noise, landscape, progress, report, runs, search, sweep
 from experiments.config import TrainConfig
 from hero_jax import _check, quantize
 
 PARTS = ("search", "accuracy", "noise", "ablations", "landscape")
 # Multiples of the preset that are tried: the same for all rho, and for the gamma of each method. HERO without gamma is
 # ASAM, which is searched too.
-RHO_FACTORS = (0.5, 1.0, 2.0, 4.0)
+RHO_FACTORS = (0.5, 1.0, 2.0, 3.0)
 GAMMA_FACTORS = {"grad_l1": (0.3, 1.0, 3.0, 10.0), "hero": (0.1, 1.0, 10.0)}
 # Of asymmetric noise half of a class or more would be the other class.
 MOST_ASYMMETRIC = 0.5
@@ -72,7 +72,7 @@ class ReproduceConfig:
         for rate in self.noise_rates:
             _check.fraction("noise_rates", rate)
         for kind in self.noise_kinds:
-            _check.one_of("noise_kinds", kind, data.LABEL_NOISE)
+            _check.one_of("noise_kinds", kind, label_noise.KINDS)
         for spec in self.specs:
             quantize.named(spec)
         self.run({}, 0)

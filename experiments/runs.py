@@ -298,7 +298,7 @@ def load_variables(path: Path) -> PyTree:
 
 def evaluated(state: dict[str, PyTree]) -> PyTree:
     """The variables of a state that are evaluated: the averages where there are any."""
-    return {name: (state["averaged"] or state)[name] for name in ("params", "batch_stats")}
+    return {name: (state.get("averaged") or state)[name] for name in ("params", "batch_stats")}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The images of a split, all in memory or decoded when they are asked for, and reading ahead.
+"""The images of a split, all in memory or decoded when they are asked for, their pixels, and reading ahead.
 
 `Split` and `Stream` have in common what callers need not tell apart: `size`, `shape`, `first`, `take`, `relabeled` and
 `parts`. A stream is read by explicit indices, so that the order of the data, and where a run continues in it, is the
@@ -26,6 +26,18 @@ R = TypeVar("R")
 CENTRAL = 224 / 256
 # Batches that are decoded while one is in use.
 AHEAD = 2
+
+
+class Pixels(NamedTuple):
+    """How pixels become inputs: (x / scale - mean) / std a channel, after `data.crop_and_flip` in training or not.
+
+    A stream has cropped and flipped its images already.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
 
 
 class Split(NamedTuple):

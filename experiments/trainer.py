@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from optax import microbatching
 
-from experiments import data, methods, parallel, progress, runs
+from experiments import data, label_noise, methods, parallel, progress, runs
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
 from hero_jax import curvature, models, quantize
@@ -214,7 +214,7 @@ def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset
     """The data that a run is trained on: with the labels that its seed alters."""
     if config.label_noise == 0:
         return dataset
-    return data.with_label_noise(dataset, config.label_noise, config.label_noise_kind, config.seed)
+    return label_noise.alter(dataset, config.label_noise, config.label_noise_kind, config.seed)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

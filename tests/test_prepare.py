@@ -5,8 +5,8 @@ import io
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments import cli, data, prepare
-from tests.test_data import cifar_row, pixels, write_prepared
+from experiments import cli, data, prepare, prepared
+from tests.test_prepared import cifar_row, pixels, write_prepared
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_preparation_that_fails_leaves_nothing(tmp_path, with_tensorflow, monkey
     with pytest.raises(cli.Failed, match=r"^cifar10 was not prepared, .* \(Failed to resolve the host\)\.$"):
         prepare.main("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError):
-        data.prepared("cifar10", tmp_path)
+        prepared.find("cifar10", tmp_path)
     assert not list((tmp_path / "cifar10").rglob("*.array_record*"))
 
 
@@ -108,7 +108,7 @@ def test_unknown_name(tmp_path):
 
 
 def test_every_data_set_has_the_name_and_classes_that_tensorflow_datasets_knows(tmp_path):
-    for about in data.PREPARED.values():
+    for about in prepared.DATASETS.values():
         builder = tfds.builder(about.name, data_dir=tmp_path, file_format="array_record")
         assert builder.info.features["label"].num_classes == about.num_classes
         assert builder.info.full_name.startswith(about.name)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, data, runs, streams
+from experiments import cli, data, label_noise, prepared, runs, streams
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from tests import problems
-from tests.test_data import encoded, write_prepared
 from tests.test_parallel import run_two
+from tests.test_prepared import encoded, write_prepared
 
 SIDE = 8
 SIZES = {"train": 40, "validation": 21}
@@ -52,7 +52,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_side(monkeypatch):
-    monkeypatch.setattr(data, "STREAM_SIDE", SIDE)
+    monkeypatch.setattr(prepared, "STREAM_SIDE", SIDE)
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ class TestLabelNoise:
     @pytest.mark.parametrize("kind", ["symmetric", "uniform"])
     def test_is_that_of_the_same_images_in_memory(self, dataset, kind):
         split = dataset.train.first(40)
-        noisy = data.with_label_noise(dataset, 0.6, kind, 2)
-        expected = data.with_label_noise(dataset._replace(train=split), 0.6, kind, 2).train.labels
+        noisy = label_noise.alter(dataset, 0.6, kind, 2)
+        expected = label_noise.alter(dataset._replace(train=split), 0.6, kind, 2).train.labels
         assert (expected != split.labels).sum() > 10
         np.testing.assert_array_equal(noisy.train.first(40).labels, expected)
         np.testing.assert_array_equal(noisy.train.rows(np.array([31, 3]), augment=(0, 0)).labels, expected[[31, 3]])
@@ -228,7 +228,7 @@ class TestLabelNoise:
 
     def test_asymmetric_is_refused(self, dataset):
         with pytest.raises(ValueError, match=r"`label_noise_kind` must be 'symmetric' or 'uniform' .* streamed"):
-            data.with_label_noise(dataset, 0.6, "asymmetric", 2)
+            label_noise.alter(dataset, 0.6, "asymmetric", 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -253,9 +253,9 @@ import jax
 from experiments import parallel
 parallel.join(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from experiments import data, trainer as trainers
+from experiments import data, prepared, trainer as trainers
 from tests import test_streams
-data.STREAM_SIDE = test_streams.SIDE
+prepared.STREAM_SIDE = test_streams.SIDE
 dataset = data.load("imagenette", sys.argv[4])
 for name in ("pmap", "sharded"):
     trainer = trainers.build(test_streams.config(**test_streams.LAYOUTS[name]), dataset)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hero_jax
-from experiments import data, methods, presets, runs
+from experiments import data, label_noise, methods, presets, runs
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import METHODS, TAKES, TrainConfig
@@ -171,7 +171,7 @@ class TestLabelNoise:
         config = short(method="sgd", epochs=30, label_noise=0.5, validation_size=0)
         rows = []
         result = training.train(config, digits, report=rows.append)
-        noisy = data.with_label_noise(digits, 0.5, "symmetric", 0)
+        noisy = label_noise.alter(digits, 0.5, "symmetric", 0)
         is_altered = noisy.train.labels != noisy.true_labels
         assert is_altered.sum() == 128
         trainer = trainers.build(config, digits)
@@ -185,7 +185,7 @@ class TestLabelNoise:
         assert rows[-1]["accuracy"] == trainer.evaluate(variables, digits.test)["accuracy"]
 
     def test_kind_and_seed_reach_the_labels_and_none_alters_nothing(self, digits):
-        kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in data.LABEL_NOISE]
+        kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in label_noise.KINDS]
         others = [dataclasses.replace(kinds[0], seed=1), dataclasses.replace(kinds[0], label_noise=0.4)]
         labels = [trainers.with_label_noise(config, digits).train.labels for config in kinds + others]
         assert all((a != b).any() for i, a in enumerate(labels) for b in labels[:i])

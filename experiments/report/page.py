@@ -26,7 +26,7 @@ table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: ta
 th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e6e9ed; }
 thead th { border-bottom: 2px solid #9aa3ad; vertical-align: bottom; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: #fff; }
-.text { text-align: left; white-space: normal; min-width: 6rem; max-width: 22rem; overflow-wrap: anywhere; }
+.text { text-align: left; white-space: normal; min-width: 9rem; max-width: 22rem; overflow-wrap: anywhere; }
 tbody tr:nth-child(even) > * { background: #f6f8fa; }
 .caption, figcaption { color: #50575f; font-size: 0.85rem; line-height: 1.45; overflow-wrap: anywhere; }
 figure { margin: 1.25rem 0; }
@@ -36,7 +36,7 @@ summary { cursor: pointer; color: #0b5cad; }
   body { padding: 1rem 0.75rem 3rem; }
   h1 { font-size: 1.45rem; }
   th, td { padding: 0.3rem 0.5rem; }
-  tbody th.text { max-width: 38vw; }
+  tbody th.text { min-width: 6rem; max-width: 38vw; }
 }
 """
 

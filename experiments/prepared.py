@@ -1,0 +1,235 @@
+"""Data sets that tensorflow-datasets has prepared as array_record (`experiments/prepare.py`), read without TensorFlow.
+
+Small ones are decoded once and cached as plain arrays, large ones are streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import cli
+from experiments.streams import Pixels, Split, Stream
+
+# Height and width of the images of a stream.
+STREAM_SIDE = 224
+
+# Called with (done, total) while something long goes on.
+Report = Callable[[int, int], None]
+
+
+class Prepared(NamedTuple):
+    """A data set of tensorflow-datasets.
+
+    name: there, with its configuration.
+    splits: those used for training and for testing.
+    similar, superclasses: what asymmetric label noise takes for what (`data.Dataset`), or the superclass of each class.
+    is_large: streamed, not held in memory.
+    manual: the files that a user must fetch by hand.
+    """
+
+    name: str
+    splits: tuple[str, str]
+    num_classes: int
+    pixels: Pixels
+    similar: tuple[int, ...] | None = None
+    superclasses: tuple[int, ...] | None = None
+    is_large: bool = False
+    manual: tuple[str, ...] = ()
+
+
+# Of the classes of CIFAR-100, both in the order of their names.
+# fmt: off
+_SUPERCLASSES = (
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
+    6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+    16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+    12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+)
+# fmt: on
+# The usual statistics: those that torchvision publishes with its networks.
+_IMAGENET = Pixels(scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment=False)
+
+DATASETS = {
+    # Krizhevsky 2009, with the channel statistics that most papers copy from each other (the deviations are the mean
+    # over images of each image's own), and the crop and flip of He et al. 2016, section 4.2.
+    "cifar10": Prepared(
+        name="cifar10",
+        splits=("train", "test"),
+        num_classes=10,
+        pixels=Pixels(scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment=True),
+        # Patrini et al.: truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog.
+        similar=(0, 1, 0, 5, 7, 3, 6, 7, 8, 1),
+    ),
+    # Krizhevsky 2009; statistics of all training pixels; crop and flip as for CIFAR-10. Patrini et al.: the next class
+    # within the superclass.
+    "cifar100": Prepared(
+        name="cifar100",
+        splits=("train", "test"),
+        num_classes=100,
+        pixels=Pixels(scale=255.0, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), augment=True),
+        superclasses=_SUPERCLASSES,
+    ),
+    # Xiao et al. 2017; statistics of all training pixels; crop with pad 4 and flip as Zhong et al., Random Erasing Data
+    # Augmentation, 2017, use for it.
+    "fashion_mnist": Prepared(
+        name="fashion_mnist",
+        splits=("train", "test"),
+        num_classes=10,
+        pixels=Pixels(scale=255.0, mean=(0.2860,), std=(0.3530,), augment=True),
+    ),
+    # Ten classes of ImageNet, by J. Howard; the shorter side is 320 pixels.
+    "imagenette": Prepared(
+        name="imagenette/320px-v2",
+        splits=("train", "validation"),
+        num_classes=10,
+        pixels=_IMAGENET,
+        is_large=True,
+    ),
+    # Russakovsky et al. 2015.
+    "imagenet2012": Prepared(
+        name="imagenet2012",
+        splits=("train", "validation"),
+        num_classes=1000,
+        pixels=_IMAGENET,
+        is_large=True,
+        manual=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+    ),
+}
+
+
+def folder(data_dir: Path | None) -> Path:
+    """Where prepared data sets are: `data_dir`, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def find(name: str, data_dir: Path | None) -> Any:
+    """The tensorflow-datasets builder of a data set of `DATASETS` that is there and whole.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is damaged or only a part; says what.
+    """
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
+    from google.protobuf import json_format
+
+    root = folder(data_dir)
+    try:
+        builder = tfds.builder(DATASETS[name].name, data_dir=root, file_format="array_record")
+    except json_format.ParseError as error:
+        raise ValueError(
+            f"`data_dir` holds a damaged {name}: dataset_info.json in {root / DATASETS[name].name} cannot be read."
+        ) from error
+    path = Path(builder.data_path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`data_dir` must hold {name} prepared as array_record; nothing is at {path}. With a network and"
+            f" TensorFlow, `python -m experiments.prepare {name} --data-dir {root}` prepares it."
+        )
+    missing = {*DATASETS[name].splits} - {*builder.info.splits}
+    if missing:
+        raise ValueError(
+            f"`data_dir` holds only a part of {name}, in {path}: no split {min(missing)!r} is known there."
+        )
+    for split in DATASETS[name].splits:
+        info = builder.info.splits[split]
+        for file, size in zip(info.filepaths, info.shard_lengths, strict=True):
+            # The reader finds no images in a file that is cut off, and in none.
+            found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
+            if found != size:
+                raise ValueError(f"`data_dir` holds a damaged {name}: {file} has {found} of its {size} images.")
+    return builder
+
+
+def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split | Stream, Split | Stream]:
+    """The images for training and for testing of a data set of `DATASETS`; arguments and errors are `data.load`'s."""
+    about, builder = DATASETS[name], find(name, data_dir)
+    if about.is_large:
+        train, test = (_stream(builder, about, split) for split in about.splits)
+    else:
+        train, test = (_decoded(builder, split, report) for split in about.splits)
+    return train, test
+
+
+def similar(name: str) -> tuple[int, ...] | None:
+    """What asymmetric label noise takes for what (`data.Dataset`): from the table, or the next within a superclass."""
+    about = DATASETS[name]
+    return about.similar if about.superclasses is None else _next_within(about.superclasses)
+
+
+def _next_within(superclasses: tuple[int, ...]) -> tuple[int, ...]:
+    """For each class the next one of its superclass, the first after the last."""
+    of = {s: [c for c, other in enumerate(superclasses) if other == s] for s in set(superclasses)}
+    return tuple(of[s][(of[s].index(c) + 1) % len(of[s])] for c, s in enumerate(superclasses))
+
+
+def _stream(builder: Any, about: Prepared, split: str) -> Stream:
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    indices, shift = np.arange(len(source)), np.zeros(len(source), np.int32)
+    return Stream(source, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
+
+
+def _decoded(builder: Any, split: str, report: Report | None) -> Split:
+    """A split of a prepared data set, from the cache or decoded into it."""
+    source = builder.as_data_source(split)
+    # The size in bytes of the source tells another preparation of the same version apart.
+    num_bytes = int(builder.info.splits[split].num_bytes)
+    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
+    cached = _read_cache(cache, len(source))
+    if cached is not None:
+        return cached
+    images, labels = [], []
+    chunk = 500
+    # tensorflow-datasets logs that OpenCV would decode faster; this happens once.
+    absl_level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for start in range(0, len(source), chunk):
+        for example in source.__getitems__(list(range(start, min(start + chunk, len(source))))):
+            images.append(example["image"])
+            labels.append(example["label"])
+        if report is not None:
+            report(len(images), len(source))
+    logging.getLogger("absl").setLevel(absl_level)
+    decoded = Split(np.stack(images), np.asarray(labels, np.int32))
+    _write_cache(cache, decoded)
+    return decoded
+
+
+def _read_cache(path: Path, size: int) -> Split | None:
+    """The cached arrays, or None where there are none or they are damaged (which is said)."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            split = Split(arrays["images"], arrays["labels"])
+        if len(split.images) != size or len(split.labels) != size:
+            raise ValueError(f"it holds {len(split.images)} images and {len(split.labels)} labels, not {size}")
+    except Exception as error:  # whatever a damaged zip file raises
+        warnings.warn(f"The cached images at {path} are damaged ({error}); decoding them again.", stacklevel=2)
+        return None
+    return split
+
+
+def _write_cache(path: Path, split: Split) -> None:
+    """Writes whole or not at all; a cache that cannot be written is no reason to stop."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, images=split.images, labels=split.labels)
+        temporary.replace(path)
+    except OSError as error:
+        warnings.warn(f"Could not cache the decoded images at {path} ({error}).", stacklevel=2)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

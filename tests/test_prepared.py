@@ -1,0 +1,181 @@
+"""Prepared data sets: a tensorflow-datasets folder made here, the cache, and the damage to both."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from experiments import data, prepared
+
+SIZES = {"train": 30, "test": 12}
+
+
+def pixels(split, i, shape=(32, 32, 3)):
+    """Image i of a split: noise of its own."""
+    return np.random.default_rng([len(split), i]).integers(0, 256, shape, np.uint8)
+
+
+def encoded(image):
+    """The bytes of a PNG file, which keeps every pixel."""
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_prepared(root, name, version, splits):
+    """Writes a data set as tensorflow-datasets prepares it (array_record): rows of {feature: bytes or int} a split."""
+    folder = root / name / version
+    folder.mkdir(parents=True)
+    about = []
+    for split, rows in splits.items():
+        path = folder / f"{name.split('/')[0]}-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            example = tf_example_pb2.Example()
+            for key, value in row.items():
+                feature = example.features.feature[key]
+                (feature.int64_list if isinstance(value, int) else feature.bytes_list).value.append(value)
+            writer.write(example.SerializeToString())
+        writer.close()
+        about.append(
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": split,
+                "numBytes": str(path.stat().st_size),
+                "shardLengths": [str(len(rows))],
+            }
+        )
+    info = {"fileFormat": "array_record", "name": name.split("/")[0], "version": version, "splits": about}
+    if "/" in name:
+        info["configName"] = name.split("/")[1]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def cifar_row(split, i, **more):
+    return {"id": f"{split}_{i}".encode(), "image": encoded(pixels(split, i)), "label": i % 10, **more}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with cifar10 of 30 and 12 made-up images."""
+    root = tmp_path_factory.mktemp("tfds")
+    splits = {split: [cifar_row(split, i) for i in range(size)] for split, size in SIZES.items()}
+    write_prepared(root, "cifar10", "3.0.2", splits)
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HERO_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class TestCifar10:
+    def test_reads_what_tensorflow_datasets_prepared(self, root, cache, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+        dataset = data.load("cifar10")
+        for split, size in SIZES.items():
+            images, labels = getattr(dataset, split)
+            assert images.shape == (size, 32, 32, 3)
+            assert images.dtype == np.uint8
+            np.testing.assert_array_equal(labels, np.arange(size) % 10)
+            np.testing.assert_array_equal(images[5], pixels(split, 5))
+
+    def test_decodes_once_and_reports_progress(self, root, cache):
+        calls = []
+        first = data.load("cifar10", root, lambda done, total: calls.append((done, total)))
+        assert calls == [(30, 30), (12, 12)]
+        second = data.load("cifar10", root, lambda done, total: calls.append("again"))
+        assert "again" not in calls
+        np.testing.assert_array_equal(first.train.images, second.train.images)
+
+    @pytest.mark.parametrize("damage", [b"", b"not a zip file", None])
+    def test_damaged_cache_is_said_and_decoded_again(self, root, cache, damage):
+        data.load("cifar10", root)
+        file = next(cache.glob("*train*.npz"))
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+        with pytest.warns(UserWarning, match=r"The cached images at .* are damaged"):
+            dataset = data.load("cifar10", root)
+        np.testing.assert_array_equal(dataset.train.images[7], pixels("train", 7))
+        assert file.read_bytes() == whole
+
+    def test_cache_that_cannot_be_written_is_said_and_nothing_is_left(self, root, tmp_path, monkeypatch):
+        blocked = tmp_path / "file"
+        blocked.write_text("in the way")
+        monkeypatch.setenv("HERO_JAX_CACHE", str(blocked / "cache"))
+        with pytest.warns(UserWarning, match="Could not cache the decoded images"):
+            assert len(data.load("cifar10", root).test.labels) == 12
+
+    def test_folder_that_is_missing_or_not_prepared(self, tmp_path):
+        for folder in (tmp_path, tmp_path / "nothing"):
+            with pytest.raises(
+                FileNotFoundError,
+                match=r"`data_dir` must hold cifar10 .* `python -m experiments.prepare cifar10 --data",
+            ):
+                data.load("cifar10", folder)
+
+
+class TestOtherSets:
+    def test_cifar100(self, tmp_path, cache):
+        rows = [cifar_row("train", i, coarse_label=0) for i in range(12)]
+        write_prepared(tmp_path, "cifar100", "3.0.2", {"train": rows, "test": rows[:5]})
+        dataset = data.load("cifar100", tmp_path)
+        assert (dataset.train.size, dataset.test.size, dataset.num_classes) == (12, 5, 100)
+        assert dataset.train.shape == (32, 32, 3)
+        np.testing.assert_array_equal(dataset.test.images[3], pixels("train", 3))
+        # aquarium_fish -> flatfish -> ray -> shark -> trout -> aquarium_fish are the fish, maple_tree -> oak_tree.
+        fish = [1, 32, 67, 73, 91]
+        assert [dataset.similar[c] for c in fish] == [*fish[1:], fish[0]]
+        assert dataset.similar[47] == 52
+        # Twenty cycles of five.
+        followed = np.arange(100)
+        for length in range(1, 6):
+            followed = np.asarray(dataset.similar)[followed]
+            assert (followed == np.arange(100)).all() == (length == 5)
+
+    def test_fashion_mnist(self, tmp_path, cache):
+        rows = [{"image": encoded(pixels("train", i, (28, 28, 1))), "label": i} for i in range(10)]
+        write_prepared(tmp_path, "fashion_mnist", "3.0.1", {"train": rows, "test": rows[:4]})
+        dataset = data.load("fashion_mnist", tmp_path)
+        assert dataset.train.shape == (28, 28, 1)
+        np.testing.assert_array_equal(dataset.test.images[3], pixels("train", 3, (28, 28, 1)))
+        assert dataset.pixels.augment
+
+    @pytest.mark.parametrize("name", prepared.DATASETS)
+    def test_statistics_fit_their_channels(self, name):
+        about = prepared.DATASETS[name].pixels
+        assert len(about.mean) == len(about.std) == (1 if name == "fashion_mnist" else 3)
+        assert all(0.2 < mean < 0.6 and 0.1 < std < 0.4 for mean, std in zip(about.mean, about.std, strict=True))
+
+
+class TestDamagedFolder:
+    """A folder that is there but not whole is told apart from one that is not there."""
+
+    @pytest.fixture
+    def folder(self, tmp_path, cache):
+        rows = [cifar_row("train", i) for i in range(6)]
+        return write_prepared(tmp_path, "cifar10", "3.0.2", {"train": rows, "test": rows})
+
+    @pytest.mark.parametrize("keep", [0, 1 / 2, None])
+    def test_file_cut_off_or_missing(self, folder, tmp_path, keep):
+        file = next(folder.glob("*test*"))
+        whole = file.read_bytes()
+        file.unlink() if keep is None else file.write_bytes(whole[: int(keep * len(whole))])
+        with pytest.raises(ValueError, match=r"`data_dir` holds a damaged cifar10: .*test.* has 0 of its 6 images\."):
+            data.load("cifar10", tmp_path)
+
+    def test_description_missing(self, folder, tmp_path):
+        (folder / "dataset_info.json").unlink()
+        with pytest.raises(ValueError, match=r"`data_dir` holds only a part of cifar10, .* no split 'test' is known"):
+            data.load("cifar10", tmp_path)
+
+    def test_description_cut_off(self, folder, tmp_path):
+        (folder / "dataset_info.json").write_text('{"name": ')
+        with pytest.raises(ValueError, match=r"`data_dir` holds a damaged cifar10: dataset_info.json in .* cannot be"):
+            data.load("cifar10", tmp_path)
