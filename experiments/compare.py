@@ -155,7 +155,7 @@ def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     """What the numbers are, in words: nothing in the table means anything without it."""
-    spread = f"mean and standard deviation over {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    spread = "mean and standard deviation over n seeds" if config.seeds > 1 else "one seed"
     run = config.run("sgd", 0)
     trained = config.train_size or dataset.train.size - config.validation_size
     tested = config.test_size or dataset.test.size
@@ -184,10 +184,11 @@ def main(
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
     out = out or Path("runs") / f"compare-{config.dataset}"
-    runs.claim_same(out, runs.to_json(config), may_differ=MAY_DIFFER)
     started = time.monotonic()
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        sweep.check({method: config.run(method, 0) for method in config.methods}, dataset)
+        runs.claim_same(out, runs.to_json(config), may_differ=MAY_DIFFER)
         results = compare(config, dataset, out, display)
     if not results:
         raise cli.Failed(f"Every run diverged; {out} has the messages.")

@@ -172,14 +172,15 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         _, trainer, variables, dataset = trainers.load(run, data_dir, display)
-        runs.claim(out)
+        runs.claim(out, besides=("density.png", "layers.png", "curvature.tmp"))
         split = getattr(dataset, config.split).first(config.images)
         matvec, example = trainer.hessian(variables, split)
         measured = measure(config, matvec, example, progress.steps(display))
     record = {"config": runs.to_json(config), "run": run.name, "images": split.size, **measured}
-    runs.write_json(out / "curvature.json", record | {"environment": runs.environment()})
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")
+    # Last, so that a folder with it is whole.
+    runs.write_json(out / "curvature.json", record | {"environment": runs.environment()})
     for table in tables(measured):
         cli.console.print(table)
     trace, norm = measured["trace"], measured["hessian_norm"]

@@ -204,7 +204,7 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         networks = load(folders, data_dir, display, config.images)
-        runs.claim(out)
+        runs.claim(out, besides=("lines.png", "plane.png", "between.png", "landscape.tmp"))
         report = progress.steps(display)
         surfaces = {
             name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))
@@ -223,9 +223,12 @@ def main(
         "runs": surfaces,
         "between": {"first": origin, "to": segments},
     }
-    runs.write_json(out / "landscape.json", record | {"environment": runs.environment()})
     plots.landscape_lines(surfaces, methods, out / "lines.png")
     plots.landscape_planes(surfaces, config.levels, out / "plane.png")
+    if segments:
+        plots.landscape_between(origin, segments, methods, out / "between.png")
+    # Last, so that a folder with it is whole.
+    runs.write_json(out / "landscape.json", record | {"environment": runs.environment()})
     header = ["run", "loss", "accuracy", "basin, line", "basin, plane", "not finite"]
     cli.console.print(tables.terminal(header, [_line(name, found) for name, found in surfaces.items()]))
     cli.console.print(
@@ -235,7 +238,6 @@ def main(
         f" first two, where the loss is less than {config.rise:g} above that of the run."
     )
     if segments:
-        plots.landscape_between(origin, segments, methods, out / "between.png")
         header = ["to", "train loss", "train error", "test loss", "test error"]
         lines = [[name, *_barriers(found)] for name, found in segments.items()]
         cli.console.print(tables.terminal(header, lines, f"barriers on the straight line from {origin}"))

@@ -14,6 +14,7 @@ accuracy`), and a command that was ended is given again: what is finished is not
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 
 from experiments import cli, data, label_noise, landscape, progress, report, runs, search, sweep
 from experiments.config import TrainConfig
-from hero_jax import _check, quantize
+from hero_jax import _check
 
 PARTS = ("search", "accuracy", "noise", "ablations", "landscape")
 # Multiples of the preset that are tried: the same for all rho, and for the gamma of each method. HERO without gamma is
@@ -54,7 +55,7 @@ class ReproduceConfig:
     train_size: int | None = None
     """Train on this many images; default all that are not held out."""
     validation_size: int | None = None
-    """Training images held out; default a tenth of them, of digits a quarter for the search."""
+    """Training images held out; default a tenth of them, of digits, which are few, a quarter."""
     test_size: int | None = None
     """Evaluate on this many test images; default all."""
     noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
@@ -67,15 +68,28 @@ class ReproduceConfig:
     """Training images for the Hessian and the landscape; default all of digits, 500 of others."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "search_seeds"):
-            _check.integer(name, getattr(self, name), low=1)
+        for name in ("seeds", "search_seeds", "validation_size"):
+            if getattr(self, name) is not None:
+                _check.integer(name, getattr(self, name), low=1)
         for rate in self.noise_rates:
             _check.fraction("noise_rates", rate)
+            if rate == 0:
+                raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
         for kind in self.noise_kinds:
             _check.one_of("noise_kinds", kind, label_noise.KINDS)
-        for spec in self.specs:
-            quantize.named(spec)
         self.run({}, 0)
+        _ = self.measuring
+
+    @property
+    def measuring(self) -> sweep.Measuring:
+        """What is measured of each run."""
+        return sweep.Measuring(self.specs, curvature_size=self.curvature_size)
+
+    @property
+    def noise(self) -> list[tuple[str, float]]:
+        """Kinds and rates of noise, without asymmetric noise of half a class or more."""
+        pairs = itertools.product(self.noise_kinds, self.noise_rates)
+        return [(kind, rate) for kind, rate in pairs if kind != "asymmetric" or rate < MOST_ASYMMETRIC]
 
     def run(self, settings: Settings, validation_size: int) -> TrainConfig:
         """The resolved configuration of a run with these settings."""
@@ -137,39 +151,45 @@ def ablations(base: TrainConfig) -> dict[str, Settings]:
 
 
 def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None) -> None:
-    """Searches each method that has rho or gamma, with the same seeds and held-out images, clean and noisy."""
-    for label, rate in (("clean", 0.0), ("noisy", max(config.noise_rates, default=0.0))):
-        if label == "noisy" and rate == 0:
-            continue
-        for method in ("sam", "asam", "grad_l1", "hero"):
-            preset = config.run({"method": method}, held_out)
-            rho = () if preset.rho is None else tuple(preset.rho * factor for factor in RHO_FACTORS)
-            gamma = () if preset.gamma is None else tuple(preset.gamma * f for f in GAMMA_FACTORS[method])
-            search.main(
-                search.SearchConfig(
-                    method=method,
-                    dataset=config.dataset,
-                    model=config.model,
-                    rho=rho,
-                    gamma=gamma,
-                    seeds=config.search_seeds,
-                    epochs=config.epochs,
-                    train_size=config.train_size,
-                    validation_size=held_out,
-                    test_size=config.test_size,
-                    label_noise=rate,
-                ),
-                out / "search" / f"{label}-{method}",
-                data_dir,
-            )
+    """Searches each method that has rho or gamma, with the same seeds and held-out images, clean and noisy.
+
+    Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset.
+    """
+    labels = {"clean": ("symmetric", 0.0)}
+    if config.noise:
+        first = config.noise[0][0]
+        labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
+    for (label, (kind, rate)), method in itertools.product(labels.items(), ("sam", "asam", "grad_l1", "hero")):
+        preset = config.run({"method": method}, held_out)
+        rho = () if preset.rho is None else tuple(preset.rho * factor for factor in RHO_FACTORS)
+        gamma = () if preset.gamma is None else tuple(preset.gamma * f for f in GAMMA_FACTORS[method])
+        searched = search.SearchConfig(
+            method=method,
+            dataset=config.dataset,
+            model=config.model,
+            rho=rho,
+            gamma=gamma,
+            seeds=config.search_seeds,
+            epochs=config.epochs,
+            train_size=config.train_size,
+            validation_size=held_out,
+            test_size=config.test_size,
+            label_noise=rate,
+            label_noise_kind=kind,
+        )
+        try:
+            search.main(searched, out / "search" / f"{label}-{method}", data_dir)
+        except cli.Failed as error:
+            cli.console.print(str(error))
 
 
 def found_in(out: Path, label: str) -> dict[str, Settings]:
     """What the search found for each method on "clean" or "noisy" labels; empty where there was none."""
     found = {}
     for file in sorted((out / "search").glob(f"{label}-*/search.json")):
-        best = runs.read_json(file)["best"]
-        found[best["method"]] = {name: best[name] for name in search.SEARCHED if best[name] is not None}
+        best = runs.read_json(file).get("best")
+        if best is not None:
+            found[best["method"]] = {name: best[name] for name in search.SEARCHED if best[name] is not None}
     return found
 
 
@@ -183,13 +203,10 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
     if part == "accuracy":
         settings = {name: {**each, **measured} for name, each in clean.items()}
     elif part == "noise":
-        for kind in config.noise_kinds:
-            for rate in config.noise_rates:
-                if kind != "asymmetric" or rate < MOST_ASYMMETRIC:
-                    altered = {"label_noise": rate, "label_noise_kind": kind}
-                    settings |= {f"{name}-{kind}_{rate:g}": {**noisy[name], **altered} for name in ON_NOISY}
         # Methods one after the other: what is compiled serves all rates.
-        settings = dict(sorted(settings.items(), key=lambda item: item[0].rsplit("-", 1)[0]))
+        for name, (kind, rate) in itertools.product(ON_NOISY, config.noise):
+            altered = {"label_noise": rate, "label_noise_kind": kind}
+            settings[f"{name}-{kind}_{rate!r}"] = {**noisy[name], **altered}
     elif part == "ablations":
         changed = ablations(config.run(clean["hero"], held_out))
         settings = {name: {**each, **measured} for name, each in changed.items()}
@@ -203,7 +220,7 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
 
 
 def _curvature_size(config: ReproduceConfig) -> int:
-    return sweep.Measuring(curvature_size=config.curvature_size).curvature_images(config.dataset)
+    return config.measuring.curvature_images(config.dataset)
 
 
 def main(
@@ -223,12 +240,13 @@ def main(
     for part in parts:
         _check.one_of("parts", part, PARTS)
     out = out or Path("runs") / f"reproduce-{config.dataset}"
-    runs.claim_same(out, runs.to_json(config), may_differ=("seeds", "search_seeds", "noise_rates", "noise_kinds"))
     started = time.monotonic()
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
-    held_out = config.validation_size or dataset.train.size // (4 if config.dataset == "digits" else 10)
-    measuring = sweep.Measuring(config.specs, curvature_size=config.curvature_size)
+    share = 4 if config.dataset == "digits" else 10
+    held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
+    sweep.check({"hero": config.run({}, held_out)}, dataset)
+    runs.claim_same(out, runs.to_json(config), may_differ=("seeds", "search_seeds"))
     for part in (part for part in PARTS if part in parts):
         cli.console.rule(f"{part}, {time.monotonic() - started:.0f} s")
         if part == "search":
@@ -238,20 +256,20 @@ def main(
         else:
             with progress.bar() as display:
                 configs = plan(config, part, held_out, out)
-                sweep.run_all(configs, range(config.seeds), dataset, out / part, display, measuring)
+                sweep.run_all(configs, range(config.seeds), dataset, out / part, display, config.measuring)
     report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
 
 
 def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) -> None:
-    """The landscape of the first runs of SGD, ASAM and HERO, unless it is there."""
-    folders = tuple(out / "accuracy" / "runs" / f"{name}-s0" for name in ("sgd", "asam", "hero"))
-    missing = [str(folder) for folder in folders if runs.status(folder) != "done"]
-    if missing:
-        raise ValueError(f"`parts` must have accuracy before landscape; {missing[0]} is not a finished run.")
-    if not (out / "landscape" / "landscape.json").exists():
+    """The landscape of the first runs of SGD, ASAM and HERO, those that ended well, unless it is there."""
+    folders = [out / "accuracy" / "runs" / f"{name}-s0" for name in ("sgd", "asam", "hero")]
+    if runs.status(folders[0]) is None:
+        raise ValueError(f"`parts` must have accuracy before landscape; {folders[0]} is not there.")
+    done = tuple(folder for folder in folders if runs.status(folder) == "done")
+    if done and not (out / "landscape" / "landscape.json").exists():
         chosen = landscape.LandscapeConfig(images=_curvature_size(config))
-        landscape.main(folders, chosen, out / "landscape", data_dir)
+        landscape.main(done, chosen, out / "landscape", data_dir)
 
 
 if __name__ == "__main__":

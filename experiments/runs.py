@@ -64,7 +64,7 @@ class RunFolder:
             undo.enter_context(_locked(path))
             if not file.exists():
                 write_json(file, to_json(config))
-            _check_same(path, to_json(config), may_differ)
+            check_same(path, to_json(config), may_differ)
             self._is_done = read_json(path / "status.json").get("status") == "done"
             if not self._is_done:
                 self._begin()
@@ -160,9 +160,11 @@ class RunFolder:
         """Drops the evaluations after a step; the file is written whole or not at all."""
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = file.read_text().split("\n")[:-1]
-            with _disk(self.path):
-                _write(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            text = file.read_text()
+            kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if json.loads(line)["step"] <= step)
+            if kept != text:
+                with _disk(self.path):
+                    _write(file, kept)
 
 
 def _checkpoints(path: Path, options: Any = None) -> ocp.CheckpointManager:
@@ -236,8 +238,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
-    """Refuses the folder of another run, with the first field that differs."""
+def check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
+    """Raises FileExistsError at the folder of another run, with the first field that differs."""
     there = read_json(path / "config.json")
     for name, value in _finite(config).items():
         if name not in may_differ and there.get(name) != value:
@@ -269,7 +271,7 @@ def claim_same(path: Path, config: dict[str, Any], may_differ: Collection[str] =
     """
     file = path / "config.json"
     if file.exists():
-        _check_same(path, config, may_differ)
+        check_same(path, config, may_differ)
     else:
         claim(path, besides=("config.tmp",))
     write_json(file, config)

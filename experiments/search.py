@@ -86,7 +86,7 @@ class SearchConfig:
 def _name(run: TrainConfig) -> str:
     """The method with its rho and gamma, those it has."""
     settings = ((name, getattr(run, name)) for name in SEARCHED)
-    return run.method + "".join(f"-{name}{value:g}" for name, value in settings if value is not None)
+    return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
 
 
 def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:
@@ -111,11 +111,14 @@ def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> li
 def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of highest mean accuracy, of equal ones that of the smallest gamma and rho.
 
+    Of those of which the most seeds ended well: the mean of others is that of their survivors.
+
     Raises cli.Failed where every run diverged.
     """
-    rows = [row for row in grid if row["n"]]
-    if not rows:
+    most = max(row["n"] for row in grid)
+    if most == 0:
         raise cli.Failed("Every run of the search diverged; smaller values of `rho` and `gamma` may help.")
+    rows = [row for row in grid if row["n"] == most]
     return min(rows, key=lambda row: (-round(row["validation_accuracy"], 6), row["gamma"] or 0, row["rho"] or 0))
 
 
@@ -133,14 +136,19 @@ def main(
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
     out = out or Path("runs") / f"search-{config.dataset}-{config.method}"
-    runs.claim_same(out, runs.to_json(config), MAY_DIFFER)
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        sweep.check(config.runs(), dataset)
+        runs.claim_same(out, runs.to_json(config), MAY_DIFFER)
+        if not (out / "search.json").exists():
+            # Tells a report that the runs below are trials, however this ends.
+            runs.write_json(out / "search.json", {"config": runs.to_json(config), "grid": [], "best": None})
         found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, display)
     grid = summarize(config.runs(), found)
-    best = best_of(grid)
-    record = {"config": runs.to_json(config), "grid": grid, "best": best, "environment": runs.environment()}
+    record = {"config": runs.to_json(config), "grid": grid, "best": None, "environment": runs.environment()}
     runs.write_json(out / "search.json", record)
+    best = best_of(grid)
+    runs.write_json(out / "search.json", record | {"best": best})
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
     if len(varied) == 2:
         values = {(row["rho"], row["gamma"]): 100 * row["validation_accuracy"] for row in grid}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,9 @@ class Measuring:
         for name in ("curvature_size", "curvature_products"):
             if getattr(self, name) is not None:
                 _check.integer(name, getattr(self, name), low=1)
+        for name in ("specs", "bits"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must name at least one; got none.")
         for width in self.bits:
             _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         for spec in self.specs:
@@ -76,7 +80,7 @@ def run_all(
 ) -> list[Run]:
     """Trains and measures every configuration with every seed, or what is left of them.
 
-    A run that diverges is said to have done so, and the others go on.
+    A run that diverges is said to have done so, and the others go on. Give `check` the configurations first.
 
     Args:
       configs: resolved configurations by name, whose own seed does not matter.
@@ -88,6 +92,9 @@ def run_all(
 
     Returns:
       The runs that ended well, by configuration and seed.
+
+    Raises:
+      FileExistsError: a folder holds a run of another configuration.
     """
     total = display.add_task("all runs", total=len(configs) * len(seeds), figures="")
     found: list[Run] = []
@@ -97,7 +104,10 @@ def run_all(
             run = dataclasses.replace(config, seed=seed)
             path = out / "runs" / f"{name}-s{seed}"
             key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
-            if runs.status(path) not in ("done", "diverged") or not _is_measured(path, measuring):
+            has_ended = runs.status(path) in ("done", "diverged")
+            if has_ended:
+                runs.check_same(path, runs.to_json(run), run.may_differ())
+            if not has_ended or not _is_measured(path, measuring):
                 if key not in compiled:
                     images = trainers.subset(run, dataset)
                     # The programs of one configuration at a time.
@@ -111,6 +121,13 @@ def run_all(
     return found
 
 
+def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
+    """Raises ValueError where a configuration asks for more images than the data set has."""
+    for run in {dataclasses.replace(run, seed=0) for run in configs.values()}:
+        assert run.batch_size is not None
+        trainers.check_batch_size(run.batch_size, trainers.subset(run, dataset).train.size)
+
+
 def _train(
     name: str,
     run: TrainConfig,
@@ -120,17 +137,14 @@ def _train(
     display: Any,
     measuring: Measuring | None,
 ) -> None:
-    """Trains what is left of a run, and measures it."""
+    """Trains what is left of a run, if anything is, and measures it."""
     assert run.epochs is not None
-    if runs.status(path) == "done":
-        variables = runs.load_variables(path)
-    else:
-        report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
-        try:
-            with runs.RunFolder(path, run, run.may_differ()) as folder:
-                variables = training.train(run, images, folder, report, trainer).variables
-        except training.Diverged:
-            return
+    report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
+    try:
+        with runs.RunFolder(path, run, run.may_differ()) as folder:
+            variables = training.train(run, images, folder, report, trainer).variables
+    except training.Diverged:
+        return
     if measuring is not None:
         variables = jax.tree.map(jnp.asarray, variables)
         found = measure(measuring, run.dataset, trainer, variables, trainers.with_label_noise(run, images))
@@ -174,7 +188,11 @@ def measure(
 
 def _measured(path: Path) -> dict[str, Any]:
     """measured.json of a run folder; empty where there is none."""
-    return runs.read_json(path / "measured.json")
+    found = runs.read_json(path / "measured.json")
+    if "curvature" in found:
+        # null is what a number that is not finite was written as.
+        found["curvature"] = {k: math.nan if v is None else v for k, v in found["curvature"].items()}
+    return found
 
 
 def _is_measured(path: Path, measuring: Measuring | None) -> bool:

@@ -340,6 +340,7 @@ class _Curvature:
             "eigenvalue_products": int(pairs.num_matvecs),
             "hessian_norm": float(norm.mean),
             "hessian_norm_sem": float(norm.sem),
+            "curvature_images": self._images.size,
         }
 
 
@@ -402,6 +403,8 @@ def main(
     with progress.bar() as bar:
         dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
         dataset = subset(config, dataset)
+        # Before the folder is made: a setting that the data does not allow leaves none.
+        trainer = build(config, dataset)
         advance = progress.epochs(bar, config.method, config.epochs)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
@@ -413,7 +416,7 @@ def main(
                 if write is not None:
                     write(row)
 
-            result = train(config, dataset, folder, report)
+            result = train(config, dataset, folder, report, trainer)
     if not result.metrics:
         cli.console.print("ended before the first evaluation; the same command continues")
         return

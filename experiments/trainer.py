@@ -28,10 +28,11 @@ class Trainer(NamedTuple):
 
     layout: where state, data and batches lie.
     init: `seed -> TrainState`, laid out.
-    step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch at the unperturbed
-      weights)`, with the images and labels on every device (`layout.replicate`) and the indices of the whole batch on
-      the host; without `penalize` the step is one of SAM, ASAM or SGD. Of a stream: `(state, images, labels,
-      penalize=True)`, with those of the rows of this process (`layout.local_rows`), on the host.
+    step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch)`, the loss at the
+      unperturbed weights (with `noise_bits` at the noisy ones, whose BatchNorm statistics are kept too), with the
+      images and labels on every device (`layout.replicate`) and the indices of the whole batch on the host; without
+      `penalize` the step is one of SAM, ASAM or SGD. Of a stream: `(state, images, labels, penalize=True)`, with those
+      of the rows of this process (`layout.local_rows`), on the host.
     steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
       (steps, batch) of their batches; not of a stream.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
@@ -61,8 +62,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     size, is_streamed = dataset.train.size, isinstance(dataset.train, data.Stream)
     if is_streamed and config.steps_per_call > 1:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {config.steps_per_call}.")
-    if size < config.batch_size:
-        raise ValueError(f"`batch_size` must be at most the {size} training images; got {config.batch_size}.")
+    check_batch_size(config.batch_size, size)
     batch_size, interval = config.batch_size, config.interval or 1
     layout = parallel.layout(config)
     rows = batch_size // layout.num_parts
@@ -203,6 +203,12 @@ def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, T
     dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
     dataset = with_label_noise(config, subset(config, dataset))
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
+
+
+def check_batch_size(batch_size: int, train_size: int) -> None:
+    """Raises ValueError where a batch is larger than what there is to train on."""
+    if train_size < batch_size:
+        raise ValueError(f"`batch_size` must be at most the {train_size} training images; got {batch_size}.")
 
 
 def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:

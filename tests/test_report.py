@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import report, runs, tables
+from experiments import report, runs, search, tables
 from experiments import train as training
 from experiments.config import TrainConfig
 from experiments.report import page, saved
+from experiments.search import SearchConfig
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -137,7 +138,7 @@ def everything(tmp_path_factory):
         for gamma in (0.1, 0.2)
     ]
     (base / "search").mkdir()
-    runs.write_json(base / "search" / "search.json", {"grid": grid, "best": {"hero": grid[3]}, "config": {}})
+    runs.write_json(base / "search" / "search.json", {"grid": grid, "best": grid[3], "config": {}})
     fake(base / "search" / "trial", seed=9)
     folder = base / "landscape-a"
     folder.mkdir()
@@ -153,6 +154,7 @@ def everything(tmp_path_factory):
     }
     config = {"radius": 1.0, "directions": 5, "rise": 0.1}
     record = {"runs": {"sgd-s0": around}, "config": config, "between": between, "environment": ENVIRONMENT}
+    record["images"] = {"sgd-s0": 1433}
     runs.write_json(folder / "landscape.json", record)
     return base, *made(base)
 
@@ -249,10 +251,28 @@ def test_search_marks_what_was_chosen(everything):
     assert "heat-map" in rows
 
 
+def test_a_search_that_was_ended_or_diverged_stays_out_of_the_table(tmp_path):
+    fake(tmp_path / "main")
+    configs = SearchConfig(method="sam", rho=(0.1, 0.2)).runs()
+    for name, grid in (("begun", []), ("diverged", search.summarize(configs, []))):
+        runs.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
+        fake(tmp_path / name / "runs" / "trial", method="sam", rho=0.2)
+    text, _ = made(tmp_path)
+    assert "SAM" not in text[text.index("## Accuracy") : text.index("## Search")]
+    rows = text[text.index("## Search") : text.index("## Where")]
+    assert rows.count("| 0 | diverged |") == 2
+
+
+def made_folder(path):
+    path.mkdir()
+    return path
+
+
 def test_landscapes_are_embedded_with_their_numbers(everything):
     base, text, code = everything
     assert ["sgd-s0", "0.2500", "97.00", "50.0 \u00b1 12.5", "37.5"] in cells_of(text, "sgd-s0")
     assert "| x | 1.500 | 25.00 | 1.500 | 25.00 |" in text
+    assert "over 1,433 images" in text
     image = base64.b64encode((base / "landscape-a" / "plane.png").read_bytes()).decode()
     assert image in code
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from experiments import cli, parallel, runs
+from experiments import cli, parallel, runs, tensorboard
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
@@ -219,18 +219,28 @@ def test_other_devices_in_every_part(config, images, whole, tmp_path, layouts):
 
 def test_tensorboard_has_every_epoch_once(config, images, tmp_path):
     out = tmp_path / "run"
-    command = [*COMMAND, "--tensorboard", "--out", str(out)]
-    found = subprocess.run([*command, "--max-minutes", "1e-9"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    command = [*COMMAND, "--eval-every", "4", "--tensorboard", "--out", str(out)]
+    for options in (["--max-minutes", "1e-9"], ["--max-minutes", "1e-9"], []):
+        found = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
     events = event_accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4, 5, 6]
     rows = runs.read_metrics(out)
-    assert len(rows) == 6
-    for name in ("accuracy", "train_loss"):
-        scalars = [(event.step, event.value) for event in events.Scalars(name)]
-        np.testing.assert_allclose(scalars, [(row["epoch"], row[name]) for row in rows], rtol=1e-6)
+    assert [row["epoch"] for row in rows] == [4, 6]
+    scalars = [(event.step, event.value) for event in events.Scalars("accuracy")]
+    np.testing.assert_allclose(scalars, [(row["epoch"], row["accuracy"]) for row in rows], rtol=1e-6)
+
+
+def test_tensorboard_forgets_what_is_made_again(tmp_path):
+    for first, last in ((1, 4), (3, 5)):
+        with tensorboard.events(tmp_path) as report:
+            for epoch in range(first, last + 1):
+                report({"epoch": epoch, "train_loss": 10.0 * first + epoch, "step": 3})
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 11), (2, 12), (3, 33), (4, 34), (5, 35)]
+    assert events.Tags()["scalars"] == ["train_loss"]
 
 
 class TestDamage:

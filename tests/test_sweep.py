@@ -89,7 +89,7 @@ class TestSweep:
         assert set(found[0].measured["quantized"]["channel-narrow"]) == {"full", "4"}
         after = written(out)
         changed = {name for name in after if after[name] != before.get(name)}
-        assert changed == {"runs/sgd-s0/measured.json"}
+        assert changed == {"runs/sgd-s0/measured.json", "runs/sgd-s0/lock"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
 
     def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, capsys):
@@ -113,6 +113,23 @@ class TestSweep:
         run_all(configs, range(2), digits, tmp_path)
         assert written(tmp_path) == before
 
+    def test_a_run_of_another_configuration_is_not_taken(self, swept, digits):
+        out, configs, _ = swept
+        other = dataclasses.replace(configs["sgd"], learning_rate=0.3)
+        with pytest.raises(FileExistsError, match=r"sgd-s0 has learning_rate 0\.1, not 0\.3"):
+            run_all({"sgd": other}, range(1), digits, out)
+
+    def test_numbers_that_are_not_finite_come_back(self, swept, digits):
+        out, configs, found = swept
+        file = out / "runs" / "asam-s0" / "measured.json"
+        record = json.loads(file.read_text())
+        text = file.read_text()
+        runs.write_json(file, record | {"curvature": record["curvature"] | {"eigenvalue": float("inf")}})
+        again = run_all({"asam": configs["asam"]}, range(1), digits, out)
+        assert np.isnan(again[0].measured["curvature"]["eigenvalue"])
+        file.write_text(text)
+        assert run_all({"asam": configs["asam"]}, range(1), digits, out) == [found[2]]
+
     def test_labels_are_altered_by_the_seed_of_each_run(self, digits, tmp_path):
         config = TrainConfig(method="sgd", label_noise=0.6, **SMALL).resolved()
         found = run_all({"sgd": config}, range(2), digits, tmp_path)
@@ -126,6 +143,8 @@ class TestSweep:
         [
             ({"bits": (1,)}, "`bits` must be an integer in 2..16; got 1"),
             ({"specs": ("channel-wide",)}, "must be one of"),
+            ({"bits": ()}, "`bits` must name at least one; got none"),
+            ({"specs": ()}, "`specs` must name at least one; got none"),
             ({"curvature_size": 0}, "`curvature_size` must be an integer >= 1; got 0"),
             ({"curvature_products": 0}, "`curvature_products` must be an integer >= 1; got 0"),
         ],
@@ -156,12 +175,28 @@ def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["method"], r["seed"]) for r in record["results"]] == [("sgd", 0), ("sgd", 1), ("hero", 0), ("hero", 1)]
     assert (first / "metrics.jsonl").stat().st_mtime_ns == ended
+    table = (tmp_path / "out" / "table.md").read_text()
     again = subprocess.run([*command, "--seeds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert table_of(again.stdout) == table_of(done.stdout)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "table.md").read_text() == table
 
 
-def table_of(text):
-    return [line for line in text.splitlines() if not re.match(r"\d+ s\.", line)]
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("experiments.compare --train-size 5000", "error: `train_size` \\+ `validation_size` must be at most 1433"),
+        ("experiments.search --validation-size 1400 --method sam", "error: `batch_size` must be at most the 33"),
+        ("experiments.reproduce accuracy --test-size 500", "error: `test_size` must be at most 364"),
+        ("experiments.train --batch-size 5000", "error: `batch_size` must be at most the 1433 training images"),
+    ],
+)
+def test_what_the_data_do_not_allow_leaves_no_folder(command, message, tmp_path):
+    command = [sys.executable, "-m", *shlex.split(command), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.match(message, done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_comparison_passes_the_label_noise_on():
@@ -178,7 +213,7 @@ class TestSearch:
         record = json.loads((tmp_path / "out" / "search.json").read_text())
         assert [row["rho"] for row in record["grid"]] == [0.5, 2.0]
         for row in record["grid"]:
-            paths = [tmp_path / "out" / "runs" / f"asam-rho{row['rho']:g}-s{seed}" for seed in range(2)]
+            paths = [tmp_path / "out" / "runs" / f"asam-rho{row['rho']}-s{seed}" for seed in range(2)]
             accuracies = [runs.read_metrics(path)[-1]["validation_accuracy"] for path in paths]
             np.testing.assert_allclose(row["validation_accuracy"], np.mean(accuracies))
             np.testing.assert_allclose(row["std"], np.std(accuracies, ddof=1))
@@ -196,6 +231,8 @@ class TestSearch:
         assert search.best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
         assert search.best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
         assert search.best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        # One of which a seed diverged is no candidate.
+        assert search.best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
         with pytest.raises(cli.Failed, match="Every run of the search diverged"):
             search.best_of([row(1, 3, float("nan"), 0)])
 
@@ -249,6 +286,16 @@ class TestReproduce:
         for run in every:
             take_two_steps(run, images)
 
+    def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(reproduce.landscape, "main", lambda folders, *rest: drawn.extend(folders))
+        for name, status in (("sgd", "done"), ("asam", "diverged"), ("hero", "done")):
+            folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
+            folder.mkdir(parents=True)
+            runs.write_json(folder / "status.json", {"status": status})
+        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
+
     def test_what_the_search_found_is_taken(self, tmp_path):
         for label, method, best in (
             ("clean", "sam", {"rho": 0.3, "gamma": None}),
@@ -274,20 +321,29 @@ class TestReproduce:
         assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
 
     def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
-        few = {name: {"method": name} for name in ("sgd", "asam", "hero")}
-        monkeypatch.setattr(reproduce, "variants", lambda found, epochs: few)
+        original = reproduce.variants
+        methods = ("sgd", "asam", "hero")
+        monkeypatch.setattr(reproduce, "variants", lambda *given: {name: original(*given)[name] for name in methods})
+        monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
+        monkeypatch.setattr(reproduce, "RHO_FACTORS", (3.0,))
+        monkeypatch.setattr(reproduce, "GAMMA_FACTORS", {"grad_l1": (2.0,), "hero": (2.0,)})
+        monkeypatch.setattr(reproduce, "ablations", lambda base: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
         config = reproduce.ReproduceConfig(
             epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),
             noise_kinds=("uniform",), specs=("channel-narrow",), curvature_size=20,
         )  # fmt: skip
-        reproduce.main(config, ("accuracy", "landscape"), out)
+        reproduce.main(config, out=out)
         page = (out / "report" / "report.html").read_text()
-        for section in ("Accuracy", "Quantization", "Curvature", "Landscapes"):
+        for section in ("Accuracy", "Label noise", "Quantization", "Curvature", "Landscapes", "Ablations", "Search"):
             assert f">{section}</h2>" in page
-        before = written(out / "accuracy")
-        reproduce.main(config, ("accuracy", "landscape"), out)
-        assert written(out / "accuracy") == before
+        # The search was on that noise, and what it found, three times the preset, was taken.
+        assert json_config(out / "search" / "noisy-hero" / "runs" / "hero-rho3.0-gamma200.0-s0").label_noise == 0.4
+        hero = json_config(out / "accuracy" / "runs" / "hero-s0")
+        assert (hero.rho, hero.gamma, hero.validation_size) == (3.0, 200.0, 40)
+        before = [written(out / part) for part in ("accuracy", "noise", "ablations")]
+        reproduce.main(config, out=out)
+        assert [written(out / part) for part in ("accuracy", "noise", "ablations")] == before
 
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):
@@ -296,5 +352,9 @@ class TestReproduce:
             reproduce.main(reproduce.ReproduceConfig(), ("landscape",), tmp_path / "out")
         with pytest.raises(ValueError, match=r"`noise_rates` must be between 0 and 1; got 1\.5"):
             reproduce.ReproduceConfig(noise_rates=(1.5,))
+        with pytest.raises(ValueError, match=r"`noise_rates` must be above 0: .*; got 0"):
+            reproduce.ReproduceConfig(noise_rates=(0.4, 0.0))
+        with pytest.raises(ValueError, match="`validation_size` must be an integer >= 1; got 0"):
+            reproduce.ReproduceConfig(validation_size=0)
         with pytest.raises(ValueError, match="`noise_kinds` must be one of"):
             reproduce.ReproduceConfig(noise_kinds=("all",))

@@ -77,7 +77,7 @@ class Run(NamedTuple):
         if "eigenvalue" not in last:
             return {}
         names = ("eigenvalue", "eigenvalue_residual", "hessian_norm", "hessian_norm_sem")
-        images = min(self.config.curvature_size, self.config.train_size or self.config.curvature_size)
+        images = last.get("curvature_images", self.config.curvature_size)
         is_found = last["eigenvalue_residual"] <= RTOL
         return {name: last[name] for name in names} | {"eigenvalue_converged": is_found, "images": images}
 

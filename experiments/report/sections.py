@@ -129,8 +129,10 @@ def accuracy_table(part: Part) -> page.Table:
         text += " Differences of the last epoch: paired over the n seeds that both have, mean \u00b1 standard error."
     if compared and compared[-1] is best and len(rivals) < len(part.cells):
         text += f" {compared[-1].name} has the best mean of those that are not HERO."
-    text += " Train loss: mean over the last epoch. Seconds: in training steps, with the compilation of the first;"
-    text += " where not every epoch was evaluated, at the speed of those that were."
+    text += (
+        " Train loss: mean over the last epoch, with noise_bits at the noisy weights. Seconds: in training steps, with"
+    )
+    text += " the compilation of the first; where not every epoch was evaluated, at the speed of those that were."
     return page.Table(*_without_empty(header, lines), f"{text} {origin(part.cells)}")
 
 
@@ -307,7 +309,8 @@ def landscapes(folders: Sequence[Path], draw: Plotter) -> list[Any]:
         if lines:
             config = record["config"]
             text = (
-                "Mean training loss and accuracy in percent at the weights of one run each. Basin: percent of the steps"
+                f"Mean training loss and accuracy in percent, over {_images(record)} images, at the weights of one run"
+                " each. Basin: percent of the steps"
                 f" up to {config['radius']:g} along {config['directions']} random filter-normalized lines (mean \u00b1"
                 " standard deviation over the lines), and of the disk of that radius in the plane of two of them,"
                 f" where the loss is less than {config['rise']:g} above that of the run."
@@ -324,11 +327,17 @@ def landscapes(folders: Sequence[Path], draw: Plotter) -> list[Any]:
                 lines.append([name, *(number for pair in numbers for number in pair)])
             text = (
                 f"Barriers on the straight line from {record['between']['first']}: most by which loss, or error in"
-                " percent, rises above the line through the two runs; one pair of runs a row, so without deviation."
+                f" percent, rises above the line through the two runs, over {_images(record)} images of each split; one"
+                " pair of runs a row, so without deviation."
             )
             content.append(page.Table(["to", "train loss", "train error", "test loss", "test error"], lines, text))
         content += [draw.copied(image, f"{folder}: {image.stem}") for image in sorted(folder.glob("*.png"))]
     return content
+
+
+def _images(record: Mapping[str, Any]) -> str:
+    """How many images the losses of a landscape are means over."""
+    return " or ".join(f"{size:,}" for size in sorted(set(record["images"].values())))
 
 
 def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
@@ -337,25 +346,25 @@ def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
     for folder in folders:
         record = saved.read_json(folder / "search.json")
         found = ("n", "validation_accuracy", "std")
-        best = record["best"]
-        chosen = list(best.values()) if all(isinstance(value, dict) for value in best.values()) else [best]
+        best = record["best"] or {}
         for method in dict.fromkeys(row["method"] for row in record["grid"]):
             rows = [row for row in record["grid"] if row["method"] == method]
             settings = [name for name in rows[0] if name not in (*found, "method")]
             used = [name for name in settings if any(row[name] is not None for row in rows)]
             lines = []
             for row in rows:
-                is_best = any(all(row[name] == pick.get(name) for name in (*used, "method")) for pick in chosen)
+                is_best = all(row[name] == best.get(name) for name in (*used, "method"))
                 std = float("nan") if row["std"] is None else row["std"]
                 values = [tables.NOTHING if row[name] is None else str(row[name]) for name in used]
-                text = tables.cell(100 * row["validation_accuracy"], 100 * std)
+                text = tables.cell(100 * row["validation_accuracy"], 100 * std) if row["n"] else "diverged"
                 lines.append([*values, str(row["n"]), text + (" (chosen)" if is_best else "")])
-            text = f"Validation accuracy in percent. {SPREAD}"
+            text = f"Validation accuracy in percent of the runs that did not diverge. {SPREAD}"
             content.append(page.Heading(f"{folder}: {LABELS[method]}"))
             content.append(page.Table([*used, "n", "validation accuracy"], lines, text, left=0))
             varied = [name for name in used if len({row[name] for row in rows}) > 1]
             if len(varied) == 2 and len({tuple(row[name] for name in varied) for row in rows}) == len(rows):
-                values = {(row[varied[0]], row[varied[1]]): 100 * row["validation_accuracy"] for row in rows}
+                accuracies = [float("nan") if row["n"] == 0 else 100 * row["validation_accuracy"] for row in rows]
+                values = {(row[varied[0]], row[varied[1]]): x for row, x in zip(rows, accuracies, strict=True)}
                 labels = (*varied, "validation accuracy, %")
                 caption = f"{folder}, {LABELS[method]}: validation accuracy in percent by {varied[0]} and {varied[1]}."
                 content.append(draw(plots.heat_map, values, labels, caption=caption))
