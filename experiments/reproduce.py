@@ -134,10 +134,10 @@ def ablations(base: TrainConfig) -> dict[str, Settings]:
     changed: list[Settings] = [
         {},
         {"gamma": 0.0},
-        {"gamma": 0.1 * base.gamma},
-        {"gamma": 10 * base.gamma},
-        {"rho": 0.5 * base.rho},
-        {"rho": 2 * base.rho},
+        {"gamma": _times(base.gamma, 0.1)},
+        {"gamma": _times(base.gamma, 10)},
+        {"rho": _times(base.rho, 0.5)},
+        {"rho": _times(base.rho, 2)},
         {"penalty": "difference"},
         {"penalty": "hvp"},
         {"penalty": "eigenvalue", "gamma": None},
@@ -161,8 +161,8 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
         labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
     for (label, (kind, rate)), method in itertools.product(labels.items(), ("sam", "asam", "grad_l1", "hero")):
         preset = config.run({"method": method}, held_out)
-        rho = () if preset.rho is None else tuple(preset.rho * factor for factor in RHO_FACTORS)
-        gamma = () if preset.gamma is None else tuple(preset.gamma * f for f in GAMMA_FACTORS[method])
+        rho = () if preset.rho is None else tuple(_times(preset.rho, f) for f in RHO_FACTORS)
+        gamma = () if preset.gamma is None else tuple(_times(preset.gamma, f) for f in GAMMA_FACTORS[method])
         searched = search.SearchConfig(
             method=method,
             dataset=config.dataset,
@@ -181,6 +181,11 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
             search.main(searched, out / "search" / f"{label}-{method}", data_dir)
         except cli.Failed as error:
             cli.console.print(str(error))
+
+
+def _times(value: float, factor: float) -> float:
+    """A multiple of a preset as one would write it: 0.3, not 0.30000000000000004."""
+    return float(f"{value * factor:.6g}")
 
 
 def found_in(out: Path, label: str) -> dict[str, Settings]:
