@@ -25,6 +25,14 @@ from tests import problems
 COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-size", "256"]
 
 
+@pytest.fixture
+def not_ignored(urgent):
+    """Under nohup SIGHUP is ignored, and stays so."""
+    before = signal.signal(urgent, signal.SIG_DFL)
+    yield
+    signal.signal(urgent, before)
+
+
 @pytest.fixture(scope="module")
 def images():
     """16 random images in color, which are cropped and flipped."""
@@ -125,7 +133,7 @@ class TestBitForBit:
         assert [row["epoch"] for row in rows(out)] == [4]
 
     @pytest.mark.parametrize("urgent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd):
+    def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd, not_ignored):
         out = tmp_path / "run"
 
         def step(state, *arguments, **options):
