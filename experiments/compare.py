@@ -188,7 +188,7 @@ def main(
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
         sweep.check({method: config.run(method, 0) for method in config.methods}, dataset)
-        runs.claim_same(out, runs.to_json(config), may_differ=MAY_DIFFER)
+        runs.claim_same(out, config, may_differ=MAY_DIFFER)
         results = compare(config, dataset, out, display)
     if not results:
         raise cli.Failed(f"Every run diverged; {out} has the messages.")

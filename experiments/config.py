@@ -87,6 +87,9 @@ class TrainConfig:
     """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
     test_size: int | None = None
     """Evaluate on this many test images, a random subset that is the same for every run; default all."""
+    augment: bool = True
+    """Random crops and flips, where the data set is trained with them; False: every epoch has the images as they
+    are."""
     label_noise: float = 0.0
     """Share of the training images whose label is altered; every evaluation is on clean labels."""
     label_noise_kind: str = "symmetric"

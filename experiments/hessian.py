@@ -172,7 +172,7 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         _, trainer, variables, dataset = trainers.load(run, data_dir, display)
-        runs.claim(out, besides=("density.png", "layers.png", "curvature.tmp"))
+        runs.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(config.images)
         matvec, example = trainer.hessian(variables, split)
         measured = measure(config, matvec, example, progress.steps(display))

@@ -204,7 +204,7 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         networks = load(folders, data_dir, display, config.images)
-        runs.claim(out, besides=("lines.png", "plane.png", "between.png", "landscape.tmp"))
+        runs.claim(out, besides=("lines.png", "plane.png", "between.png"))
         report = progress.steps(display)
         surfaces = {
             name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))

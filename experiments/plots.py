@@ -251,7 +251,8 @@ def along_epochs(
 ) -> None:
     """Curves along training, a panel below the other: mean over seeds, the band is the range over seeds.
 
-    `panels`: by label of the axis and network, for each seed its (epoch, value)s; the seeds have the same epochs.
+    `panels`: by label of the axis and network, for each seed its (epoch, value)s; the seeds have the same epochs. Where
+    a value is NaN it is left out.
     """
     figure = Figure(figsize=(5.6, 0.8 + 2.5 * len(panels)), layout="constrained")
     networks = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -259,10 +260,13 @@ def along_epochs(
     for axes, (label, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
         for name, seeds in lines.items():
             epochs, values = np.moveaxis(np.array(seeds), -1, 0)
+            is_there = ~np.isnan(values).all(0)
+            epochs, values = epochs[:, is_there], values[:, is_there]
             marker = styles[name]["marker"] if epochs.shape[1] <= 12 else ""
             style = styles[name] | {"marker": marker}
-            axes.plot(epochs[0], values.mean(0), **style, label=name, linewidth=1.5, markersize=4)
-            axes.fill_between(epochs[0], values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
+            axes.plot(epochs[0], np.nanmean(values, 0), **style, label=name, linewidth=1.5, markersize=4)
+            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+            axes.fill_between(epochs[0], low, high, color=style["color"], alpha=0.12, linewidth=0)
         if log:
             axes.set_yscale("log")
         axes.set_ylabel(label)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import cli
+from experiments import cli, runs
 from experiments.streams import Pixels, Split, Stream
 
 # Height and width of the images of a stream.
@@ -222,14 +221,9 @@ def _read_cache(path: Path, size: int) -> Split | None:
 
 def _write_cache(path: Path, split: Split) -> None:
     """Writes whole or not at all; a cache that cannot be written is no reason to stop."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with runs.atomic(path) as file:
             np.savez(file, images=split.images, labels=split.labels)
-        temporary.replace(path)
     except OSError as error:
         warnings.warn(f"Could not cache the decoded images at {path} ({error}).", stacklevel=2)
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -1,14 +1,16 @@
 """The whole set of experiments by one command: `python -m experiments.reproduce --dataset digits`.
 
     search       rho and gamma of each method on held-out images, on clean and on noisy labels (`experiments.search`);
-                 what it finds is what the other parts take in place of the presets
+                 what it finds is what the other parts take in place of the presets. A search of your own can take the
+                 place of one: give it --out OUT/search/clean-NAME or noisy-NAME, with NAME of `TUNED`
     accuracy     every method and variant: accuracy last and best on validation, over bits, Hessian along and at the end
     noise        the methods after training on altered labels, by kind and rate, with what was memorized
     ablations    HERO with one setting changed at a time
     landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
 
 and after them the report (`experiments.report`). Each part can be run alone (`python -m experiments.reproduce
-accuracy`), and a command that was ended is given again: what is finished is not made again.
+accuracy`), and a command that was ended is given again: what is finished is not made again. The same command given to
+several processes, such as one for each GPU or core, shares the runs out among them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,15 +29,25 @@ from experiments.config import TrainConfig
 from hero_jax import _check
 
 PARTS = ("search", "accuracy", "noise", "ablations", "landscape")
+# What is searched: methods, and HERO with the penalty that is of another size.
+TUNED = ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue")
 # Multiples of the preset that are tried: the same for all rho, and for the gamma of each method. HERO without gamma is
 # ASAM, which is searched too.
-RHO_FACTORS = (0.5, 1.0, 2.0, 3.0)
-GAMMA_FACTORS = {"grad_l1": (0.3, 1.0, 3.0, 10.0), "hero": (0.1, 1.0, 10.0)}
+RHO_FACTORS = (0.5, 1.0, 2.0, 2.5, 3.0)
+GAMMA_FACTORS = {"grad_l1": (0.3, 1.0, 3.0, 10.0), "hero": (0.1, 1.0, 10.0), "hero-eigenvalue": (0.3, 1.0, 3.0, 10.0)}
 # Of asymmetric noise half of a class or more would be the other class.
 MOST_ASYMMETRIC = 0.5
 # Variants that are trained on altered labels.
 ON_NOISY = ("sgd", "noise", "ema", "sam", "asam", "asam-noise", "grad_l1", "hero", "hero-noise", "hero-eigenvalue")
+# The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
+PUBLISHED = {"rho": 0.5, "gamma": 5.0}
+# SGD for so many times the epochs takes as many gradients as HERO with penalty "detached".
+LONGER = 4
 Settings = Mapping[str, Any]
+# What a command given again may change: it adds runs, and alters none that are there.
+MAY_DIFFER = ("seeds", "search_seeds", "variants", "noise_rates", "noise_kinds")
+# Fields that all runs share.
+OF_EVERY_RUN = ("dataset", "model", "epochs", "batch_size", "train_size", "test_size", "eval_every", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +64,23 @@ class ReproduceConfig:
     """Runs of each configuration that is searched."""
     epochs: int | None = None
     """Passes over the training images; default the preset."""
+    batch_size: int | None = None
+    """Images a step; default the preset."""
     train_size: int | None = None
     """Train on this many images; default all that are not held out."""
     validation_size: int | None = None
     """Training images held out; default a tenth of them, of digits, which are few, a quarter."""
     test_size: int | None = None
     """Evaluate on this many test images; default all."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    augment: bool = True
+    """Random crops and flips, where the data set is trained with them."""
+    variants: tuple[str, ...] = ()
+    """Names of the methods and variants to train for accuracy and on noise, see docs/experiments.md; default all, on
+    noise the main ones. Search and ablations are as they are without it."""
     noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of altered labels; the search on noisy labels is at the highest."""
+    """Shares of altered labels; the search on noisy labels, where there is none yet, is at the highest."""
     noise_kinds: tuple[str, ...] = ("symmetric", "asymmetric")
     """Kinds of altered labels, see docs/data.md; asymmetric ones at rates below a half only."""
     specs: tuple[str, ...] = ("channel-narrow", "channel-stretched")
@@ -75,6 +96,8 @@ class ReproduceConfig:
             _check.fraction("noise_rates", rate)
             if rate == 0:
                 raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
+        for name in self.variants:
+            _check.one_of("variants", name, variants({}, 1))
         for kind in self.noise_kinds:
             _check.one_of("noise_kinds", kind, label_noise.KINDS)
         self.run({}, 0)
@@ -93,15 +116,19 @@ class ReproduceConfig:
 
     def run(self, settings: Settings, validation_size: int) -> TrainConfig:
         """The resolved configuration of a run with these settings."""
-        named = {name: getattr(self, name) for name in ("dataset", "model", "epochs", "train_size", "test_size")}
-        return TrainConfig(**named, validation_size=validation_size, **settings).resolved()
+        return TrainConfig(**self.shared() | {"validation_size": validation_size, **settings}).resolved()
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that all runs share."""
+        return {name: getattr(self, name) for name in OF_EVERY_RUN}
 
 
 def variants(found: Mapping[str, Settings], epochs: int) -> dict[str, Settings]:
-    """Settings of every method and variant, by name, with the rho and gamma that were `found` for its method.
+    """Settings of every method and variant, by name, with the rho and gamma that were `found` for it or its method.
 
-    The penalty of GRAD L1 is on throughout, or in the last quarter alone as its authors have it towards the end of
-    training. The perturbation of SAM, ASAM and HERO with noise is taken around noisy weights.
+    Those "published" have the published ones. SGD "longer" has the cost of HERO. The penalty of GRAD L1 is on
+    throughout, or in the last quarter alone as its authors have it towards the end of training. The perturbation of
+    SAM, ASAM and HERO with noise is taken around noisy weights.
     """
     made: dict[str, Settings] = {
         name: {"method": name} for name in ("sgd", "noise", "ema", "sam", "asam", "grad_l1", "hero")
@@ -112,16 +139,20 @@ def variants(found: Mapping[str, Settings], epochs: int) -> dict[str, Settings]:
         "asam-noise": {"method": "asam", "noise_bits": 3},
         "hero-noise": {"method": "hero", "noise_bits": 3},
         **{f"hero-{name}": {"method": "hero", "penalty": name} for name in ("difference", "hvp", "eigenvalue")},
+        "asam-published": {"method": "asam", "rho": PUBLISHED["rho"]},
+        "hero-published": {"method": "hero", **PUBLISHED},
+        "sgd-longer": {"method": "sgd", "epochs": LONGER * epochs},
     }
     return {name: _with_found(found, settings) for name, settings in made.items()}
 
 
 def _with_found(found: Mapping[str, Settings], settings: Settings) -> Settings:
-    """`settings` over those found for their method."""
+    """`settings` over those found for their method, or for their method and penalty."""
     taken = dict(found.get(settings["method"], {}))
     if settings.get("penalty") == "eigenvalue":
         # The gamma that was found is for a mean square.
         taken.pop("gamma", None)
+        taken |= found.get("hero-eigenvalue", {})
     return taken | dict(settings)
 
 
@@ -144,42 +175,51 @@ def ablations(base: TrainConfig) -> dict[str, Settings]:
         {"scope": "leaf"},
         {"reduction": "sum"},
         {"interval": 4},
-        {"penalty_batch_size": base.batch_size // 4},
+        {"penalty_batch_size": _fraction_of(base.batch_size)},
         {"noise_bits": 3},
     ]
     return {"-".join(["hero", *(f"{k}_{v}" for k, v in c.items() if v is not None)]): {**plain, **c} for c in changed}
 
 
+def _fraction_of(batch_size: int) -> int:
+    """The largest part of a batch, up to a quarter, that divides it; one image at the least."""
+    return max(size for size in range(1, max(1, batch_size // 4) + 1) if batch_size % size == 0)
+
+
 def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None) -> None:
     """Searches each method that has rho or gamma, with the same seeds and held-out images, clean and noisy.
 
-    Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset.
+    Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset, on noisy
+    labels to what was found on clean ones. A search of the user's own that is there is left as it is.
     """
     labels = {"clean": ("symmetric", 0.0)}
     if config.noise:
         first = config.noise[0][0]
         labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
-    for (label, (kind, rate)), method in itertools.product(labels.items(), ("sam", "asam", "grad_l1", "hero")):
-        preset = config.run({"method": method}, held_out)
+    for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
+        method, _, penalty = name.partition("-")
+        preset = config.run({"method": method, "penalty": penalty or None}, held_out)
         rho = () if preset.rho is None else tuple(_times(preset.rho, f) for f in RHO_FACTORS)
-        gamma = () if preset.gamma is None else tuple(_times(preset.gamma, f) for f in GAMMA_FACTORS[method])
+        gamma = () if preset.gamma is None else tuple(_times(preset.gamma, f) for f in GAMMA_FACTORS[name])
         searched = search.SearchConfig(
+            **config.shared(),
             method=method,
-            dataset=config.dataset,
-            model=config.model,
+            penalty=penalty or None,
             rho=rho,
             gamma=gamma,
             seeds=config.search_seeds,
-            epochs=config.epochs,
-            train_size=config.train_size,
             validation_size=held_out,
-            test_size=config.test_size,
             label_noise=rate,
             label_noise_kind=kind,
         )
+        path = out / "search" / f"{label}-{name}"
+        there = runs.read_json(path / "search.json")
+        if there.get("best") and not search.is_same(there["config"], searched):
+            cli.console.print(f"{path} has a search of its own, which is taken as it is")
+            continue
         try:
-            search.main(searched, out / "search" / f"{label}-{method}", data_dir)
-        except cli.Failed as error:
+            search.main(searched, path, data_dir)
+        except search.AllDiverged as error:
             cli.console.print(str(error))
 
 
@@ -189,12 +229,24 @@ def _times(value: float, factor: float) -> float:
 
 
 def found_in(out: Path, label: str) -> dict[str, Settings]:
-    """What the search found for each method on "clean" or "noisy" labels; empty where there was none."""
+    """What the search found for each of `TUNED` on "clean" or "noisy" labels; empty where there was none.
+
+    Raises ValueError for a search that is not of what its folder is named after.
+    """
     found = {}
-    for file in sorted((out / "search").glob(f"{label}-*/search.json")):
-        best = runs.read_json(file).get("best")
-        if best is not None:
-            found[best["method"]] = {name: best[name] for name in search.SEARCHED if best[name] is not None}
+    for file in sorted((out / "search").glob("*/search.json")):
+        prefix, _, name = file.parent.name.partition("-")
+        if prefix not in ("clean", "noisy") or name not in TUNED:
+            wanted = f"clean-NAME or noisy-NAME, with NAME one of {', '.join(TUNED)}"
+            raise ValueError(f"`out` must have its searches in folders {wanted}; got {file.parent}.")
+        record = runs.read_json(file)
+        if prefix != label or not record.get("best"):
+            continue
+        method, _, penalty = name.partition("-")
+        searched = record["config"]["method"], record["config"].get("penalty")
+        if searched != (method, penalty or None):
+            raise ValueError(f"`out` must have a search of {name} in {file.parent}; got one of {searched}.")
+        found[name] = {field: record["best"][field] for field in search.SEARCHED if record["best"][field] is not None}
     return found
 
 
@@ -202,26 +254,37 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
     """The resolved configurations of a part that trains, by name."""
     epochs = config.run({}, held_out).epochs
     assert epochs is not None
-    clean, noisy = (variants(found_in(out, label), epochs) for label in ("clean", "noisy"))
-    measured = {"every": max(1, epochs // 4), "curvature_size": _curvature_size(config)}
-    settings: dict[str, Settings] = {}
+    on_clean, on_noisy = (found_in(out, label) for label in ("clean", "noisy"))
+    clean, noisy = variants(on_clean, epochs), variants(on_clean | on_noisy, epochs)
+    made: dict[str, TrainConfig] = {}
     if part == "accuracy":
-        settings = {name: {**each, **measured} for name, each in clean.items()}
+        named = {name: _along(config, config.run(each, held_out)) for name, each in clean.items()}
+        made = _each_once(named, config.variants or tuple(named))
     elif part == "noise":
+        named = {name: config.run(each, held_out) for name, each in noisy.items()}
         # Methods one after the other: what is compiled serves all rates.
-        for name, (kind, rate) in itertools.product(ON_NOISY, config.noise):
-            altered = {"label_noise": rate, "label_noise_kind": kind}
-            settings[f"{name}-{kind}_{rate!r}"] = {**noisy[name], **altered}
+        chosen = _each_once(named, config.variants or ON_NOISY)
+        for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
+            made[f"{name}-{kind}_{rate!r}"] = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind)
     elif part == "ablations":
         changed = ablations(config.run(clean["hero"], held_out))
-        settings = {name: {**each, **measured} for name, each in changed.items()}
-    made: dict[str, TrainConfig] = {}
-    for name, each in settings.items():
-        run = config.run(each, held_out)
-        # Where an epoch is all there is, late is early.
-        if run not in made.values():
-            made[name] = run
+        named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
+        made = _each_once(named, tuple(named))
     return made
+
+
+def _along(config: ReproduceConfig, run: TrainConfig) -> TrainConfig:
+    """A run whose curvature is measured four times along training."""
+    assert run.epochs is not None
+    return dataclasses.replace(run, every=max(1, run.epochs // 4), curvature_size=_curvature_size(config))
+
+
+def _each_once(named: Mapping[str, TrainConfig], chosen: Sequence[str]) -> dict[str, TrainConfig]:
+    """The chosen configurations, each under the first name it has among all: rho may be found to be the published."""
+    first: dict[TrainConfig, str] = {}
+    for name, run in named.items():
+        first.setdefault(run, name)
+    return {first[named[name]]: named[name] for name in named if name in chosen}
 
 
 def _curvature_size(config: ReproduceConfig) -> int:
@@ -251,26 +314,28 @@ def main(
     share = 4 if config.dataset == "digits" else 10
     held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
     sweep.check({"hero": config.run({}, held_out)}, dataset)
-    runs.claim_same(out, runs.to_json(config), may_differ=("seeds", "search_seeds"))
+    runs.claim_same(out, config, may_differ=MAY_DIFFER, besides=("search",))
     for part in (part for part in PARTS if part in parts):
         cli.console.rule(f"{part}, {time.monotonic() - started:.0f} s")
         if part == "search":
             run_search(config, held_out, out, data_dir)
         elif part == "landscape":
-            draw_landscape(config, out, data_dir)
+            with runs.locked(out, wait=True):
+                draw_landscape(config, out, data_dir)
         else:
             with progress.bar() as display:
                 configs = plan(config, part, held_out, out)
                 sweep.run_all(configs, range(config.seeds), dataset, out / part, display, config.measuring)
-    report.main((out,))
+    with runs.locked(out, wait=True):
+        report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
 
 
 def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) -> None:
     """The landscape of the first runs of SGD, ASAM and HERO, those that ended well, unless it is there."""
     folders = [out / "accuracy" / "runs" / f"{name}-s0" for name in ("sgd", "asam", "hero")]
-    if runs.status(folders[0]) is None:
-        raise ValueError(f"`parts` must have accuracy before landscape; {folders[0]} is not there.")
+    if not (out / "accuracy").exists():
+        raise ValueError(f"`parts` must have accuracy before landscape; {out / 'accuracy'} is not there.")
     done = tuple(folder for folder in folders if runs.status(folder) == "done")
     if done and not (out / "landscape" / "landscape.json").exists():
         chosen = landscape.LandscapeConfig(images=_curvature_size(config))

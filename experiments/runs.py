@@ -21,12 +21,14 @@ import json
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
 import sys
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -35,6 +37,12 @@ import orbax.checkpoint as ocp
 from experiments import cli
 
 PyTree = Any
+# What the name of a file has at its end while it is being written.
+UNFINISHED = r"\.[0-9a-f]{8}\.tmp$"
+
+
+class Busy(FileExistsError):
+    """Another process is writing the folder."""
 
 
 class RunFolder:
@@ -52,19 +60,19 @@ class RunFolder:
           may_differ: fields of `config` in which parts of one run may differ.
 
         Raises:
-          FileExistsError: the folder holds something else, another run, or one that another process is writing.
+          FileExistsError: the folder holds something else, or another run.
+          Busy: another process is writing it.
           cli.Failed: it cannot be written.
         """
         self.path = path
         self._kept: tuple[int, PyTree] | None = None
         with _disk(path), contextlib.ExitStack() as undo:
             file = path / "config.json"
-            if not file.exists():
-                claim(path, besides=("lock", "config.tmp"))
-            undo.enter_context(_locked(path))
+            _claim_unless(file, besides=("lock",))
+            undo.enter_context(locked(path))
             if not file.exists():
                 write_json(file, to_json(config))
-            check_same(path, to_json(config), may_differ)
+            check_same(path, config, may_differ)
             self._is_done = read_json(path / "status.json").get("status") == "done"
             if not self._is_done:
                 self._begin()
@@ -224,13 +232,19 @@ def _unwritten(path: Path, error: Exception) -> cli.Failed:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a folder; the system lets go of it when the process ends, however it ends."""
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of a folder; the system lets go of it when the process ends, however it ends.
+
+    Raises Busy where another process holds it, or with `wait` says so and lasts until that lets go of it.
+    """
     with (path / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"`out` must be free; another process is writing {path}.") from None
+            if not wait:
+                raise Busy(f"`out` must be free; another process is writing {path}.") from None
+            cli.console.print(f"waiting for another process that is writing {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
@@ -238,13 +252,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def check_same(path: Path, config: dict[str, Any], may_differ: Collection[str]) -> None:
-    """Raises FileExistsError at the folder of another run, with the first field that differs."""
-    there = read_json(path / "config.json")
-    for name, value in _finite(config).items():
-        if name not in may_differ and there.get(name) != value:
+def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
+    """Raises FileExistsError at the folder of another run, with the first field that differs.
+
+    A field that the folder lacks, since it is older than the field, has its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    there = defaults | read_json(path / "config.json")
+    for name, value in json.loads(json.dumps(_finite(to_json(config)))).items():
+        is_same = json.loads(json.dumps(there[name], default=str)) == value
+        if name not in may_differ and not is_same:
             raise FileExistsError(
-                f"`out` must be a new or empty folder, or that of the same run; {path} has {name} {there.get(name)!r},"
+                f"`out` must be a new or empty folder, or that of the same run; {path} has {name} {there[name]!r},"
                 f" not {value!r}. Name another, or remove it first."
             )
 
@@ -258,23 +277,40 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def claim(path: Path, besides: Collection[str] = ()) -> None:
-    """Makes an empty folder; raises FileExistsError rather than write into one that holds something `besides` these."""
-    if path.exists() and (not path.is_dir() or any(file.name not in besides for file in path.iterdir())):
+    """Makes an empty folder; raises FileExistsError rather than write into one that holds something `besides` these.
+
+    What a process left of a file that it did not finish (`atomic`) counts as nothing.
+    """
+    if path.exists() and (not path.is_dir() or any(_is_there(file.name, besides) for file in path.iterdir())):
         raise FileExistsError(f"`out` must be a new or empty folder; {path} exists. Name another, or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
 
 
-def claim_same(path: Path, config: dict[str, Any], may_differ: Collection[str] = ()) -> None:
-    """Makes an empty folder for work that `config` describes, or opens that of the same work.
+def _is_there(name: str, besides: Collection[str]) -> bool:
+    return re.search(UNFINISHED, name) is None and name not in besides
 
-    Raises FileExistsError where the folder holds something else, or work that differs in more than `may_differ`.
+
+def _claim_unless(file: Path, besides: Collection[str]) -> None:
+    """Claims the folder of a file unless that is there, or another process writes it at this moment."""
+    try:
+        if not file.exists():
+            claim(file.parent, besides)
+    except FileExistsError:
+        if not file.exists():
+            raise
+
+
+def claim_same(path: Path, config: Any, may_differ: Collection[str] = (), besides: Collection[str] = ()) -> None:
+    """Makes an empty folder for work that `config` (a dataclass) describes, or opens that of the same work.
+
+    Raises FileExistsError where the folder holds something `besides` these names but no such work, or work that
+    differs in more than `may_differ`.
     """
     file = path / "config.json"
+    _claim_unless(file, besides)
     if file.exists():
         check_same(path, config, may_differ)
-    else:
-        claim(path, besides=("config.tmp",))
-    write_json(file, config)
+    write_json(file, to_json(config))
 
 
 def status(path: Path) -> str | None:
@@ -322,10 +358,15 @@ def environment() -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": platform.machine(), "cores": _cores()},
         "commit": commit(),
         "command": [Path(sys.argv[0]).stem, *sys.argv[1:]],
     }
+
+
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def commit() -> str:
@@ -352,12 +393,23 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes the place of `path` whole, when all is written, or not at all."""
+    # A name of its own: other processes may write the same file.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ from hero_jax.quantize import Spread
 SEARCHED = ("rho", "gamma")
 # What a search may have more of than the one that its folder holds.
 MAY_DIFFER = (*SEARCHED, "seeds")
+
+
+class AllDiverged(cli.Failed):
+    """There is nothing to choose among."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +51,18 @@ class SearchConfig:
     """Runs of each pair, with seeds 0, 1, ..."""
     epochs: int | None = None
     """Passes over the training images; default the preset."""
+    batch_size: int | None = None
+    """Images a step; default the preset."""
     train_size: int | None = None
     """Train on this many images; default all that are not held out."""
     validation_size: int = 360
     """Training images held out, on which every pair is judged."""
     test_size: int | None = None
     """Evaluate, beside them, on this many test images, which have no part in the choice; default all."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    augment: bool = True
+    """Random crops and flips, where the data set is trained with them."""
     label_noise: float = 0.0
     """Share of the training images whose label is altered; those held out keep theirs."""
     label_noise_kind: str = "symmetric"
@@ -89,6 +100,12 @@ def _name(run: TrainConfig) -> str:
     return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
 
 
+def is_same(there: dict[str, Any], config: SearchConfig) -> bool:
+    """Whether a search of which `there` is the saved configuration is `config`, but for its seeds."""
+    mine = json.loads(json.dumps(runs.to_json(config)))
+    return all(there.get(name, value) == value for name, value in mine.items() if name != "seeds")
+
+
 def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:
     """For each pair its validation accuracy (fraction, mean and deviation over n seeds); n = 0 where all diverged."""
 
@@ -108,16 +125,14 @@ def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> li
     return list(rows())
 
 
-def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of highest mean accuracy, of equal ones that of the smallest gamma and rho.
+def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of highest mean accuracy, of equal ones that of the smallest gamma and rho; None where all diverged.
 
     Of those of which the most seeds ended well: the mean of others is that of their survivors.
-
-    Raises cli.Failed where every run diverged.
     """
     most = max(row["n"] for row in grid)
     if most == 0:
-        raise cli.Failed("Every run of the search diverged; smaller values of `rho` and `gamma` may help.")
+        return None
     rows = [row for row in grid if row["n"] == most]
     return min(rows, key=lambda row: (-round(row["validation_accuracy"], 6), row["gamma"] or 0, row["rho"] or 0))
 
@@ -139,16 +154,17 @@ def main(
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
         sweep.check(config.runs(), dataset)
-        runs.claim_same(out, runs.to_json(config), MAY_DIFFER)
+        runs.claim_same(out, config, MAY_DIFFER)
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
             runs.write_json(out / "search.json", {"config": runs.to_json(config), "grid": [], "best": None})
         found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, display)
     grid = summarize(config.runs(), found)
-    record = {"config": runs.to_json(config), "grid": grid, "best": None, "environment": runs.environment()}
-    runs.write_json(out / "search.json", record)
     best = best_of(grid)
-    runs.write_json(out / "search.json", record | {"best": best})
+    record = {"config": runs.to_json(config), "grid": grid, "best": best, "environment": runs.environment()}
+    runs.write_json(out / "search.json", record)
+    if best is None:
+        raise AllDiverged("Every run of the search diverged; smaller values of `rho` and `gamma` may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
     if len(varied) == 2:
         values = {(row["rho"], row["gamma"]): 100 * row["validation_accuracy"] for row in grid}

@@ -3,6 +3,8 @@
 OUT/config.json         what the sweep is
 OUT/runs/NAME-sSEED/    a run folder (`runs`), and with it
     measured.json       accuracy at each bit width, top Hessian eigenvalue and Hessian norm of the run, by `Measuring`
+
+Several processes that are given the same sweep share its runs: each takes the next one that no other is making.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,8 @@ NORM_PROBES = 10
 # Training images for the Hessian where nothing is said: all of digits, of others what a product takes seconds for on a
 # CPU.
 CURVATURE_IMAGES = {"digits": 1433}
+# Seconds between looks at runs that other processes are making.
+WAIT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,9 @@ def run_all(
 ) -> list[Run]:
     """Trains and measures every configuration with every seed, or what is left of them.
 
-    A run that diverges is said to have done so, and the others go on. Give `check` the configurations first.
+    A run that diverges is said to have done so, and the others go on. A run that another process is making is left to
+    it; at the end those are waited for, and taken over where their process ended before them. Give `check` the
+    configurations first.
 
     Args:
       configs: resolved configurations by name, whose own seed does not matter.
@@ -97,28 +104,44 @@ def run_all(
       FileExistsError: a folder holds a run of another configuration.
     """
     total = display.add_task("all runs", total=len(configs) * len(seeds), figures="")
-    found: list[Run] = []
     compiled: dict[TrainConfig, tuple[trainers.Trainer, data.Dataset]] = {}
-    for name, config in configs.items():
-        for seed in seeds:
-            run = dataclasses.replace(config, seed=seed)
-            path = out / "runs" / f"{name}-s{seed}"
-            key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
+
+    def trainer_of(run: TrainConfig) -> tuple[trainers.Trainer, data.Dataset]:
+        """The trainer and the images of a run, with the programs of one configuration at a time."""
+        nonlocal compiled
+        key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
+        if key not in compiled:
+            images = trainers.subset(run, dataset)
+            compiled = {key: (trainers.build(key, images), images)}
+        return compiled[key]
+
+    made = [(name, dataclasses.replace(config, seed=seed)) for name, config in configs.items() for seed in seeds]
+    folders = {(name, run): out / "runs" / f"{name}-s{run.seed}" for name, run in made}
+    left, has_waited = made, False
+    while left:
+        busy = []
+        for name, run in left:
+            path = folders[name, run]
             has_ended = runs.status(path) in ("done", "diverged")
             if has_ended:
-                runs.check_same(path, runs.to_json(run), run.may_differ())
+                runs.check_same(path, run, run.may_differ())
             if not has_ended or not _is_measured(path, measuring):
-                if key not in compiled:
-                    images = trainers.subset(run, dataset)
-                    # The programs of one configuration at a time.
-                    compiled = {key: (trainers.build(key, images), images)}
-                _train(name, run, path, *compiled[key], display, measuring)
+                try:
+                    _train(name, run, path, trainer_of, display, measuring)
+                except runs.Busy:
+                    busy.append((name, run))
+                    continue
             if runs.status(path) == "diverged":
                 cli.console.print(f"{path.name} diverged; the others go on")
-            else:
-                found.append(Run(name, run, runs.read_metrics(path), _measured(path)))
             display.update(total, advance=1)
-    return found
+        if len(busy) == len(left):
+            if not has_waited:
+                cli.console.print(f"waiting for what other processes make: {len(busy)} of the runs")
+                has_waited = True
+            time.sleep(WAIT)
+        left = busy
+    ended_well = [(name, run, folders[name, run]) for name, run in made if runs.status(folders[name, run]) == "done"]
+    return [Run(name, run, runs.read_metrics(path), _measured(path)) for name, run, path in ended_well]
 
 
 def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
@@ -132,23 +155,23 @@ def _train(
     name: str,
     run: TrainConfig,
     path: Path,
-    trainer: trainers.Trainer,
-    images: data.Dataset,
+    trainer_of: Callable[[TrainConfig], tuple[trainers.Trainer, data.Dataset]],
     display: Any,
     measuring: Measuring | None,
 ) -> None:
     """Trains what is left of a run, if anything is, and measures it."""
     assert run.epochs is not None
-    report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
     try:
         with runs.RunFolder(path, run, run.may_differ()) as folder:
+            trainer, images = trainer_of(run)
+            report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
             variables = training.train(run, images, folder, report, trainer).variables
+            if measuring is not None and not _is_measured(path, measuring):
+                variables = jax.tree.map(jnp.asarray, variables)
+                found = measure(measuring, run.dataset, trainer, variables, trainers.with_label_noise(run, images))
+                runs.write_json(path / "measured.json", {"config": runs.to_json(measuring), **found})
     except training.Diverged:
         return
-    if measuring is not None:
-        variables = jax.tree.map(jnp.asarray, variables)
-        found = measure(measuring, run.dataset, trainer, variables, trainers.with_label_noise(run, images))
-        runs.write_json(path / "measured.json", {"config": runs.to_json(measuring), **found})
 
 
 def measure(

@@ -221,7 +221,7 @@ class _Run:
 
         def read(rows: tuple[int, np.ndarray]) -> data.Split:
             epoch, indices = rows
-            return train.rows(indices, augment=(config.seed, epoch))
+            return train.rows(indices, augment=(config.seed, epoch) if config.augment else None)
 
         return streams.prefetch(read, wanted())
 

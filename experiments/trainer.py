@@ -213,7 +213,8 @@ def check_batch_size(batch_size: int, train_size: int) -> None:
 
 def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The images that a run has for training, validation and testing, before its label noise."""
-    return data.subset(dataset, config.train_size, config.validation_size, config.test_size)
+    pixels = dataset.pixels._replace(augment=dataset.pixels.augment and config.augment)
+    return data.subset(dataset._replace(pixels=pixels), config.train_size, config.validation_size, config.test_size)
 
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:

@@ -77,6 +77,13 @@ def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
     raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
+def axis_name(argument: str, value: Any) -> None:
+    """Raises unless `value` is None, the name of a mapped axis, or a tuple of names."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (names and all(isinstance(name, str) and name for name in names)):
+        raise TypeError(f"`{argument}` must be the name of a mapped axis or a tuple of names; got {brief(value)}.")
+
+
 def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "params") -> None:
     """Raises unless `tree` has the structure and the shapes of `params`, which the message calls `than`.
 

@@ -195,6 +195,7 @@ def mean_over(
     if (batch is None) == (batches is None):
         given = "neither" if batch is None else "both"
         raise TypeError(f"`{name}` needs one of `batch` and `batches`; got {given}.")
+    _check.axis_name(f"{name}(axis_name=...)", axis_name)
     if batches is None:
         _check_examples(name, batch)
         if microbatch_size is not None:

@@ -300,6 +300,7 @@ def _transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The one transformation behind the public ones: perturb, penalise, average, record."""
     _check.boolean(f"{name}(sync=...)", sync)
+    _check.axis_name(f"{name}(axis_name=...)", axis_name)
     if not sync and axis_name is None:
         raise ValueError(f"`{name}(sync=False)` needs `axis_name`: without one there is no device to be local to.")
     is_penalized = penalty not in ("none", "unchanged")

@@ -754,6 +754,7 @@ def test_vector_of_another_structure(kind, driver):
         ),
         ({"microbatch_size": 0}, ValueError, r"`{}\(microbatch_size=...\)` must be an integer >= 1; got 0"),
         ({"microbatch_size": 2.0}, TypeError, r"`{}\(microbatch_size=...\)` must be an integer >= 1; got 2.0"),
+        ({"axis_name": 0}, TypeError, r"`{}\(axis_name=...\)` must be the name of a mapped axis or a tuple .* got 0"),
         (
             {"batch": None, "batches": [1], "microbatch_size": 2},
             TypeError,

@@ -22,6 +22,7 @@ def count(variables):
 @pytest.mark.parametrize(
     ("name", "num_classes", "shape", "expected"),
     [
+        ("resnet8", 10, (32, 32, 3), 78_042),
         ("resnet20", 10, (32, 32, 3), 272_474),
         ("resnet32", 10, (32, 32, 3), 466_906),
         ("resnet56", 10, (32, 32, 3), 855_770),
@@ -235,7 +236,8 @@ def test_vision_transformer_errors(options, message):
 
 
 def test_mlp_hidden_widths():
-    model = models.mlp(num_classes=3, hidden=(7,))
+    model = models.mlp(num_classes=3, hidden=[7])
+    assert hash(model) == hash(models.mlp(num_classes=3, hidden=(7,)))
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 5)))
     assert jax.tree.map(jnp.shape, variables["params"]) == {
         "dense1": {"kernel": (5, 7), "bias": (7,)},

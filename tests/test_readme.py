@@ -31,7 +31,7 @@ MAINS = {
     "benchmarks.step_cost": step_cost.main,
     "benchmarks.throughput": throughput.main,
 }
-COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", TEXT)
+COMMANDS = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^\n`]*)", TEXT.replace("\\\n", " "))
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))

@@ -121,6 +121,7 @@ def everything(tmp_path_factory):
     for seed, accuracy in enumerate((0.94, 0.92), start=1):
         found = {"eigenvalue": (5.0, -4.0, 3.0), "eigenvalue_residual": (1e-4, 1e-4, 0.01)}
         found |= {"hessian_norm": (7.0, 6.0, 5.0 + seed), "hessian_norm_sem": (0.3, 0.2, 0.1)}
+        found |= {"penalty_grad_norm": (0.0, 0.02, 0.1 * seed), "perturbed_grad_norm": (1.0, 2.0, 0.5)}
         fake(base / f"hero-s{seed}", (0.5, 0.6, accuracy), method="hero", seed=seed, more=found, every=1)
     for rate in (0.2, 0.8):
         for kind in ("symmetric", "asymmetric"):
@@ -128,6 +129,9 @@ def everything(tmp_path_factory):
                 told = {"memorized": (0.1, 0.2, rate + seed / 10), "recovered": (0.8, 0.6, 0.1)}
                 noise: dict[str, Any] = {"label_noise": rate, "label_noise_kind": kind, "seed": seed}
                 fake(base / f"noisy-{kind}-{rate}-s{seed}", (0.7, 0.8, 0.9 - rate - seed / 10), more=told, **noise)
+    for seed, sizes in enumerate(((0.0, 0.0, 0.0), (0.0, 0.1, 0.2), (0.0, 0.0, 0.4))):
+        along = {"penalty_grad_norm": sizes, "perturbed_grad_norm": (1.0, 1.0, 1.0)}
+        fake(base / f"l1-s{seed}", (0.5, 0.6, 0.7), method="grad_l1", seed=seed, more=along)
     for penalty in ("hvp", "difference"):
         fake(base / "ablations" / penalty, (0.5, 0.6, 0.8), method="hero", penalty=penalty, every=1, seed=1)
     fake(base / "half", status="interrupted", message="max_minutes 1 passed", accuracies=(0.01,), seed=7)
@@ -162,7 +166,7 @@ def everything(tmp_path_factory):
 def test_means_and_deviations_are_those_of_numpy(everything):
     _, text, _ = everything
     values = 100 * np.array([0.90, 0.93, 0.91])
-    row = next(row for row in cells_of(text, "SGD") if row[1] == "3")
+    row = next(row for row in cells_of(text[text.index("## Accuracy") :], "SGD") if row[1] == "3")
     assert row[2] == f"{values.mean():.2f} \u00b1 {values.std(ddof=1):.2f}"
     # Each time the second epoch has the best validation accuracy.
     assert row[3] == "60.00 \u00b1 0.00"
@@ -173,7 +177,7 @@ def test_means_and_deviations_are_those_of_numpy(everything):
 def test_differences_are_paired_over_shared_seeds(everything):
     _, text, _ = everything
     paired = 100 * np.array([0.94 - 0.93, 0.92 - 0.91])
-    row = next(row for row in cells_of(text, "HERO") if row[1] == "2")
+    row = next(row for row in cells_of(text[text.index("## Accuracy") :], "HERO") if row[1] == "2")
     assert row[-1] == f"{paired.mean():+.2f} \u00b1 {paired.std(ddof=1) / math.sqrt(2):.2f} (n\u00a02)"
     assert "minus SGD" in text
 
@@ -191,10 +195,29 @@ def test_spread_tells_its_n_where_the_row_has_another():
     assert tables.spread([]) == "\u2014"
 
 
+def test_summary_has_a_row_a_network_and_a_column_a_claim(everything):
+    _, text, _ = everything
+    part = text[text.index("## Summary") : text.index("## Accuracy")]
+    header, _, *rows = (line for line in part.splitlines() if line.startswith("|"))
+    noises = [f"{rate} % {kind} noise" for kind in ("asymmetric", "symmetric") for rate in (20, 80)]
+    expected = ["network", "n", "clean labels", "2 bit, channel-narrow", *noises, "top eigenvalue", "seconds"]
+    assert [cell.strip() for cell in header.strip("|").split(" | ")] == expected
+    noisy = ["65.00 \u00b1 7.07 (n\u00a02)", "5.00 \u00b1 7.07 (n\u00a02)"]
+    sgd = ["SGD", "3", "91.33 \u00b1 1.53", "61.00 \u00b1 1.00", *noisy, *noisy, "-5 \u00b1 1", "3 \u00b1 0"]
+    assert cells_of(part, "SGD") == [sgd]
+    assert cells_of(part, "HERO")[0][:5] == ["HERO", "2", "93.00 \u00b1 1.41", "\u2014", "\u2014"]
+    assert len(rows) == 3
+
+
+def test_a_task_of_which_only_accuracy_is_known_has_no_summary(tmp_path):
+    fake(tmp_path / "a")
+    assert "Summary" not in made(tmp_path)[0]
+
+
 def test_label_noise(everything):
     _, text, _ = everything
     for kind in ("symmetric", "asymmetric"):
-        title = f"digits, mlp, {EPOCHS} epochs, {kind} label noise: test accuracy, %, last epoch"
+        title = f"digits, mlp, {kind} label noise: test accuracy, %, last epoch"
         table = text[: text.index(title)]
         header = table[table.rindex("| network") :]
         assert header.splitlines()[0] == "| network | 0 % noise | 20 % noise | 80 % noise |"
@@ -206,7 +229,7 @@ def test_label_noise(everything):
         "25.00 \u00b1 7.07 (n\u00a02)",
         "85.00 \u00b1 7.07 (n\u00a02)",
     ]
-    best = text[: text.index("symmetric label noise: test accuracy, %, highest of all epochs")]
+    best = text[: text.index("symmetric label noise: test accuracy, %, highest of all evaluations")]
     assert cells_of(best[best.rindex("| network") :], "SGD")[0][2] == "80.00 \u00b1 0.00 (n\u00a02)"
 
 
@@ -219,10 +242,23 @@ def test_quantization(everything):
 
 def test_curvature_from_either_source_and_its_star(everything):
     _, text, _ = everything
-    rows = text[text.index("## Curvature") : text.index("## Landscapes")]
+    rows = text[text.index("## Curvature") : text.index("## Size of the penalty")]
     sgd, hero = cells_of(rows, "SGD")[0], cells_of(rows, "HERO")[0]
     assert sgd == ["SGD", "3", "100", "-5 \u00b1 1", "1.0e-04", "6 \u00b1 0", "0.5"]
     assert hero == ["HERO", "2", "1000", "3 \u00b1 0*", "1.0e-02", "6.5 \u00b1 0.71", "0.1"]
+
+
+def test_size_of_the_penalty_over_the_steps_that_have_it(everything):
+    _, text, page = everything
+    rows = text[text.index("## Size of the penalty") : text.index("## Landscapes")]
+    expected = ["HERO", "2", "2", "0.01 ± 0", "0.155 ± 0.071", "0.3 ± 0.14", "0.3 ± 0.14"]
+    assert cells_of(rows, "HERO")[0] == expected
+    # One of three seeds never has a penalty, one has it once, one twice.
+    assert cells_of(rows, "GRAD L1") == [
+        ["GRAD L1", "2", "1-2", "0.25 ± 0.21", "0.275 ± 0.18", "0.3 ± 0.14", "0.3 ± 0.14"]
+    ]
+    assert not cells_of(rows, "SGD")
+    assert "size of the penalty's term along training" in html.unescape(page)
 
 
 def test_ablations_have_a_row_a_setting_and_leave_the_main_table(everything):
@@ -279,7 +315,7 @@ def test_landscapes_are_embedded_with_their_numbers(everything):
 
 def test_runs_that_are_not_done_are_listed_and_left_out(everything):
     _, text, code = everything
-    assert "18 runs: 16 done, 1 diverged, 1 interrupted." in text
+    assert "21 runs: 19 done, 1 diverged, 1 interrupted." in text
     assert "max_minutes 1 passed" in text
     accuracy = text[text.index("## Accuracy") : text.index("## Label noise")]
     assert cells_of(accuracy, "SGD")[0][1:3] == ["3", "91.33 \u00b1 1.53"]
@@ -300,7 +336,7 @@ def test_page_needs_nothing_else_and_nests(everything):
     links = [attributes["href"] for tag, attributes in page_read.tags if tag == "a"]
     identifiers = {f"#{attributes['id']}" for _, attributes in page_read.tags if "id" in attributes}
     assert set(links) == identifiers
-    assert len(links) == 9
+    assert len(links) == 11
     assert "url(" not in code
     assert "@import" not in code
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -340,6 +341,17 @@ class TestFolders:
         with pytest.raises(FileExistsError, match=r"`out` must be .* or that of the same run; .* has rho 0.1, not 0.7"):
             runs.RunFolder(whole[0], other, other.may_differ())
 
+    def test_from_before_a_field_was_there(self, config, images, trainer, whole, tmp_path):
+        part(config, images, tmp_path / "run", trainer, max_minutes=1e-9)
+        file = tmp_path / "run" / "config.json"
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({name: value for name, value in fields.items() if name != "augment"}))
+        part(config, images, tmp_path / "run", trainer)
+        assert_same(tmp_path / "run", whole[0])
+        other = dataclasses.replace(config, augment=False)
+        with pytest.raises(FileExistsError, match="has augment True, not False"):
+            runs.RunFolder(tmp_path / "run", other)
+
     def test_of_something_else(self, config, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
         (tmp_path / "lock").touch()
@@ -349,13 +361,28 @@ class TestFolders:
     def test_that_a_crash_left_unfinished(self, config, images, trainer, whole, tmp_path):
         out = tmp_path / "run"
         out.mkdir()
-        for name in ("lock", "config.tmp"):
+        for name in ("lock", "config.json.0123abcd.tmp"):
             (out / name).touch()
         part(config, images, out, trainer, max_minutes=1e-9)
         for name in ("status.json", "environment.json"):
             (out / name).write_text("")
         part(config, images, out, trainer)
         assert_same(out, whole[0])
+
+    def test_a_lock_that_is_waited_for(self, tmp_path, capsys):
+        entered = threading.Event()
+
+        def other():
+            with runs.locked(tmp_path, wait=True):
+                entered.set()
+
+        thread = threading.Thread(target=other)
+        with runs.locked(tmp_path):
+            thread.start()
+            assert not entered.wait(0.3)
+        assert entered.wait(10)
+        thread.join()
+        assert "waiting for another process" in capsys.readouterr().out
 
     def test_without_locks(self, config, monkeypatch, tmp_path):
         def flock(*_):
@@ -374,7 +401,7 @@ class TestFolders:
             )
             arguments = [str(tmp_path / "run"), json.dumps(runs.to_json(config))]
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-        assert "FileExistsError: `out` must be free; another process is writing" in found.stderr
+        assert "Busy: `out` must be free; another process is writing" in found.stderr
 
     def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
         assert config.may_differ() >= {"parallel", "devices", "shard_params", "max_minutes", "steps_per_call"}

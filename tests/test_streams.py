@@ -310,9 +310,10 @@ class TestTraining:
         found, expected = (trainer.evaluate(variables, x) for x in (dataset.test, dataset.test.first(21)))
         assert found == pytest.approx(expected, rel=1e-6)
 
-    def test_the_batches_are_those_of_the_order_with_random_crops(self, dataset, monkeypatch):
+    @pytest.mark.parametrize("augment", [True, False])
+    def test_the_batches_are_those_of_the_order_with_random_crops(self, augment, dataset, monkeypatch):
         """Of a process whose devices have the last two rows."""
-        run, seen = config(seed=4), []
+        run, seen = config(seed=4, augment=augment), []
         trainer = trainers.build(run, dataset)
         monkeypatch.setattr(trainer.layout, "local_rows", lambda batch_size: slice(batch_size - 2, batch_size))
 
@@ -324,7 +325,7 @@ class TestTraining:
         assert len(seen) == 10
         for i, (images, labels) in enumerate(seen):
             indices = data.epoch_order(4, i // 5, 40, 8)[i % 5, 6:]
-            expected = dataset.train.rows(indices, augment=(4, i // 5))
+            expected = dataset.train.rows(indices, augment=(4, i // 5) if augment else None)
             np.testing.assert_array_equal(images, expected.images)
             np.testing.assert_array_equal(labels, indices % 10)
 

@@ -1,5 +1,6 @@
 """Many runs: what is there is not made again, what is missing is; the search; the whole set, planned and run small."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, compare, data, presets, progress, reproduce, runs, search, sweep
+from experiments import compare, data, presets, progress, reproduce, runs, search, sweep
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import METHODS, TrainConfig
@@ -91,6 +92,52 @@ class TestSweep:
         changed = {name for name in after if after[name] != before.get(name)}
         assert changed == {"runs/sgd-s0/measured.json", "runs/sgd-s0/lock"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
+
+    def test_processes_share_the_runs(self, swept, digits, tmp_path, monkeypatch, capsys):
+        """One run is being made by another process, which ends without having made it: it is made last."""
+        _, configs, found = swept
+        path = tmp_path / "runs" / "sgd-s0"
+        path.mkdir(parents=True)
+        monkeypatch.setattr(sweep, "WAIT", 0.0)
+        lock = contextlib.ExitStack()
+        lock.enter_context(runs.locked(path))
+        made = []
+
+        def train(run, *rest, **options):
+            made.append((run.method, run.seed))
+            return original(run, *rest, **options)
+
+        def sleep(seconds):
+            made.append("waited")
+            lock.close()
+
+        original = training.train
+        monkeypatch.setattr(sweep.training, "train", train)
+        monkeypatch.setattr(sweep.time, "sleep", sleep)
+        again = run_all(configs, range(2), digits, tmp_path)
+        assert made == [("sgd", 1), ("asam", 0), ("asam", 1), "waited", ("sgd", 0)]
+        assert "waiting for what other processes make: 1 of the runs" in capsys.readouterr().out
+        assert [(run.name, run.config, run.measured) for run in again] == [
+            (run.name, run.config, run.measured) for run in found
+        ]
+
+    def test_two_processes_make_each_run_once(self, tmp_path):
+        command = "-m experiments.search --method asam --rho 0.5 1 2 --seeds 2 --epochs 1 --train-size 128"
+        command += f" --validation-size 100 --out {tmp_path / 'out'}"
+        started = [
+            subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for process in started:
+            process.communicate(timeout=300)
+            assert process.returncode == 0
+        assert len(json.loads((tmp_path / "out" / "search.json").read_text())["grid"]) == 3
+        folders = list((tmp_path / "out" / "runs").iterdir())
+        assert len(folders) == 6
+        for folder in folders:
+            assert runs.status(folder) == "done"
+            assert "continued" not in runs.read_json(folder / "environment.json")
+        assert not list((tmp_path / "out").rglob("*.tmp"))
 
     def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, capsys):
         def train(run, *rest, **options):
@@ -233,8 +280,7 @@ class TestSearch:
         assert search.best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
         # One of which a seed diverged is no candidate.
         assert search.best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
-        with pytest.raises(cli.Failed, match="Every run of the search diverged"):
-            search.best_of([row(1, 3, float("nan"), 0)])
+        assert search.best_of([row(1, 3, float("nan"), 0)]) is None
 
     def test_every_pair_once(self):
         made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
@@ -273,18 +319,86 @@ def test_every_preset_takes_two_steps(dataset, method):
     take_two_steps(TrainConfig(method=method, dataset=dataset, **tiny).resolved(), problems.random_images(8))
 
 
+def found(out, name, best=(), **values):
+    """Leaves what a search named after what it searched leaves."""
+    method, _, penalty = name.partition("-")[2].partition("-")
+    path = out / "search" / name / "search.json"
+    path.parent.mkdir(parents=True)
+    config = {"method": method, "penalty": penalty or None}
+    runs.write_json(path, {"config": config, "best": None if best is None else {"method": method, **values}})
+
+
 class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
         config = reproduce.ReproduceConfig(epochs=4, train_size=64)
         plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
-        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 14, "noise": 60, "ablations": 14}
+        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 17, "noise": 60, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
         plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}
         every = {dataclasses.replace(run, **plain) for planned in plans.values() for run in planned.values()}
-        assert len(every) == 23
+        assert len(every) == 26
         for run in every:
             take_two_steps(run, images)
+
+    @pytest.mark.parametrize(
+        ("folder", "record", "message"),
+        [
+            ("clean-hvp", {}, "searches in folders clean-NAME or noisy-NAME, .*; got .*clean-hvp"),
+            ("dirty-hero", {}, "searches in folders clean-NAME or noisy-NAME, .*; got .*dirty-hero"),
+            (
+                "clean-hero-eigenvalue",
+                {"config": {"method": "hero", "penalty": None}, "best": {"rho": 1.0, "gamma": 5.0}},
+                "a search of hero-eigenvalue in .*; got one of",
+            ),
+        ],
+    )
+    def test_a_search_in_the_wrong_place(self, folder, record, message, tmp_path):
+        (tmp_path / "search" / folder).mkdir(parents=True)
+        runs.write_json(tmp_path / "search" / folder / "search.json", record)
+        with pytest.raises(ValueError, match=message):
+            reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+
+    def test_a_search_of_ones_own_comes_first_and_stays(self, tmp_path, monkeypatch):
+        small = {"epochs": 1, "train_size": 64, "validation_size": 40, "eval_every": 1, "batch_size": 32}
+        path = tmp_path / "all" / "search" / "clean-asam"
+        search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
+        before = written(path)
+        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
+        monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
+        config = reproduce.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
+        reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
+        assert written(path) == before
+        assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
+        # Its own search goes on with more seeds.
+        (tmp_path / "new").mkdir()
+        for seeds in (1, 2):
+            config = dataclasses.replace(config, search_seeds=seeds)
+            reproduce.main(config, ("search",), tmp_path / "new")
+        record = json.loads((tmp_path / "new" / "search" / "clean-asam" / "search.json").read_text())
+        assert [row["n"] for row in record["grid"]] == [2] * len(reproduce.RHO_FACTORS)
+
+    def test_variants_that_are_equal_are_made_once_and_under_one_name(self, tmp_path):
+        config = reproduce.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
+        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        assert list(planned) == ["sgd", "asam", "hero"]
+        noisy = reproduce.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
+        assert list(noisy)[:2] == ["sgd-uniform_0.2", "sgd-uniform_0.4"]
+        assert {name.split("-")[0] for name in noisy} == {"sgd", "asam", "hero"}
+        with pytest.raises(ValueError, match=r"`variants` must be one of .*; got 'adam'"):
+            reproduce.ReproduceConfig(variants=("adam",))
+
+    def test_settings_of_every_run(self, tmp_path):
+        config = reproduce.ReproduceConfig(
+            dataset="cifar10", batch_size=50, epochs=8, eval_every=3, augment=False, train_size=200
+        )
+        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        for run in planned.values():
+            assert (run.batch_size, run.eval_every, run.augment, run.train_size) == (50, 3, False, 200)
+        assert (planned["sgd-longer"].epochs, planned["sgd-longer"].every) == (32, 8)
+        assert (planned["sgd"].epochs, planned["sgd"].every) == (8, 2)
+        changed = reproduce.plan(config, "ablations", 20, tmp_path)
+        assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
 
     def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch):
         drawn = []
@@ -295,17 +409,18 @@ class TestReproduce:
             runs.write_json(folder / "status.json", {"status": status})
         reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
+        drawn.clear()
+        (tmp_path / "new" / "accuracy").mkdir(parents=True)
+        reproduce.draw_landscape(reproduce.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
+        assert not drawn
 
     def test_what_the_search_found_is_taken(self, tmp_path):
-        for label, method, best in (
-            ("clean", "sam", {"rho": 0.3, "gamma": None}),
-            ("clean", "hero", {"rho": 0.7, "gamma": 11.0}),
-            ("noisy", "hero", {"rho": 2.0, "gamma": 300.0}),
-        ):
-            (tmp_path / "search" / f"{label}-{method}").mkdir(parents=True)
-            runs.write_json(
-                tmp_path / "search" / f"{label}-{method}" / "search.json", {"best": {"method": method, **best}}
-            )
+        found(tmp_path, "clean-sam", rho=0.3, gamma=None)
+        found(tmp_path, "clean-hero", rho=0.7, gamma=11.0)
+        found(tmp_path, "noisy-hero", rho=2.0, gamma=300.0)
+        found(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
+        # One that was ended, and one of which every run diverged.
+        found(tmp_path, "clean-asam", best=None)
         config = reproduce.ReproduceConfig()
         clean, noisy, changed = (
             reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")
@@ -315,7 +430,10 @@ class TestReproduce:
         assert (clean["hero"].rho, clean["hero"].gamma, clean["hero-hvp"].gamma) == (0.7, 11.0, 11.0)
         assert (clean["hero-eigenvalue"].rho, clean["hero-eigenvalue"].gamma) == (0.7, 0.1)
         assert noisy["hero-symmetric_0.8"].gamma == 300.0
-        assert noisy["sam-symmetric_0.8"].rho == 0.1
+        # Without a search on noisy labels that on clean ones counts; each penalty has its own.
+        assert noisy["sam-symmetric_0.8"].rho == 0.3
+        eigenvalue = noisy["hero-eigenvalue-symmetric_0.8"]
+        assert (eigenvalue.rho, eigenvalue.gamma) == (1.5, 0.02)
         assert changed["hero-gamma_0.0"].rho == 0.7
         assert changed["hero"].gamma == 11.0
         assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
@@ -326,7 +444,7 @@ class TestReproduce:
         monkeypatch.setattr(reproduce, "variants", lambda *given: {name: original(*given)[name] for name in methods})
         monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
         monkeypatch.setattr(reproduce, "RHO_FACTORS", (3.0,))
-        monkeypatch.setattr(reproduce, "GAMMA_FACTORS", {"grad_l1": (2.0,), "hero": (2.0,)})
+        monkeypatch.setattr(reproduce, "GAMMA_FACTORS", {"grad_l1": (2.0,), "hero": (2.0,), "hero-eigenvalue": (2.0,)})
         monkeypatch.setattr(reproduce, "ablations", lambda base: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
         config = reproduce.ReproduceConfig(
@@ -344,6 +462,11 @@ class TestReproduce:
         before = [written(out / part) for part in ("accuracy", "noise", "ablations")]
         reproduce.main(config, out=out)
         assert [written(out / part) for part in ("accuracy", "noise", "ablations")] == before
+        # Another rate is added to what is there.
+        reproduce.main(dataclasses.replace(config, noise_rates=(0.2,)), ("noise",), out)
+        added = json_config(out / "noise" / "runs" / "sgd-uniform_0.2-s0")
+        assert added == dataclasses.replace(json_config(out / "noise" / "runs" / "sgd-uniform_0.4-s0"), label_noise=0.2)
+        assert {**before[1], **written(out / "noise")} == written(out / "noise")
 
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):

@@ -328,6 +328,16 @@ def test_interruption_at_once_saves_the_last_evaluated_state(digits, sgd, tmp_pa
     assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
 
 
+def test_without_augmentation_images_are_as_they_are():
+    images = problems.random_images(16)
+    run = TrainConfig(method="sgd", model="mlp", epochs=1, batch_size=8).resolved()
+    off = dataclasses.replace(run, augment=False)
+    plain = images._replace(pixels=images.pixels._replace(augment=False))
+    cases = [(off, images), (run, plain), (run, images)]
+    found, expected, cropped = (training.train(r, trainers.subset(r, x)).metrics["loss"] for r, x in cases)
+    assert found == expected != cropped
+
+
 def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
     trainer = trainers.build(short(), digits)
     first, again, other = (training.train(short(seed=seed), digits, trainer=trainer) for seed in (3, 3, 4))

@@ -589,6 +589,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             build()
 
+    @pytest.mark.parametrize("axis_name", [0, "", (), ("data", 0), ["data"]])
+    def test_axis_name_that_is_no_name(self, axis_name):
+        for build in (hero_jax.sam, hero_jax.grad_l1, functools.partial(hero_jax.hero, gamma=1.0)):
+            with pytest.raises(TypeError, match=r"\(axis_name=...\)` must be the name of a mapped axis or a tuple of"):
+                build(0.1, axis_name=axis_name)
+
     def test_container_of_another_type(self):
         params = {"w": [jnp.ones((2, 3))]}
         tx = hero_jax.hero(0.1, 1.0)

@@ -5,6 +5,8 @@ report.md with the same tables beside the plots. A mean has its n and, over two 
 
 saved       runs and what was measured of them, read back and checked, in cells
 sections    the sections: tables and plots of cells
+summary     that of every claim, a row a network
+curvature   those on the Hessian, the size of the penalty and landscapes
 page        a page of sections as HTML and as Markdown
 """
 
@@ -21,7 +23,7 @@ import tyro
 
 from experiments import cli, groups, tables
 from experiments.config import LABELS
-from experiments.report import page, saved, sections
+from experiments.report import curvature, page, saved, sections, summary
 from experiments.report.saved import Run
 from experiments.report.sections import Part, Setup
 
@@ -120,7 +122,7 @@ def claim(out: Path) -> None:
 
 
 def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None) -> None:
-    """Reports saved runs: accuracy, label noise, quantization, curvature, ablations, searches, and where all is from.
+    """Reports saved runs: accuracy, noise, low bits, curvature, penalty, ablations, searches, and where all is from.
 
     Args:
         folders: Folders to look below for runs, landscape* folders and search.json files.
@@ -129,21 +131,19 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path |
     """
     found = saved.find(folders)
     out = out or folders[0] / "report"
-    done = [run for run in found.runs if run.status == "done" and run.rows]
-    tried = [run for run in done if any(folder in run.path.parents for folder in found.searches)]
-    ablated = [run for run in done if "ablations" in run.path.parts and run not in tried]
-    main_runs = [run for run in done if run not in tried and run not in ablated]
-    of_tasks = parts(main_runs)
-    of_settings = ablations(ablated, of_tasks)
+    of_tasks = parts(found.main)
+    of_settings = ablations(found.ablations, of_tasks)
     every = [*of_tasks, *of_settings]
     claim(out)
     draw = sections.Plotter(out)
     written = {
+        "Summary": summary.summary(found.main),
         "Accuracy": sections.accuracy([part for part in of_tasks if not part.setup.label_noise], draw),
-        "Label noise": sections.label_noise(main_runs, draw),
+        "Label noise": sections.label_noise(found.main, draw),
         "Quantization": sections.quantization(every, draw),
-        "Curvature": sections.curvature(every, draw),
-        "Landscapes": sections.landscapes(found.landscapes, draw),
+        "Curvature": curvature.hessian(every, draw),
+        "Size of the penalty": curvature.penalty(every, draw),
+        "Landscapes": curvature.landscapes(found.landscapes, draw),
         "Ablations": sections.accuracy(of_settings, draw),
         "Search": sections.search(found.searches, draw),
     }
@@ -152,7 +152,8 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path |
         *(page.Section(title, parts_of) for title, parts_of in written.items() if parts_of),
         where_from(found.runs, every),
     ]
-    counted = f"{len(done)} finished runs" if len(done) != 1 else "1 finished run"
+    done = sum(run.is_done for run in found.runs)
+    counted = f"{done} finished runs" if done != 1 else "1 finished run"
     title, introduction = "Report of training runs", f"{counted} below {', '.join(map(str, folders))}."
     (out / "report.md").write_text(page.to_markdown(title, introduction, content))
     (out / "report.html").write_text(page.to_html(title, introduction, content, out))

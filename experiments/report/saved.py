@@ -42,6 +42,11 @@ class Run(NamedTuple):
     measured: dict[str, Any]
 
     @property
+    def is_done(self) -> bool:
+        """Whether it ended well, with an evaluation."""
+        return self.status == "done" and bool(self.rows)
+
+    @property
     def split(self) -> str:
         """What `accuracy` was measured on: held-out images took the place of the test images in older runs."""
         is_older = self.config.validation_size and not any("validation_accuracy" in row for row in self.rows)
@@ -96,6 +101,19 @@ class Found(NamedTuple):
     runs: list[Run]
     landscapes: list[Path]
     searches: list[Path]
+
+    @property
+    def main(self) -> list[Run]:
+        """The finished runs that are neither trials of a search nor below a folder named ablations."""
+        return [run for run in self._finished() if "ablations" not in run.path.parts]
+
+    @property
+    def ablations(self) -> list[Run]:
+        """The finished runs below folders named ablations."""
+        return [run for run in self._finished() if "ablations" in run.path.parts]
+
+    def _finished(self) -> list[Run]:
+        return [run for run in self.runs if run.is_done and not any(f in run.path.parents for f in self.searches)]
 
 
 def find(folders: Iterable[Path]) -> Found:

@@ -1,4 +1,7 @@
-"""The sections of a report: tables of cells, each with its n, spread, commits and hardware, and their plots."""
+"""The sections of a report: tables of cells, each with its n, spread, commits and hardware, and their plots.
+
+Those on curvature are in `report.curvature`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from experiments import groups, plots, tables
 from experiments.config import LABELS, TrainConfig
@@ -15,6 +18,7 @@ from experiments.report.saved import Cell, Run
 from hero_jax.quantize import Spread
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
+K = TypeVar("K")
 # Formats of a mean and of its deviation where sizes differ by orders.
 SCIENTIFIC = (".3g", ".2g")
 
@@ -27,7 +31,7 @@ class Setup(NamedTuple):
     train_size: int | None
     validation_size: int
     test_size: int | None
-    epochs: int | None
+    augment: bool
     label_noise: float
     label_noise_kind: str
     split: str
@@ -38,13 +42,15 @@ class Setup(NamedTuple):
         return cls(*(getattr(run.config, name) for name in cls._fields[:-1]), split=run.split)
 
     def __str__(self) -> str:
-        parts = [self.dataset, str(self.model), f"{self.epochs} epochs"]
+        parts = [self.dataset, str(self.model)]
         if self.train_size is not None:
             parts.append(f"{self.train_size:,} training images")
         if self.validation_size:
             parts.append(f"{self.validation_size:,} held out")
         if self.test_size is not None:
             parts.append(f"{self.test_size:,} test images")
+        if not self.augment:
+            parts.append("no augmentation")
         if self.label_noise:
             parts.append(f"{100 * self.label_noise:g} % {self.label_noise_kind} label noise")
         return ", ".join(parts)
@@ -89,7 +95,7 @@ def accuracy(made: Sequence[Part], draw: Plotter) -> list[Any]:
         if max(len(values), *map(len, values.values())) > 1:
             caption = f"{part.title}: accuracy after the last epoch; a mark is a run, the bar the mean."
             content.append(draw(plots.each_run, values, f"{part.setup.split} accuracy, %", caption=caption))
-        curves = {cell.name: [_curve(run, "accuracy", 100) for run in cell.runs] for cell in part.cells}
+        curves = {cell.name: [curve(run, "accuracy", 100) for run in cell.runs] for cell in part.cells}
         if max(len(seed) for seeds in curves.values() for seed in seeds) > 1:
             caption = f"{part.title}: accuracy along training; mean, and range over seeds."
             content.append(draw(plots.along_epochs, {f"{part.setup.split} accuracy, %": curves}, caption=caption))
@@ -139,22 +145,23 @@ def accuracy_table(part: Part) -> page.Table:
 def label_noise(runs: Sequence[Run], draw: Plotter) -> list[Any]:
     """For each task and kind of noise, accuracy and memorization by rate; curves along training for each rate."""
     content = []
-    clean = {run.path: Setup.of(run)._replace(label_noise=0.0, label_noise_kind="symmetric") for run in runs}
-    noisy = [run for run in runs if run.config.label_noise]
-    for setup, kind in dict.fromkeys((clean[run.path], run.config.label_noise_kind) for run in noisy):
-        of_kind = [
-            run
-            for run in runs
-            if clean[run.path] == setup and (not run.config.label_noise or run.config.label_noise_kind == kind)
-        ]
-        rows = _by_rate(of_kind)
+    by_setup = by_clean_setup(runs)
+    kinds = [
+        (s, run.config.label_noise_kind)
+        for s, of_setup in by_setup.items()
+        for run in of_setup
+        if run.config.label_noise
+    ]
+    for setup, kind in dict.fromkeys(kinds):
+        of_kind = [run for run in by_setup[setup] if not run.config.label_noise or run.config.label_noise_kind == kind]
+        rows = by_noise(of_kind, lambda run: run.config.label_noise)
         title = f"{setup}, {kind} label noise"
         content.append(page.Heading(title))
         where = f"{setup.split} accuracy, %"
         shown: list[tuple[str, Callable[[Run], float | None]]] = [
             (f"{where}, last epoch", lambda run: run.accuracy),
             (f"{where}, at best validation", lambda run: run.accuracy_at_best_validation),
-            (f"{where}, highest of all epochs", lambda run: 100 * max(row["accuracy"] for row in run.rows)),
+            (f"{where}, highest of all evaluations", lambda run: 100 * max(row["accuracy"] for row in run.rows)),
             ("altered images taken for their wrong label, %", lambda run: _percent(run.rows[-1].get("memorized"))),
             ("altered images taken for their true label, %", lambda run: _percent(run.rows[-1].get("recovered"))),
         ]
@@ -180,13 +187,21 @@ def label_noise(runs: Sequence[Run], draw: Plotter) -> list[Any]:
     return content
 
 
-def _by_rate(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
-    """Runs by network, named without its noise, and by rate of noise."""
-    by_network: dict[TrainConfig, dict[float, list[Run]]] = {}
+def by_clean_setup(runs: Sequence[Run]) -> dict[Setup, list[Run]]:
+    """Runs by their task, whatever was done to its labels."""
+    made: dict[Setup, list[Run]] = {}
+    for run in runs:
+        clean = Setup.of(run)._replace(label_noise=0.0, label_noise_kind="symmetric")
+        made.setdefault(clean, []).append(run)
+    return made
+
+
+def by_noise(runs: Sequence[Run], key: Callable[[Run], K]) -> dict[str, dict[K, list[Run]]]:
+    """Runs by network, named without its noise, and by a key that tells their noise."""
+    by_network: dict[TrainConfig, dict[K, list[Run]]] = {}
     for cell in saved.cells(runs):
         plain = dataclasses.replace(cell.network, label_noise=0.0, label_noise_kind="symmetric")
-        by_network.setdefault(plain, {})[cell.network.label_noise] = cell.runs
-    by_network = {network: row for network, row in by_network.items() if any(row)}
+        by_network.setdefault(plain, {})[key(cell.runs[0])] = cell.runs
     return {name: by_network[network] for network, name in groups.names(by_network).items()}
 
 
@@ -204,7 +219,7 @@ def _memorization(rows: Mapping[str, Mapping[float, Sequence[Run]]], title: str,
         panels: dict[str, dict[str, list[Any]]] = {}
         for field, label in labels.items():
             for name, row in rows.items():
-                curves = [_curve(run, field, 100) for run in row.get(rate, ())]
+                curves = [curve(run, field, 100) for run in row.get(rate, ())]
                 if curves and all(curves):
                     panels.setdefault(label, {})[name] = curves
         if panels:
@@ -243,101 +258,6 @@ def quantization(made: Sequence[Part], draw: Plotter) -> list[Any]:
             caption = f"{part.title}: accuracy over the bits of a weight, {spec}; mean \u00b1 standard deviation."
             content.append(draw(plots.quantization, points, widths, caption=caption))
     return content
-
-
-def curvature(made: Sequence[Part], draw: Plotter) -> list[Any]:
-    """For each task, top Hessian eigenvalue and norm at the end and along training."""
-    content = []
-    for part in made:
-        cells = {cell.name: [run.curvature for run in cell.runs if run.curvature] for cell in part.cells}
-        cells = {name: found for name, found in cells.items() if found}
-        if not cells:
-            continue
-        lines = []
-        for name, found in cells.items():
-            value, residual, norm, sem = (
-                [record[field] for record in found]
-                for field in ("eigenvalue", "eigenvalue_residual", "hessian_norm", "hessian_norm_sem")
-            )
-            star = "" if all(record["eigenvalue_converged"] for record in found) else "*"
-            norms = tables.spread(norm, len(found), SCIENTIFIC)
-            eigenvalues = tables.spread(value, len(found), SCIENTIFIC) + star
-            errors = [f"{max(residual):.1e}", norms, f"{sum(sem) / len(sem):.2g}"]
-            lines.append([name, str(len(found)), str(found[0]["images"]), eigenvalues, *errors])
-        header = ["network", "n", "images", "top eigenvalue", "largest residual", "norm", "sem of a norm"]
-        text = (
-            f"Hessian of the mean training loss over so many images, at the end of training. {SPREAD} The eigenvalue is"
-            " the largest in magnitude; a star marks networks of which some run did not reach its relative residual."
-            " The norm is that of Frobenius, estimated by random probes; sem is the mean standard error of one."
-        )
-        text += f" {origin([cell for cell in part.cells if cell.name in cells])}"
-        content += [page.Heading(part.title), page.Table(header, lines, text)]
-        values = {name: [abs(record["eigenvalue"]) for record in found] for name, found in cells.items()}
-        caption = f"{part.title}: top eigenvalue at the end; a mark is a run, the bar the mean."
-        content.append(draw(plots.each_run, values, "|top Hessian eigenvalue|", caption=caption, log=True))
-        content += _curvature_along_training(part, draw)
-    return content
-
-
-def _curvature_along_training(part: Part, draw: Plotter) -> list[page.Picture]:
-    panels: dict[str, dict[str, list[Any]]] = {}
-    for field, label in (("eigenvalue", "|top eigenvalue|"), ("hessian_norm", "Frobenius norm")):
-        for cell in part.cells:
-            curves = [[(epoch, abs(value)) for epoch, value in _curve(run, field)] for run in cell.runs]
-            if min(map(len, curves)) > 1:
-                panels.setdefault(label, {})[cell.name] = curves
-    caption = f"{part.title}: curvature along training; mean, and range over seeds."
-    return [draw(plots.along_epochs, panels, caption=caption, log=True)] if panels else []
-
-
-def landscapes(folders: Sequence[Path], draw: Plotter) -> list[Any]:
-    """The pictures of each landscape, with the numbers of its record."""
-    content = []
-    for folder in folders:
-        record = saved.read_json(folder / "landscape.json")
-        lines = []
-        for name, found in record.get("runs", {}).items():
-            center, basin = found["center"], found["basin"]
-            mean, std = (100 * basin["line"][x] for x in ("mean", "std"))
-            figures = [
-                f"{center['loss']:.4f}",
-                f"{100 * center['accuracy']:.2f}",
-                tables.cell(mean, std, (".1f", ".1f")),
-            ]
-            lines.append([name, *figures, f"{100 * basin['plane']:.1f}"])
-        content.append(page.Heading(str(folder)))
-        if lines:
-            config = record["config"]
-            text = (
-                f"Mean training loss and accuracy in percent, over {_images(record)} images, at the weights of one run"
-                " each. Basin: percent of the steps"
-                f" up to {config['radius']:g} along {config['directions']} random filter-normalized lines (mean \u00b1"
-                " standard deviation over the lines), and of the disk of that radius in the plane of two of them,"
-                f" where the loss is less than {config['rise']:g} above that of the run."
-            )
-            text += f" Commit: {record['environment']['commit']}. Hardware: {_machine(record['environment'])}."
-            header = ["run", "train loss", "train accuracy", "basin, line", "basin, plane"]
-            content.append(page.Table(header, lines, text))
-        joined = record.get("between", {}).get("to", {})
-        if joined:
-            lines = []
-            for name, found in joined.items():
-                barriers = [found["barriers"][split] for split in ("train", "test")]
-                numbers = ((f"{part['loss']:.3f}", f"{100 * part['error']:.2f}") for part in barriers)
-                lines.append([name, *(number for pair in numbers for number in pair)])
-            text = (
-                f"Barriers on the straight line from {record['between']['first']}: most by which loss, or error in"
-                f" percent, rises above the line through the two runs, over {_images(record)} images of each split; one"
-                " pair of runs a row, so without deviation."
-            )
-            content.append(page.Table(["to", "train loss", "train error", "test loss", "test error"], lines, text))
-        content += [draw.copied(image, f"{folder}: {image.stem}") for image in sorted(folder.glob("*.png"))]
-    return content
-
-
-def _images(record: Mapping[str, Any]) -> str:
-    """How many images the losses of a landscape are means over."""
-    return " or ".join(f"{size:,}" for size in sorted(set(record["images"].values())))
 
 
 def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
@@ -389,15 +309,15 @@ def commit(run: Run) -> str:
 
 
 def hardware(run: Run) -> str:
-    return " then ".join(dict.fromkeys(map(_machine, run.parts))) or "unknown"
+    return " then ".join(dict.fromkeys(map(machine, run.parts))) or "unknown"
 
 
-def _machine(part: Mapping[str, Any]) -> str:
+def machine(part: Mapping[str, Any]) -> str:
     device, machine = part.get("device", {}), part.get("machine", {})
     return f"{device.get('count', '?')} x {device.get('kind', 'unknown device')}, {machine.get('cores', '?')} cores"
 
 
-def _curve(run: Run, field: str, unit: float = 1) -> list[tuple[float, float]]:
+def curve(run: Run, field: str, unit: float = 1) -> list[tuple[float, float]]:
     """(epoch, value) of each evaluation that has the field."""
     return [(row["epoch"], unit * row[field]) for row in run.rows if field in row]
 

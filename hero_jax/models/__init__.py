@@ -14,7 +14,16 @@ from flax import linen as nn
 from hero_jax import _check
 from hero_jax.models.mlp import MLP, mlp
 from hero_jax.models.mobilenet import MobileNetV2, mobilenet_v2
-from hero_jax.models.resnet import CifarResNet, ImageNetResNet, resnet18, resnet20, resnet32, resnet50, resnet56
+from hero_jax.models.resnet import (
+    CifarResNet,
+    ImageNetResNet,
+    resnet8,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet50,
+    resnet56,
+)
 from hero_jax.models.vgg import VGG, vgg19_bn
 from hero_jax.models.vit import VisionTransformer, vit_tiny
 from hero_jax.models.wide_resnet import WideResNet, wide_resnet
@@ -31,6 +40,7 @@ __all__ = [
     "create",
     "mlp",
     "mobilenet_v2",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -43,6 +53,7 @@ __all__ = [
 
 MODELS = {
     "mlp": mlp,
+    "resnet8": resnet8,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,

@@ -32,7 +32,10 @@ class MLP(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
-def mlp(num_classes: int = 10, *, axis_name: str | None = None, **options: Any) -> MLP:
+def mlp(
+    num_classes: int = 10, *, hidden: Sequence[int] = (128, 128), axis_name: str | None = None, **options: Any
+) -> MLP:
     """Builds the `MLP`; `axis_name` changes nothing, since there is no BatchNorm."""
     del axis_name
-    return MLP(num_classes, **options)
+    # A module with a list in it has no hash, which jit needs of its static arguments.
+    return MLP(num_classes, hidden=tuple(hidden), **options)

@@ -74,6 +74,11 @@ class CifarResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
+def resnet8(num_classes: int = 10, **options: Any) -> CifarResNet:
+    """Builds the `CifarResNet` of depth 8: 78,042 parameters with 10 classes."""
+    return CifarResNet(1, num_classes, **options)
+
+
 def resnet20(num_classes: int = 10, **options: Any) -> CifarResNet:
     """Builds the `CifarResNet` of depth 20: 272,474 parameters with 10 classes."""
     return CifarResNet(3, num_classes, **options)

@@ -1,0 +1,69 @@
+"""The summary: for each task a table with a row a network and a column a claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import tables
+from experiments.report import page, sections
+from experiments.report.saved import Run
+
+# Rounding to more bits than this costs next to nothing, and has its place in the section on quantization.
+MOST_BITS = 3
+
+
+def summary(runs: Sequence[Run]) -> list[Any]:
+    """For each task, accuracy on clean labels, at low bits and after label noise, curvature and time of each network.
+
+    Low bits, curvature and time are those of the runs on clean labels. A task of which accuracy alone is known is left
+    out, since it has no more to tell than the section on accuracy.
+    """
+    content = []
+    for setup, of_setup in sections.by_clean_setup(runs).items():
+        rows = sections.by_noise(of_setup, lambda run: (run.config.label_noise_kind, run.config.label_noise))
+        clean = {name: next((found for (_, rate), found in row.items() if not rate), []) for name, row in rows.items()}
+        columns = {"clean labels": {name: [run.accuracy for run in found] for name, found in clean.items()}}
+        columns |= _low_bits(clean)
+        for kind, rate in sorted({key for row in rows.values() for key in row if key[1]}):
+            label = f"{100 * rate:g} % {kind} noise"
+            columns[label] = {name: [run.accuracy for run in row.get((kind, rate), ())] for name, row in rows.items()}
+        columns["top eigenvalue"] = _values(clean, lambda run: run.curvature.get("eigenvalue"))
+        columns = {label: column for label, column in columns.items() if any(column.values())}
+        if len(columns) < 2:
+            continue
+        columns["seconds"] = _values(clean, lambda run: run.seconds)
+        sized = ("top eigenvalue", "seconds")
+        counts = {name: max(len(column.get(name, ())) for column in columns.values()) for name in rows}
+        lines = [
+            [name, str(n)]
+            + [
+                tables.spread(column[name], n, *([sections.SCIENTIFIC] if label in sized else []))
+                for label, column in columns.items()
+            ]
+            for name, n in counts.items()
+        ]
+        text = (
+            f"Accuracy in percent on the {setup.split} images, whose labels are true where those of training were"
+            " altered, after the last epoch. Low bits (weights rounded after training), the top Hessian eigenvalue (its"
+            " residual is in the section on curvature) and seconds in training steps are of the runs on clean labels."
+            f" {sections.SPREAD} {sections.origin(of_setup)}"
+        )
+        content += [page.Heading(str(setup)), page.Table(["network", "n", *columns], lines, text)]
+    return content
+
+
+def _low_bits(clean: dict[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
+    """Columns of the accuracy at few bits, for each quantizer."""
+    quantized = [(name, run.measured.get("quantized", {})) for name, found in clean.items() for run in found]
+    columns: dict[str, dict[str, list[float]]] = {}
+    for name, by_spec in quantized:
+        for spec, row in by_spec.items():
+            for width, accuracy in row.items():
+                if width != "full" and int(width) <= MOST_BITS:
+                    columns.setdefault(f"{width} bit, {spec}", {name: [] for name in clean})[name].append(accuracy)
+    return columns
+
+
+def _values(clean: dict[str, list[Run]], value: Callable[[Run], float | None]) -> dict[str, list[float]]:
+    return {name: [x for run in found if (x := value(run)) is not None] for name, found in clean.items()}
