@@ -122,6 +122,9 @@ class TrainConfig:
     microbatch_size: int | None = None
     """Images that a pass takes at a time (on each device under pmap), to save memory: the same gradients and products,
     but BatchNorm normalises by these images alone. XLA:CPU runs convolutions in such a loop forty times slower."""
+    remat: bool = False
+    """Keep the outputs of convolutions and products alone until a pass goes backwards, and compute the rest again, to
+    save memory: docs/parallel.md says how much, and where."""
 
     def __post_init__(self) -> None:
         _check.one_of("method", self.method, METHODS)
@@ -203,7 +206,7 @@ class TrainConfig:
         """
         has_parts = not self.sync or self.microbatch_size is not None
         layout = set() if has_parts else {"parallel", "devices", "shard_params"}
-        return {*PACE, *layout}
+        return {*PACE, "remat", *layout}
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""

@@ -122,6 +122,8 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
             logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
 
+        if config.remat:
+            loss_fn = jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.dots_saveable)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if config.microbatch_size is not None:
             value_and_grad = microbatching.microbatch(

@@ -141,6 +141,23 @@ def test_microbatches_take_an_eighth_of_the_memory():
     assert part < whole / 8 + 10 * params + 2 * 64 * 8 * 8 * 3 * 4
 
 
+@pytest.mark.parametrize("layout", ["none", "pmap", "sharded"])
+def test_rematerialisation_changes_no_number(layout):
+    options = LAYOUTS.get(layout, {})
+    assert_same(curve("conv", "hero", remat=True, **options), curve("conv", "hero", **options))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_rematerialisation_is_in_every_pass(remat):
+    """What it saves is the compiler's, and on CPU nothing: the program that is handed to it says what may be kept."""
+    run = config("conv", "hero", remat=remat)
+    trainer = build(run, dataset("conv"))
+    arguments = (trainer.init(0), *trainer.layout.replicate(dataset("conv").train), np.arange(run.batch_size))
+    recomputed = str(jax.make_jaxpr(trainer.step)(*arguments)).count("remat2[")
+    # The clean pass, and the perturbed one with its product.
+    assert recomputed == (3 if remat else 0)
+
+
 @pytest.mark.parametrize(
     ("problem", "layout"), [("conv", "groups"), ("mlp", "none"), *(("mlp", name) for name in LAYOUTS)]
 )

@@ -404,7 +404,7 @@ class TestFolders:
         assert "Busy: `out` must be free; another process is writing" in found.stderr
 
     def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
-        assert config.may_differ() >= {"parallel", "devices", "shard_params", "max_minutes", "steps_per_call"}
+        assert config.may_differ() >= {"parallel", "devices", "shard_params", "remat", "max_minutes", "steps_per_call"}
         for parts in ({"sync": False, "groups": 2}, {"microbatch_size": 2}):
             changed = dataclasses.replace(config, **parts)
             assert not changed.may_differ() & {"parallel", "devices", "groups", "sync", "microbatch_size"}
