@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments import presets
 from experiments.config import LABELS, TAKES, TrainConfig
@@ -51,16 +52,23 @@ def names(networks: Iterable[TrainConfig]) -> dict[TrainConfig, str]:
 def _name(config: TrainConfig, among: Iterable[TrainConfig]) -> str:
     """The label of the method, with the settings that are not those of most networks of that method.
 
-    Where no value is that of most, the preset, or what is taken without one, goes without saying.
+    Where no value is that of most of them, that of most networks of every method goes without saying (the epochs, say),
+    and where there is none either, the preset, or what is taken without one.
     """
-    rivals = [dataclasses.asdict(other) for other in among if other.method == config.method]
-    takes = TAKES[config.method]
-    preset = presets.of(config.dataset, config.model, config.method, config.penalty, takes)
+    every = [dataclasses.asdict(other) for other in among]
+    rivals = [other for other in every if other["method"] == config.method]
+    preset = presets.of(config.dataset, config.model, config.method, config.penalty, TAKES[config.method])
     settings = []
     for name, value in dataclasses.asdict(config).items():
-        counts = Counter(rival[name] for rival in rivals).most_common(2)
-        has_most = len(counts) == 1 or counts[0][1] > counts[1][1]
-        usual = counts[0][0] if has_most else preset.get(name, getattr(TrainConfig, name))
-        if value != usual:
+        usual = _of_most(rivals, name)
+        if usual is None and name not in TAKES[config.method]:
+            usual = _of_most(every, name)
+        if value != (preset.get(name, getattr(TrainConfig, name)) if usual is None else usual[0]):
             settings.append(f"{name} {value}")
     return LABELS[config.method] + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _of_most(configs: Iterable[Mapping[str, Any]], name: str) -> tuple[Any] | None:
+    """The one value of a field that is more frequent than any other."""
+    counts = Counter(config[name] for config in configs).most_common(2)
+    return (counts[0][0],) if len(counts) == 1 or counts[0][1] > counts[1][1] else None

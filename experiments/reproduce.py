@@ -156,8 +156,12 @@ def _with_found(found: Mapping[str, Settings], settings: Settings) -> Settings:
     return taken | dict(settings)
 
 
-def ablations(base: TrainConfig) -> dict[str, Settings]:
-    """Settings of HERO with one thing changed at a time, by name; `base` is HERO as it is."""
+def ablations(base: TrainConfig, eigenvalue_gamma: float | None) -> dict[str, Settings]:
+    """Settings of HERO with one thing changed at a time, by name; `base` is HERO as it is.
+
+    With the penalty "eigenvalue", which is of another size, gamma is `eigenvalue_gamma`, or where that is None the
+    preset.
+    """
     assert base.rho is not None
     assert base.gamma is not None
     assert base.batch_size is not None
@@ -171,7 +175,7 @@ def ablations(base: TrainConfig) -> dict[str, Settings]:
         {"rho": _times(base.rho, 2)},
         {"penalty": "difference"},
         {"penalty": "hvp"},
-        {"penalty": "eigenvalue", "gamma": None},
+        {"penalty": "eigenvalue", "gamma": eigenvalue_gamma},
         {"scope": "leaf"},
         {"reduction": "sum"},
         {"interval": 4},
@@ -190,7 +194,7 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
     """Searches each method that has rho or gamma, with the same seeds and held-out images, clean and noisy.
 
     Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset, on noisy
-    labels to what was found on clean ones. A search of the user's own that is there is left as it is.
+    labels to what was found on clean ones. Another search that is there, the user's own, is left as it is.
     """
     labels = {"clean": ("symmetric", 0.0)}
     if config.noise:
@@ -213,14 +217,16 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
             label_noise_kind=kind,
         )
         path = out / "search" / f"{label}-{name}"
-        there = runs.read_json(path / "search.json")
-        if there.get("best") and not search.is_same(there["config"], searched):
-            cli.console.print(f"{path} has a search of its own, which is taken as it is")
+        there = runs.read_json(path / "search.json").get("config")
+        if there is not None and runs.difference(there, searched, ("seeds",)) is not None:
+            cli.console.print(f"{path} has a search of its own, which is left as it is")
             continue
+        if there is not None:
+            searched = dataclasses.replace(searched, seeds=max(searched.seeds, there["seeds"]))
         try:
             search.main(searched, path, data_dir)
         except search.AllDiverged as error:
-            cli.console.print(str(error))
+            cli.console.print(f"{path}: {error}")
 
 
 def _times(value: float, factor: float) -> float:
@@ -228,10 +234,10 @@ def _times(value: float, factor: float) -> float:
     return float(f"{value * factor:.6g}")
 
 
-def found_in(out: Path, label: str) -> dict[str, Settings]:
+def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settings]:
     """What the search found for each of `TUNED` on "clean" or "noisy" labels; empty where there was none.
 
-    Raises ValueError for a search that is not of what its folder is named after.
+    Raises ValueError for a search that is not of what its folder is named after, or of another data set or network.
     """
     found = {}
     for file in sorted((out / "search").glob("*/search.json")):
@@ -242,19 +248,36 @@ def found_in(out: Path, label: str) -> dict[str, Settings]:
         record = runs.read_json(file)
         if prefix != label or not record.get("best"):
             continue
-        method, _, penalty = name.partition("-")
-        searched = record["config"]["method"], record["config"].get("penalty")
-        if searched != (method, penalty or None):
-            raise ValueError(f"`out` must have a search of {name} in {file.parent}; got one of {searched}.")
+        wanted, searched = _what_is_searched(config, prefix, name), _what_was_searched(record["config"])
+        if searched != wanted:
+            raise ValueError(f"`out` must have a search of {wanted} in {file.parent}; got one of {searched}.")
         found[name] = {field: record["best"][field] for field in search.SEARCHED if record["best"][field] is not None}
     return found
+
+
+def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
+    """What a search in the folder PREFIX-NAME is of, in words."""
+    method, _, penalty = name.partition("-")
+    run = config.run({"method": method, "penalty": penalty or None}, 0)
+    return _task(run, prefix == "noisy")
+
+
+def _what_was_searched(saved: Mapping[str, Any]) -> str:
+    """The same of the saved configuration of a search."""
+    named = {field: saved[field] for field in ("method", "dataset", "model", "penalty") if field in saved}
+    return _task(TrainConfig(**named).resolved(), bool(saved.get("label_noise")))
+
+
+def _task(run: TrainConfig, is_noisy: bool) -> str:
+    penalty = "" if run.penalty is None else f" with penalty {run.penalty}"
+    return f"{run.method}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {run.dataset} by {run.model}"
 
 
 def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
     """The resolved configurations of a part that trains, by name."""
     epochs = config.run({}, held_out).epochs
     assert epochs is not None
-    on_clean, on_noisy = (found_in(out, label) for label in ("clean", "noisy"))
+    on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))
     clean, noisy = variants(on_clean, epochs), variants(on_clean | on_noisy, epochs)
     made: dict[str, TrainConfig] = {}
     if part == "accuracy":
@@ -267,7 +290,7 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
         for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
             made[f"{name}-{kind}_{rate!r}"] = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind)
     elif part == "ablations":
-        changed = ablations(config.run(clean["hero"], held_out))
+        changed = ablations(config.run(clean["hero"], held_out), on_clean.get("hero-eigenvalue", {}).get("gamma"))
         named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
         made = _each_once(named, tuple(named))
     return made
@@ -315,6 +338,8 @@ def main(
     held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
     sweep.check({"hero": config.run({}, held_out)}, dataset)
     runs.claim_same(out, config, may_differ=MAY_DIFFER, besides=("search",))
+    # A search that cannot be taken is refused before hours have gone by.
+    plan(config, "accuracy", held_out, out)
     for part in (part for part in PARTS if part in parts):
         cli.console.rule(f"{part}, {time.monotonic() - started:.0f} s")
         if part == "search":
@@ -332,12 +357,23 @@ def main(
 
 
 def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) -> None:
-    """The landscape of the first runs of SGD, ASAM and HERO, those that ended well, unless it is there."""
-    folders = [out / "accuracy" / "runs" / f"{name}-s0" for name in ("sgd", "asam", "hero")]
+    """The landscape of the first runs of SGD, ASAM and HERO, those that ended well, unless it is there.
+
+    While one of them is still to end, and where another landscape is there, it says so instead.
+    """
     if not (out / "accuracy").exists():
         raise ValueError(f"`parts` must have accuracy before landscape; {out / 'accuracy'} is not there.")
-    done = tuple(folder for folder in folders if runs.status(folder) == "done")
-    if done and not (out / "landscape" / "landscape.json").exists():
+    planned = [name for name in ("sgd", "asam", "hero") if not config.variants or name in config.variants]
+    folders = [out / "accuracy" / "runs" / f"{name}-s0" for name in planned]
+    status = {folder: runs.status(folder) for folder in folders}
+    left = [folder.name for folder, ended in status.items() if ended not in ("done", "diverged")]
+    done = tuple(folder for folder, ended in status.items() if ended == "done")
+    record = runs.read_json(out / "landscape" / "landscape.json")
+    if left:
+        cli.console.print(f"no landscape before {', '.join(left)} ended: give the command again then")
+    elif record and len(record["runs"]) != len(done):
+        cli.console.print(f"{out / 'landscape'} is of other runs: remove it for one of {len(done)}")
+    elif done and not record:
         chosen = landscape.LandscapeConfig(images=_curvature_size(config))
         landscape.main(done, chosen, out / "landscape", data_dir)
 

@@ -26,7 +26,7 @@ import secrets
 import subprocess
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -253,19 +253,29 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
-    """Raises FileExistsError at the folder of another run, with the first field that differs.
+    """Raises FileExistsError at the folder of another run, with the first field that differs, or at a damaged one."""
+    there = read_json(path / "config.json")
+    wanted = "`out` must be a new or empty folder, or that of the same run"
+    if not there:
+        raise FileExistsError(f"{wanted}; {path / 'config.json'} is damaged. Name another, or remove it first.")
+    found = difference(there, config, may_differ)
+    if found is not None:
+        name, theirs, ours = found
+        raise FileExistsError(
+            f"{wanted}; {path} has {name} {theirs!r}, not {ours!r}. Name another, or remove it first."
+        )
 
-    A field that the folder lacks, since it is older than the field, has its default.
+
+def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
+    """The first field, and its two values, in which a saved configuration is not `config` (a dataclass).
+
+    A field that the saved one lacks, since it is older than the field, has its default.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    there = defaults | read_json(path / "config.json")
+    theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
     for name, value in json.loads(json.dumps(_finite(to_json(config)))).items():
-        is_same = json.loads(json.dumps(there[name], default=str)) == value
-        if name not in may_differ and not is_same:
-            raise FileExistsError(
-                f"`out` must be a new or empty folder, or that of the same run; {path} has {name} {there[name]!r},"
-                f" not {value!r}. Name another, or remove it first."
-            )
+        if name not in may_differ and json.loads(json.dumps(theirs[name], default=str)) != value:
+            return name, theirs[name], value
+    return None
 
 
 def read_json(file: Path) -> dict[str, Any]:

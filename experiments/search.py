@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,12 +97,6 @@ def _name(run: TrainConfig) -> str:
     """The method with its rho and gamma, those it has."""
     settings = ((name, getattr(run, name)) for name in SEARCHED)
     return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
-
-
-def is_same(there: dict[str, Any], config: SearchConfig) -> bool:
-    """Whether a search of which `there` is the saved configuration is `config`, but for its seeds."""
-    mine = json.loads(json.dumps(runs.to_json(config)))
-    return all(there.get(name, value) == value for name, value in mine.items() if name != "seeds")
 
 
 def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:

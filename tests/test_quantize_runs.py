@@ -158,6 +158,10 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     }
     two = [(tmp_path / str(n), TrainConfig(epochs=n)) for n in (3, 4)]
     assert list(group_runs(two)) == ["HERO (epochs 3)", "HERO (epochs 4)"]
+    # What a method's networks do not settle, those of all methods do, but for what is the method's own.
+    longer = [(tmp_path / f"sgd{n}", TrainConfig(method="sgd", epochs=n)) for n in (4, 16)]
+    hero = [(tmp_path / f"hero{rho}", TrainConfig(epochs=4, rho=rho).resolved()) for rho in (0.1, 1.0)]
+    assert list(group_runs([*longer, *hero])) == ["SGD", "SGD (epochs 16)", "HERO (rho 0.1)", "HERO"]
     with pytest.raises(ValueError, match="`folders` must differ"):
         group_runs([runs[0], runs[0]])
 

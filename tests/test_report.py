@@ -214,6 +214,44 @@ def test_a_task_of_which_only_accuracy_is_known_has_no_summary(tmp_path):
     assert "Summary" not in made(tmp_path)[0]
 
 
+def test_summary_marks_an_eigenvalue_that_was_not_found(tmp_path):
+    for seed in (0, 1):
+        fake(tmp_path / str(seed), seed=seed, measured=measured(eigenvalue_converged=seed == 0))
+    assert cells_of(made(tmp_path)[0], "SGD")[0][4] == "-4 \u00b1 0*"
+
+
+def test_seconds_leave_out_the_compilation_of_the_first_epoch(tmp_path):
+    fake(tmp_path / "three", more={"images_per_second": (1.0, 64.0, 32.0)})
+    fake(tmp_path / "one", (0.5,), more={"images_per_second": (32.0,)}, seed=1)
+    found = {run.config.seed: run.seconds for run in saved.find([tmp_path]).runs}
+    # Batches of 64, 10 an epoch.
+    assert found == {0: 10 + 10 + 20, 1: 20}
+
+
+def test_networks_have_one_name_and_those_on_clean_labels_alone_are_not_among_the_noisy(tmp_path):
+    noisy = {"label_noise": 0.2, "more": {"memorized": (0.1, 0.2, 0.3)}}
+    fake(tmp_path / "sgd")
+    fake(tmp_path / "sgd-longer", epochs=12)
+    fake(tmp_path / "sgd-noisy", **noisy)
+    fake(tmp_path / "hero", method="hero", rho=0.5, measured=MEASURED)
+    fake(tmp_path / "hero-noisy", method="hero", rho=2.0, **noisy)
+    fake(tmp_path / "asam", method="asam")
+    text, _ = made(tmp_path)
+    sections = {part.partition("\n")[0]: part for part in text.split("\n## ")}
+    rows = {
+        name: {line.split(" | ")[0][2:] for line in sections[name].splitlines() if line.startswith(("| SG", "| HE"))}
+        for name in ("Summary", "Accuracy", "Label noise", "Quantization")
+    }
+    assert rows == {
+        "Summary": {"SGD", "SGD (epochs 12)", "HERO (rho 0.5)", "HERO (rho 2.0)"},
+        "Accuracy": {"SGD", "SGD (epochs 12)", "HERO (rho 0.5)"},
+        "Label noise": {"SGD", "HERO (rho 2.0)"},
+        "Quantization": {"HERO (rho 0.5)"},
+    }
+    assert "ASAM" not in sections["Label noise"]
+    assert "minus SGD |" in sections["Accuracy"]
+
+
 def test_label_noise(everything):
     _, text, _ = everything
     for kind in ("symmetric", "asymmetric"):

@@ -352,6 +352,12 @@ class TestFolders:
         with pytest.raises(FileExistsError, match="has augment True, not False"):
             runs.RunFolder(tmp_path / "run", other)
 
+    @pytest.mark.parametrize("content", ["", '{"method": "sg'])
+    def test_with_a_damaged_configuration(self, content, config, tmp_path):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(FileExistsError, match=r"`out` must be .*; .*config.json is damaged"):
+            runs.RunFolder(tmp_path, config)
+
     def test_of_something_else(self, config, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
         (tmp_path / "lock").touch()

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -98,7 +99,6 @@ class TestSweep:
         _, configs, found = swept
         path = tmp_path / "runs" / "sgd-s0"
         path.mkdir(parents=True)
-        monkeypatch.setattr(sweep, "WAIT", 0.0)
         lock = contextlib.ExitStack()
         lock.enter_context(runs.locked(path))
         made = []
@@ -113,7 +113,7 @@ class TestSweep:
 
         original = training.train
         monkeypatch.setattr(sweep.training, "train", train)
-        monkeypatch.setattr(sweep.time, "sleep", sleep)
+        monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=sleep))
         again = run_all(configs, range(2), digits, tmp_path)
         assert made == [("sgd", 1), ("asam", 0), ("asam", 1), "waited", ("sgd", 0)]
         assert "waiting for what other processes make: 1 of the runs" in capsys.readouterr().out
@@ -128,9 +128,13 @@ class TestSweep:
             subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
-        for process in started:
-            process.communicate(timeout=300)
-            assert process.returncode == 0
+        try:
+            for process in started:
+                process.communicate(timeout=300)
+                assert process.returncode == 0
+        finally:
+            for process in started:
+                process.kill()
         assert len(json.loads((tmp_path / "out" / "search.json").read_text())["grid"]) == 3
         folders = list((tmp_path / "out" / "runs").iterdir())
         assert len(folders) == 6
@@ -319,13 +323,14 @@ def test_every_preset_takes_two_steps(dataset, method):
     take_two_steps(TrainConfig(method=method, dataset=dataset, **tiny).resolved(), problems.random_images(8))
 
 
-def found(out, name, best=(), **values):
-    """Leaves what a search named after what it searched leaves."""
-    method, _, penalty = name.partition("-")[2].partition("-")
+def leave_search(out, name, **best):
+    """Leaves what a search named after what it searched leaves, with or without a best."""
+    prefix, _, searched = name.partition("-")
+    method, _, penalty = searched.partition("-")
     path = out / "search" / name / "search.json"
     path.parent.mkdir(parents=True)
-    config = {"method": method, "penalty": penalty or None}
-    runs.write_json(path, {"config": config, "best": None if best is None else {"method": method, **values}})
+    config = {"method": method, "penalty": penalty or None, "label_noise": 0.8 if prefix == "noisy" else 0.0}
+    runs.write_json(path, {"config": config, "best": {"method": method, **best} if best else None})
 
 
 class TestReproduce:
@@ -349,15 +354,27 @@ class TestReproduce:
             (
                 "clean-hero-eigenvalue",
                 {"config": {"method": "hero", "penalty": None}, "best": {"rho": 1.0, "gamma": 5.0}},
-                "a search of hero-eigenvalue in .*; got one of",
+                "a search of hero with penalty eigenvalue on clean labels of digits by mlp in .*; got one of hero with"
+                " penalty detached on clean labels of digits by mlp",
+            ),
+            (
+                "clean-asam",
+                {"config": {"method": "asam", "label_noise": 0.8}, "best": {"rho": 1.0, "gamma": None}},
+                "a search of asam on clean labels of digits by mlp in .*; got one of asam on noisy labels",
+            ),
+            (
+                "clean-sam",
+                {"config": {"method": "sam", "dataset": "cifar10"}, "best": {"rho": 1.0, "gamma": None}},
+                "got one of sam on clean labels of cifar10 by resnet20",
             ),
         ],
     )
     def test_a_search_in_the_wrong_place(self, folder, record, message, tmp_path):
         (tmp_path / "search" / folder).mkdir(parents=True)
         runs.write_json(tmp_path / "search" / folder / "search.json", record)
+        # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
-            reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+            reproduce.main(reproduce.ReproduceConfig(), out=tmp_path)
 
     def test_a_search_of_ones_own_comes_first_and_stays(self, tmp_path, monkeypatch):
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "eval_every": 1, "batch_size": 32}
@@ -370,13 +387,34 @@ class TestReproduce:
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
         assert written(path) == before
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
-        # Its own search goes on with more seeds.
-        (tmp_path / "new").mkdir()
-        for seeds in (1, 2):
-            config = dataclasses.replace(config, search_seeds=seeds)
-            reproduce.main(config, ("search",), tmp_path / "new")
-        record = json.loads((tmp_path / "new" / "search" / "clean-asam" / "search.json").read_text())
-        assert [row["n"] for row in record["grid"]] == [2] * len(reproduce.RHO_FACTORS)
+
+    def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
+        monkeypatch.setattr(reproduce, "RHO_FACTORS", (1.0, 2.0))
+        monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
+        small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
+        config = reproduce.ReproduceConfig(noise_rates=(), **small)
+        for seeds, expected in ((1, 1), (2, 2), (1, 2)):
+            reproduce.main(dataclasses.replace(config, search_seeds=seeds), ("search",), tmp_path / "all")
+            record = json.loads((tmp_path / "all" / "search" / "clean-asam" / "search.json").read_text())
+            assert [row["n"] for row in record["grid"]] == [expected] * 2
+
+    @pytest.mark.parametrize("end", ["ended", "diverged"])
+    def test_a_search_without_a_best_does_not_bar_another_rate(self, end, tmp_path, monkeypatch, capsys):
+        def searched(config, path, data_dir):
+            asked.append((config.method, config.label_noise))
+            if end == "diverged":
+                raise search.AllDiverged("Every run of the search diverged")
+
+        asked = []
+        monkeypatch.setattr(reproduce, "TUNED", ("asam", "sam"))
+        monkeypatch.setattr(reproduce.search, "main", searched)
+        leave_search(tmp_path, "noisy-asam")
+        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
+        assert asked == [("asam", 0.0), ("sam", 0.0), ("sam", 0.4)]
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "noisy-asam has a search of its own, which is left as it is" in printed
+        assert ("clean-sam: Every run of the search diverged" in printed) == (end == "diverged")
 
     def test_variants_that_are_equal_are_made_once_and_under_one_name(self, tmp_path):
         config = reproduce.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
@@ -400,7 +438,7 @@ class TestReproduce:
         changed = reproduce.plan(config, "ablations", 20, tmp_path)
         assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
 
-    def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch):
+    def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch, capsys):
         drawn = []
         monkeypatch.setattr(reproduce.landscape, "main", lambda folders, *rest: drawn.extend(folders))
         for name, status in (("sgd", "done"), ("asam", "diverged"), ("hero", "done")):
@@ -410,17 +448,26 @@ class TestReproduce:
         reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
+        # Another one is there; one of the runs is still to end.
+        (tmp_path / "landscape").mkdir()
+        runs.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
+        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        runs.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
+        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "landscape is of other runs: remove it for one of 2 no landscape before hero-s0 ended" in printed
+        assert not drawn
         (tmp_path / "new" / "accuracy").mkdir(parents=True)
         reproduce.draw_landscape(reproduce.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
         assert not drawn
 
     def test_what_the_search_found_is_taken(self, tmp_path):
-        found(tmp_path, "clean-sam", rho=0.3, gamma=None)
-        found(tmp_path, "clean-hero", rho=0.7, gamma=11.0)
-        found(tmp_path, "noisy-hero", rho=2.0, gamma=300.0)
-        found(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
-        # One that was ended, and one of which every run diverged.
-        found(tmp_path, "clean-asam", best=None)
+        leave_search(tmp_path, "clean-sam", rho=0.3, gamma=None)
+        leave_search(tmp_path, "clean-hero", rho=0.7, gamma=11.0)
+        leave_search(tmp_path, "noisy-hero", rho=2.0, gamma=300.0)
+        leave_search(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
+        # One that was ended, or of which every run diverged.
+        leave_search(tmp_path, "clean-asam")
         config = reproduce.ReproduceConfig()
         clean, noisy, changed = (
             reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")
@@ -436,6 +483,10 @@ class TestReproduce:
         assert (eigenvalue.rho, eigenvalue.gamma) == (1.5, 0.02)
         assert changed["hero-gamma_0.0"].rho == 0.7
         assert changed["hero"].gamma == 11.0
+        assert changed["hero-penalty_eigenvalue"].gamma == 0.1
+        leave_search(tmp_path, "clean-hero-eigenvalue", rho=1.0, gamma=0.3)
+        again = reproduce.plan(config, "ablations", 20, tmp_path)
+        assert next((run.rho, run.gamma) for run in again.values() if run.penalty == "eigenvalue") == (0.7, 0.3)
         assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
 
     def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
@@ -445,7 +496,7 @@ class TestReproduce:
         monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
         monkeypatch.setattr(reproduce, "RHO_FACTORS", (3.0,))
         monkeypatch.setattr(reproduce, "GAMMA_FACTORS", {"grad_l1": (2.0,), "hero": (2.0,), "hero-eigenvalue": (2.0,)})
-        monkeypatch.setattr(reproduce, "ablations", lambda base: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
+        monkeypatch.setattr(reproduce, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
         config = reproduce.ReproduceConfig(
             epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),

@@ -35,7 +35,8 @@ def parts(runs: Sequence[Run]) -> list[Part]:
     by_setup: dict[Setup, list[Run]] = {}
     for run in runs:
         by_setup.setdefault(Setup.of(run), []).append(run)
-    made = {setup: saved.cells(of_setup) for setup, of_setup in by_setup.items()}
+    named = sections.names(runs)
+    made = {setup: saved.cells(of_setup, named) for setup, of_setup in by_setup.items()}
     # None has no order among numbers: first.
     ordered = sorted(made, key=lambda setup: [(value is not None, value) for value in setup])
     return [Part(str(setup), setup, made[setup], saved.plain_cell(made[setup], "sgd")) for setup in ordered]

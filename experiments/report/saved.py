@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +65,17 @@ class Run(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """Time in training steps; the speed of an evaluated epoch stands for those since the one evaluated before."""
-        if not all(row.get("images_per_second") for row in self.rows) or self.config.batch_size is None:
+        """Time in training steps; the speed of an evaluated epoch stands for those since the one evaluated before.
+
+        That of the second evaluated epoch stands for the first too, in which a process may compile.
+        """
+        speeds = [row.get("images_per_second") for row in self.rows]
+        if not all(speeds) or self.config.batch_size is None:
             return None
+        speeds[:1] = speeds[1:2] or speeds[:1]
         steps = [0, *(row["step"] for row in self.rows)]
         images = (self.config.batch_size * (after - before) for before, after in itertools.pairwise(steps))
-        return sum(n / row["images_per_second"] for n, row in zip(images, self.rows, strict=True))
+        return sum(n / speed for n, speed in zip(images, speeds, strict=True))
 
     @property
     def curvature(self) -> dict[str, Any]:
@@ -175,16 +180,25 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"`folders` must hold whole files; {file} is damaged ({error}).") from None
 
 
-def cells(runs_of: Sequence[Run]) -> list[Cell]:
+def without_noise(config: TrainConfig) -> TrainConfig:
+    """The configuration on clean labels."""
+    return dataclasses.replace(config, label_noise=0.0, label_noise_kind="symmetric")
+
+
+def cells(runs_of: Sequence[Run], names: Mapping[TrainConfig, str] | None = None) -> list[Cell]:
     """The runs by network, in the order of methods and then of settings.
+
+    Args:
+      runs_of: the runs.
+      names: those of the networks `without_noise`; default by what these runs differ in.
 
     Raises:
       ValueError: a network has a seed twice, or its runs were measured differently.
     """
     by_path = {run.path: run for run in runs_of}
     grouped = groups.by_network((run.path, run.config) for run in runs_of)
-    names = groups.names(grouped)
-    made = [Cell(names[network], network, [by_path[path] for path in paths]) for network, paths in grouped.items()]
+    named = groups.names(grouped) if names is None else {key: names[without_noise(key)] for key in grouped}
+    made = [Cell(named[network], network, [by_path[path] for path in paths]) for network, paths in grouped.items()]
     for cell in made:
         _check_measured_alike(cell)
     return sorted(made, key=_order)

@@ -5,7 +5,6 @@ Those on curvature are in `report.curvature`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -136,16 +135,17 @@ def accuracy_table(part: Part) -> page.Table:
     if compared and compared[-1] is best and len(rivals) < len(part.cells):
         text += f" {compared[-1].name} has the best mean of those that are not HERO."
     text += (
-        " Train loss: mean over the last epoch, with noise_bits at the noisy weights. Seconds: in training steps, with"
+        " Train loss: mean over the last epoch, with noise_bits at the noisy weights. Seconds: in training steps; an"
+        " epoch counts at the speed of the next that was evaluated, the first of those, in which a process may compile,"
+        " at that of the second."
     )
-    text += " the compilation of the first; where not every epoch was evaluated, at the speed of those that were."
     return page.Table(*_without_empty(header, lines), f"{text} {origin(part.cells)}")
 
 
 def label_noise(runs: Sequence[Run], draw: Plotter) -> list[Any]:
     """For each task and kind of noise, accuracy and memorization by rate; curves along training for each rate."""
     content = []
-    by_setup = by_clean_setup(runs)
+    by_setup, named = by_clean_setup(runs), names(runs)
     kinds = [
         (s, run.config.label_noise_kind)
         for s, of_setup in by_setup.items()
@@ -154,7 +154,10 @@ def label_noise(runs: Sequence[Run], draw: Plotter) -> list[Any]:
     ]
     for setup, kind in dict.fromkeys(kinds):
         of_kind = [run for run in by_setup[setup] if not run.config.label_noise or run.config.label_noise_kind == kind]
-        rows = by_noise(of_kind, lambda run: run.config.label_noise)
+        rows = by_noise(of_kind, named, lambda run: run.config.label_noise)
+        # Without the networks that were trained on clean labels alone.
+        rows = {name: row for name, row in rows.items() if any(row)}
+        of_kind = [run for row in rows.values() for of_rate in row.values() for run in of_rate]
         title = f"{setup}, {kind} label noise"
         content.append(page.Heading(title))
         where = f"{setup.split} accuracy, %"
@@ -196,13 +199,22 @@ def by_clean_setup(runs: Sequence[Run]) -> dict[Setup, list[Run]]:
     return made
 
 
-def by_noise(runs: Sequence[Run], key: Callable[[Run], K]) -> dict[str, dict[K, list[Run]]]:
-    """Runs by network, named without its noise, and by a key that tells their noise."""
-    by_network: dict[TrainConfig, dict[K, list[Run]]] = {}
-    for cell in saved.cells(runs):
-        plain = dataclasses.replace(cell.network, label_noise=0.0, label_noise_kind="symmetric")
-        by_network.setdefault(plain, {})[key(cell.runs[0])] = cell.runs
-    return {name: by_network[network] for network, name in groups.names(by_network).items()}
+def names(runs: Sequence[Run]) -> dict[TrainConfig, str]:
+    """A name for each network without its noise, by what those of its task differ in: one in all sections."""
+    made: dict[TrainConfig, str] = {}
+    for of_setup in by_clean_setup(runs).values():
+        made |= groups.names(dict.fromkeys(saved.without_noise(groups.network(run.config)) for run in of_setup))
+    return made
+
+
+def by_noise(
+    runs: Sequence[Run], named: Mapping[TrainConfig, str], key: Callable[[Run], K]
+) -> dict[str, dict[K, list[Run]]]:
+    """Runs by the name of their network without its noise, and by a key that tells their noise."""
+    made: dict[str, dict[K, list[Run]]] = {}
+    for cell in saved.cells(runs, named):
+        made.setdefault(cell.name, {})[key(cell.runs[0])] = cell.runs
+    return made
 
 
 def _rate_table(values: Mapping[str, Mapping[float, Sequence[float]]], caption: str) -> page.Table:

@@ -19,9 +19,9 @@ def summary(runs: Sequence[Run]) -> list[Any]:
     Low bits, curvature and time are those of the runs on clean labels. A task of which accuracy alone is known is left
     out, since it has no more to tell than the section on accuracy.
     """
-    content = []
+    content, named = [], sections.names(runs)
     for setup, of_setup in sections.by_clean_setup(runs).items():
-        rows = sections.by_noise(of_setup, lambda run: (run.config.label_noise_kind, run.config.label_noise))
+        rows = sections.by_noise(of_setup, named, lambda run: (run.config.label_noise_kind, run.config.label_noise))
         clean = {name: next((found for (_, rate), found in row.items() if not rate), []) for name, row in rows.items()}
         columns = {"clean labels": {name: [run.accuracy for run in found] for name, found in clean.items()}}
         columns |= _low_bits(clean)
@@ -32,13 +32,16 @@ def summary(runs: Sequence[Run]) -> list[Any]:
         columns = {label: column for label, column in columns.items() if any(column.values())}
         if len(columns) < 2:
             continue
-        columns["seconds"] = _values(clean, lambda run: run.seconds)
+        seconds = _values(clean, lambda run: run.seconds)
+        columns |= {"seconds": seconds} if any(seconds.values()) else {}
         sized = ("top eigenvalue", "seconds")
         counts = {name: max(len(column.get(name, ())) for column in columns.values()) for name in rows}
+        missed = {name for name, found in clean.items() if not all(map(_is_found, found))}
         lines = [
             [name, str(n)]
             + [
                 tables.spread(column[name], n, *([sections.SCIENTIFIC] if label in sized else []))
+                + ("*" if label == "top eigenvalue" and name in missed else "")
                 for label, column in columns.items()
             ]
             for name, n in counts.items()
@@ -46,7 +49,8 @@ def summary(runs: Sequence[Run]) -> list[Any]:
         text = (
             f"Accuracy in percent on the {setup.split} images, whose labels are true where those of training were"
             " altered, after the last epoch. Low bits (weights rounded after training), the top Hessian eigenvalue (its"
-            " residual is in the section on curvature) and seconds in training steps are of the runs on clean labels."
+            " residual is in the section on curvature; a star: some run did not reach it) and seconds in training steps"
+            " (the first evaluated epoch at the speed of the second) are of the runs on clean labels."
             f" {sections.SPREAD} {sections.origin(of_setup)}"
         )
         content += [page.Heading(str(setup)), page.Table(["network", "n", *columns], lines, text)]
@@ -63,6 +67,11 @@ def _low_bits(clean: dict[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
                 if width != "full" and int(width) <= MOST_BITS:
                     columns.setdefault(f"{width} bit, {spec}", {name: [] for name in clean})[name].append(accuracy)
     return columns
+
+
+def _is_found(run: Run) -> bool:
+    """Whether its top eigenvalue, if it was measured, reached its residual."""
+    return bool(run.curvature.get("eigenvalue_converged", True))
 
 
 def _values(clean: dict[str, list[Run]], value: Callable[[Run], float | None]) -> dict[str, list[float]]:
