@@ -223,7 +223,7 @@ def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -
 def _styles(networks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Color and marker by name: a method keeps its own, what is not a method takes a pair that nothing else has."""
     styles = {LABELS[method]: {"color": COLORS[method], "marker": MARKERS[method]} for method in METHODS}
-    colors = (*_OTHERS, *COLORS.values())
+    colors = [*_OTHERS, *(COLORS[method] for method in METHODS if LABELS[method] not in networks)]
     pairs = itertools.cycle({"color": color, "marker": marker} for marker in "P*Xh" for color in colors)
     return {name: styles.get(name) or next(pairs) for name in networks}
 
@@ -285,7 +285,7 @@ def over_noise(lines: Mapping[str, Mapping[float, tuple[float, float]]], label: 
     for i, (name, points) in enumerate(lines.items()):
         mean, deviation = np.array(list(points.values())).T
         # Set a little apart, so that the bars of networks that tie can be told from one another.
-        x = 100 * np.array(list(points)) + 0.6 * (i - (len(lines) - 1) / 2)
+        x = 100 * np.array(list(points)) + min(0.6, 4 / len(lines)) * (i - (len(lines) - 1) / 2)
         axes.errorbar(x, mean, deviation, label=name, markersize=5, capsize=2, **styles[name])
     axes.set_xlabel("training labels altered, %")
     axes.set_ylabel(label)
