@@ -26,12 +26,18 @@ from tests import problems
 COMMAND = [sys.executable, "-m", "experiments.train", "--epochs", "6", "--train-size", "256"]
 
 
-@pytest.fixture
-def not_ignored(urgent):
-    """Under nohup SIGHUP is ignored, and stays so."""
-    before = signal.signal(urgent, signal.SIG_DFL)
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored():
+    """Under nohup SIGHUP is, and in the background of a script SIGINT, and what is ignored stays so."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(urgent, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +140,7 @@ class TestBitForBit:
         assert [row["epoch"] for row in rows(out)] == [4]
 
     @pytest.mark.parametrize("urgent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd, not_ignored):
+    def test_a_signal_ends_after_the_step(self, config, images, trainer, whole, tmp_path, urgent, capfd):
         out = tmp_path / "run"
 
         def step(state, *arguments, **options):
