@@ -274,7 +274,7 @@ def _task(run: TrainConfig, is_noisy: bool) -> str:
 
 
 def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
-    """The resolved configurations of a part that trains, by name."""
+    """The resolved configurations of a part that trains, by name; raises ValueError for a search that is misplaced."""
     epochs = config.run({}, held_out).epochs
     assert epochs is not None
     on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))

@@ -147,6 +147,21 @@ def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(monkeypatch
     assert (seen["SGD"], seen["HERO"]) == (plots.COLORS["sgd"], plots.COLORS["hero"])
 
 
+def test_a_colour_of_a_method_that_is_drawn_is_no_other_networks(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        plots.Figure, "savefig", lambda figure, *rest, **options: seen.extend(figure.axes[0].containers)
+    )
+    networks = ["SGD", *(f"HERO (rho {i})" for i in range(9))]
+    plots.over_noise({name: {0.2: (50.0, 1.0), 0.4: (40.0, 1.0)} for name in networks}, "%", tmp_path / "plot.png")
+    colors = [container.lines[0].get_color() for container in seen]
+    assert colors[0] == plots.COLORS["sgd"]
+    assert len(set(colors)) == 10
+    # The points of a rate stay beside it.
+    shown = np.stack([container.lines[0].get_xdata() for container in seen])
+    np.testing.assert_allclose(shown, [[20, 40]] * 10, atol=2)
+
+
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     runs = [(tmp_path / str(i), TrainConfig(seed=i)) for i in range(2)]
     others = [TrainConfig(epochs=9), TrainConfig(epochs=9, rho=0.5), TrainConfig(method="sam")]
