@@ -78,7 +78,7 @@ def _bits_panel(axes: Any, names: Sequence[str], lines: Sequence[tuple[str, Any,
     for i, (label, points, style) in enumerate(lines):
         mean, deviation = np.array(points).T
         # Set a little apart, so that the bars of methods that tie can be told from one another.
-        x = np.arange(len(names)) + 0.06 * (i - (len(lines) - 1) / 2)
+        x = np.arange(len(names)) + min(0.06, 0.4 / len(lines)) * (i - (len(lines) - 1) / 2)
         axes.errorbar(x, mean, deviation, label=label, markersize=5, capsize=2, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy, %")

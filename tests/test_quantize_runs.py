@@ -162,6 +162,16 @@ def test_a_colour_of_a_method_that_is_drawn_is_no_other_networks(monkeypatch, tm
     np.testing.assert_allclose(shown, [[20, 40]] * 10, atol=2)
 
 
+def test_points_of_a_bit_width_stay_beside_it_however_many_networks_there_are():
+    figure = plots.Figure()
+    axes = figure.add_subplot()
+    style = {"color": "#000000", "marker": "o"}
+    plots._bits_panel(axes, ["full", "3"], [(str(i), [(1.0, 0.0)] * 2, style) for i in range(12)])
+    shown = np.stack([container.lines[0].get_xdata() for container in axes.containers])
+    np.testing.assert_allclose(shown, [[0, 1]] * 12, atol=0.2)
+    assert (np.diff(shown[:, 0]) > 0.01).all()
+
+
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     runs = [(tmp_path / str(i), TrainConfig(seed=i)) for i in range(2)]
     others = [TrainConfig(epochs=9), TrainConfig(epochs=9, rho=0.5), TrainConfig(method="sam")]
