@@ -80,7 +80,7 @@ def train(
             is_epoch_end = run.step % run.steps_per_epoch == 0
             if is_epoch_end:
                 run.end_epoch()
-            wanted = clock.wanted(is_epoch_end)
+            wanted = clock.wanted(is_epoch_end, run.wait)
             if wanted > _Wanted.NOTHING or run.step == last:
                 run.save()
             if wanted == _Wanted.INTERRUPTION:
@@ -156,6 +156,10 @@ class _Run:
             # The device keeps the images of every step that it has not made.
             jax.block_until_ready(self._losses[-1 - streams.AHEAD])
         self.step += len(order)
+
+    def wait(self) -> None:
+        """Returns when every step that was called has been made."""
+        jax.block_until_ready(self._state)
 
     def end_epoch(self) -> None:
         """Evaluates where that is due, logs and reports."""
@@ -286,8 +290,12 @@ class _Clock:
         self._begun_at = self._saved_at = time.monotonic()
         self._calls = 0
 
-    def wanted(self, is_epoch_end: bool) -> _Wanted:
-        """What is wanted after a call; all processes must ask after the same calls."""
+    def wanted(self, is_epoch_end: bool, wait: Callable[[], None]) -> _Wanted:
+        """What is wanted after a call; all processes must ask after the same calls.
+
+        `wait` is for the steps in flight: XLA:CPU may run a small program before a large one that was called earlier,
+        and processes whose collectives change places take each other's messages.
+        """
         self._calls += 1
         if jax.process_count() > 1 and not is_epoch_end and self._calls % AGREE_EVERY:
             return _Wanted.NOTHING
@@ -299,6 +307,8 @@ class _Clock:
                 wanted = _Wanted.END
         if self._is_interrupted():
             wanted = _Wanted.INTERRUPTION
+        if jax.process_count() > 1:
+            wait()
         wanted = _Wanted(parallel.agreed(wanted))
         if wanted > _Wanted.NOTHING:
             self._saved_at = now
