@@ -317,9 +317,16 @@ def _check_divides(batch_size: int, parts: int, name: str) -> None:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
 
 
-def agreed(urgency: int) -> int:
-    """The greatest of the numbers that the processes give, in each of them; all must call it."""
-    return int(multihost_utils.process_allgather(np.array(urgency)).max()) if jax.process_count() > 1 else urgency
+def agreed(urgency: int, after: PyTree = None) -> int:
+    """The greatest of the numbers that the processes give, in each of them; all must call it.
+
+    `after`: what programs still in flight make. It is waited for, since XLA:CPU may run a small program before a large
+    one that was called earlier, and processes whose collectives change places take each other's messages.
+    """
+    if jax.process_count() == 1:
+        return urgency
+    jax.block_until_ready(after)
+    return int(multihost_utils.process_allgather(np.array(urgency)).max())
 
 
 def from_first(tree: PyTree | None, like: PyTree) -> PyTree | None:

@@ -77,12 +77,16 @@ def quantization(
 def _bits_panel(axes: Any, names: Sequence[str], lines: Sequence[tuple[str, Any, dict[str, Any]]]) -> None:
     for i, (label, points, style) in enumerate(lines):
         mean, deviation = np.array(points).T
-        # Set a little apart, so that the bars of methods that tie can be told from one another.
-        x = np.arange(len(names)) + min(0.06, 0.4 / len(lines)) * (i - (len(lines) - 1) / 2)
+        x = np.arange(len(names)) + _apart(i, len(lines))
         axes.errorbar(x, mean, deviation, label=label, markersize=5, capsize=2, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
+
+
+def _apart(i: int, n: int) -> float:
+    """How far line i of n is set aside, so that the bars of networks that tie can be told apart; 0.4 at most in all."""
+    return min(0.06, 0.4 / n) * (i - (n - 1) / 2)
 
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, float], path: Path) -> None:
@@ -284,8 +288,7 @@ def over_noise(lines: Mapping[str, Mapping[float, tuple[float, float]]], label: 
     styles = _styles(list(lines))
     for i, (name, points) in enumerate(lines.items()):
         mean, deviation = np.array(list(points.values())).T
-        # Set a little apart, so that the bars of networks that tie can be told from one another.
-        x = 100 * np.array(list(points)) + min(0.6, 4 / len(lines)) * (i - (len(lines) - 1) / 2)
+        x = 100 * np.array(list(points)) + 10 * _apart(i, len(lines))
         axes.errorbar(x, mean, deviation, label=name, markersize=5, capsize=2, **styles[name])
     axes.set_xlabel("training labels altered, %")
     axes.set_ylabel(label)

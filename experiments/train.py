@@ -80,7 +80,7 @@ def train(
             is_epoch_end = run.step % run.steps_per_epoch == 0
             if is_epoch_end:
                 run.end_epoch()
-            wanted = clock.wanted(is_epoch_end, run.wait)
+            wanted = clock.wanted(is_epoch_end, run.state)
             if wanted > _Wanted.NOTHING or run.step == last:
                 run.save()
             if wanted == _Wanted.INTERRUPTION:
@@ -94,7 +94,8 @@ def train(
 class _Run:
     """A run under way.
 
-    step: steps made so far.
+    step: steps called so far.
+    state: that after them, which the devices may still be making.
     steps_per_epoch: how many an epoch has.
     metrics: the last evaluation that was made here; empty before the first.
     """
@@ -119,18 +120,18 @@ class _Run:
         # A stream brings its batches itself.
         self._train: Any = () if isinstance(train, data.Stream) else trainer.layout.replicate(train)
         self._order = functools.lru_cache(1)(lambda epoch: data.epoch_order(config.seed, epoch, size, batch_size))
-        self._state = trainer.init(config.seed)
+        self.state = trainer.init(config.seed)
         # Of the epoch begun; the host waits for the device only where it looks at them.
         self._losses: list[Any] = []
-        host = trainer.layout.to_host(self._state)
+        host = trainer.layout.to_host(self.state)
         self._curvature = _Curvature(config, trainer, train, host.params)
         self._set_good(host)
         # Process 0 alone has the folder.
         restored = parallel.from_first(None if folder is None else folder.restore(self._good), self._good)
         if restored is not None:
             # Before its successor comes: the devices may not have room for both.
-            del self._state
-            self._state = trainer.layout.to_devices(TrainState(*(restored[name] for name in TrainState._fields)))
+            del self.state
+            self.state = trainer.layout.to_devices(TrainState(*(restored[name] for name in TrainState._fields)))
             self.step = int(restored["step"])
             self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
             self._curvature.eigenvectors = restored["eigenvectors"]
@@ -146,20 +147,16 @@ class _Run:
         order = self._order(epoch)[done : done + self.config.steps_per_call]
         if self.config.steps_per_call > 1:
             images, labels = self._train
-            self._state, losses = self.trainer.steps(self._state, images, labels, order)
+            self.state, losses = self.trainer.steps(self.state, images, labels, order)
         else:
             penalize = self.step % (self.config.interval or 1) == 0
             batch = (order[0],) if self._batches is None else next(self._batches)
-            self._state, losses = self.trainer.step(self._state, *self._train, *batch, penalize=penalize)
+            self.state, losses = self.trainer.step(self.state, *self._train, *batch, penalize=penalize)
         self._losses.append(losses)
         if self._batches is not None and len(self._losses) > streams.AHEAD:
             # The device keeps the images of every step that it has not made.
             jax.block_until_ready(self._losses[-1 - streams.AHEAD])
         self.step += len(order)
-
-    def wait(self) -> None:
-        """Returns when every step that was called has been made."""
-        jax.block_until_ready(self._state)
 
     def end_epoch(self) -> None:
         """Evaluates where that is due, logs and reports."""
@@ -172,7 +169,7 @@ class _Run:
         is_measured = config.every is not None and (is_last or epoch % config.every == 0)
         self._losses = []
         if is_last or is_measured or epoch % config.eval_every == 0:
-            host = self.trainer.layout.to_host(self._state)
+            host = self.trainer.layout.to_host(self.state)
             variables = _variables(host._asdict())
             self.metrics = self._measured(variables)
             row |= {"step": self.step, **self.metrics, **_hero_metrics(host.opt_state)}
@@ -194,7 +191,7 @@ class _Run:
         """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
         if int(self._good["step"]) != self.step:
             losses = self._checked_losses()
-            self._set_good(self.trainer.layout.to_host(self._state), losses)
+            self._set_good(self.trainer.layout.to_host(self.state), losses)
         if self.folder is not None:
             self.folder.save(self.step, self._good)
         parallel.agreed(0)
@@ -290,12 +287,8 @@ class _Clock:
         self._begun_at = self._saved_at = time.monotonic()
         self._calls = 0
 
-    def wanted(self, is_epoch_end: bool, wait: Callable[[], None]) -> _Wanted:
-        """What is wanted after a call; all processes must ask after the same calls.
-
-        `wait` is for the steps in flight: XLA:CPU may run a small program before a large one that was called earlier,
-        and processes whose collectives change places take each other's messages.
-        """
+    def wanted(self, is_epoch_end: bool, state: TrainState) -> _Wanted:
+        """What is wanted after a call, which gives `state`; all processes must ask after the same calls."""
         self._calls += 1
         if jax.process_count() > 1 and not is_epoch_end and self._calls % AGREE_EVERY:
             return _Wanted.NOTHING
@@ -307,9 +300,7 @@ class _Clock:
                 wanted = _Wanted.END
         if self._is_interrupted():
             wanted = _Wanted.INTERRUPTION
-        if jax.process_count() > 1:
-            wait()
-        wanted = _Wanted(parallel.agreed(wanted))
+        wanted = _Wanted(parallel.agreed(wanted, after=state))
         if wanted > _Wanted.NOTHING:
             self._saved_at = now
         return wanted

@@ -219,6 +219,34 @@ def test_batch_norm_under_pmap_is_that_of_the_whole_batch_up_to_the_third_deriva
     problems.assert_close(found, expected, rtol=1e-9)
 
 
+def test_processes_agree_after_what_is_in_flight(monkeypatch):
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x), x))
+    made = slow(jnp.eye(500)).block_until_ready()
+    seen = []
+
+    def allgather(urgency):
+        seen.append(made.is_ready())
+        return np.array([urgency, 3])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", allgather)
+    made = slow(jnp.eye(500))
+    assert parallel.agreed(1, after={"made": made}) == 3
+    assert seen == [True]
+
+
+def test_the_clock_asks_after_the_steps_that_were_called(monkeypatch):
+    asked = []
+
+    def agreed(urgency, after=None):
+        asked.append(after if after is None else int(after.step))
+        return urgency
+
+    monkeypatch.setattr(parallel, "agreed", agreed)
+    training.train(TrainConfig(method="sgd", epochs=1, batch_size=256), data.load("digits"))
+    assert [step for step in asked if step is not None] == [1, 2, 3, 4, 5]
+
+
 class TestTwoProcesses:
     def test_equal_one_device(self, tmp_path):
         outputs = run_two([sys.executable, "-c", PROCESS], lambda address, i: [address, str(i), str(tmp_path)])
