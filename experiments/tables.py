@@ -28,8 +28,13 @@ def spread(values: Sequence[float], n: int | None = None, formats: tuple[str, st
     return cell(found.mean, found.std, formats) + ("" if found.n == n else f" (n\u00a0{found.n})")
 
 
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> str:
-    """Mean difference over the seeds that both have, its standard error and how many there are.
+def difference(
+    values: Mapping[int, float],
+    baseline: Mapping[int, float],
+    n: int | None = None,
+    formats: tuple[str, str] = ("+.2f", ".2f"),
+) -> str:
+    """Mean difference over the seeds that both have and its standard error, with how many unless it is the `n` given.
 
     The error is that of paired differences: their sample deviation / sqrt(n).
     """
@@ -37,7 +42,8 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> st
     if not paired:
         return NOTHING
     found = Spread.of(paired)
-    return f"{cell(found.mean, found.std / math.sqrt(found.n), ('+.2f', '.2f'))} (n\u00a0{found.n})"
+    text = cell(found.mean, found.std / math.sqrt(found.n), formats)
+    return text + ("" if found.n == n else f" (n\u00a0{found.n})")
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

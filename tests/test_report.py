@@ -83,9 +83,9 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def made(folder, *more):
+def made(folder, *more, against=()):
     """The Markdown and the HTML of a report."""
-    report.main((folder, *more))
+    report.main((folder, *more), against=against)
     out = folder / "report"
     return (out / "report.md").read_text(), (out / "report.html").read_text()
 
@@ -186,6 +186,59 @@ def test_difference_by_hand():
     assert tables.difference({0: 3.0, 1: 6.0, 5: 90.0}, {1: 2.0, 0: 1.0, 4: 7.0}) == "+3.00 \u00b1 1.00 (n\u00a02)"
     assert tables.difference({0: 3.0}, {0: 4.0}) == "-1.00 (n\u00a01)"
     assert tables.difference({0: 3.0}, {1: 4.0}) == "\u2014"
+    assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2) == "+3.00 \u00b1 1.00"
+    assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 3) == "+3.00 \u00b1 1.00 (n\u00a02)"
+    assert tables.difference({0: 300.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2, ("+.1e", ".0f")) == "+1.5e+02 \u00b1 148"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A report of ASAM on four seeds, three of them those of HERO, and of both on noisy labels."""
+    base = tmp_path_factory.mktemp("against")
+    along = {"validation_accuracy": (0.5, 0.8, 0.7)}
+    for seed, (best, accuracy) in enumerate(((0.5, 0.9), (0.6, 0.8), (0.4, 0.7), (0.1, 0.1))):
+        shown = measured(seed)
+        fake(base / f"asam-{seed}", (0.3, best, accuracy), measured=shown, more=along, method="asam", seed=seed)
+    for seed, (best, accuracy, shift) in enumerate(((0.7, 0.93, 2.0), (0.65, 0.85, 5.0), (0.5, 0.7, 3.0))):
+        shown = measured(shift) if seed else None
+        fake(base / f"hero-{seed}", (0.3, best, accuracy), measured=shown, more=along, method="hero", seed=seed)
+    for method, accuracy in (("sgd", 0.5), ("hero", 0.75)):
+        fake(base / f"noisy-{method}", (0.1, 0.2, accuracy), method=method, label_noise=0.4)
+    return made(base, against=("ASAM", "SGD"))[0]
+
+
+class TestAgainst:
+    """Differences to networks that are named."""
+
+    def test_are_those_of_numpy(self, compared):
+        part = compared[compared.index("minus ASAM") :]
+        (row,) = cells_of(part[: part.index("\n\n#")], "HERO")
+        header = next(line for line in part.splitlines() if line.startswith("| network"))
+        names = [name.strip() for name in header.strip("|").split(" | ")]
+        claims = ["last epoch", "at best validation", "2 bit, channel-narrow", "top eigenvalue"]
+        assert names == ["network", "n", *claims]
+        found = dict(zip(names, row, strict=True))
+        assert found["n"] == "3"
+        for label, differences in (("last epoch", (3, 5, 0)), ("at best validation", (20, 5, 10))):
+            sem = np.std(differences, ddof=1) / math.sqrt(3)
+            assert found[label] == f"{np.mean(differences):+.2f} \u00b1 {sem:.2f}"
+        # Measured of two seeds: shifts of 5 and 3 in place of 1 and 2.
+        assert found["2 bit, channel-narrow"] == "+2.50 \u00b1 1.50 (n\u00a02)"
+        assert found["top eigenvalue"] == "-2.5 \u00b1 1.5 (n\u00a02)"
+
+    def test_are_shown_for_tasks_that_have_the_network(self, compared):
+        headings = [line for line in compared.splitlines() if line.startswith("### ") and "minus" in line]
+        assert [("noise" in line, line.split("minus ")[1]) for line in headings] == [(False, "ASAM"), (True, "SGD")]
+        assert cells_of(compared[compared.index(headings[1]) :], "HERO")[0][:3] == ["HERO", "1", "+25.00"]
+
+    def test_are_left_out_unless_named(self, everything):
+        assert "## Differences" not in everything[1]
+
+    def test_refuse_a_name_that_is_no_network(self, tmp_path):
+        fake(tmp_path / "a")
+        with pytest.raises(ValueError, match=r"`against` must name networks of these runs \(SGD\); got 'ASM'\."):
+            made(tmp_path, against=("ASM",))
+        assert not (tmp_path / "report").exists()
 
 
 def test_spread_tells_its_n_where_the_row_has_another():

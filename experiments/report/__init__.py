@@ -6,6 +6,7 @@ report.md with the same tables beside the plots. A mean has its n and, over two 
 saved       runs and what was measured of them, read back and checked, in cells
 sections    the sections: tables and plots of cells
 summary     that of every claim, a row a network
+differences those of every claim to chosen networks
 curvature   those on the Hessian, the size of the penalty and landscapes
 page        a page of sections as HTML and as Markdown
 """
@@ -23,7 +24,7 @@ import tyro
 
 from experiments import cli, groups, tables
 from experiments.config import LABELS
-from experiments.report import curvature, page, saved, sections, summary
+from experiments.report import curvature, differences, page, saved, sections, summary
 from experiments.report.saved import Run
 from experiments.report.sections import Part, Setup
 
@@ -122,23 +123,28 @@ def claim(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None) -> None:
+def main(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, against: tuple[str, ...] = ()
+) -> None:
     """Reports saved runs: accuracy, noise, low bits, curvature, penalty, ablations, searches, and where all is from.
 
     Args:
         folders: Folders to look below for runs, landscape* folders and search.json files.
         out: Folder for report.html, report.md and the plots: new, empty, or of an earlier report, which is replaced;
             default report in the first of `folders`.
+        against: Networks, by their names in the report, whose differences to all others are shown.
     """
     found = saved.find(folders)
     out = out or folders[0] / "report"
     of_tasks = parts(found.main)
     of_settings = ablations(found.ablations, of_tasks)
     every = [*of_tasks, *of_settings]
+    compared = differences.differences(of_tasks, against)
     claim(out)
     draw = sections.Plotter(out)
     written = {
         "Summary": summary.summary(found.main),
+        "Differences": compared,
         "Accuracy": sections.accuracy([part for part in of_tasks if not part.setup.label_noise], draw),
         "Label noise": sections.label_noise(found.main, draw),
         "Quantization": sections.quantization(every, draw),
