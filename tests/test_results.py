@@ -5,23 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from experiments import tables
-from experiments.report import page, saved, summary
+from experiments import report, tables
+from experiments.report import differences, page, saved, sections, summary
 
 ROOT = Path(__file__).parent.parent
 
 
-def summary_of(archive, folder):
-    """The lines of the summary of archived runs, in Markdown."""
-    with tarfile.open(archive) as tar:
+# Networks to which the page of CIFAR-10 shows the differences, as docs/results.md asks for them.
+AGAINST = ("SGD", "ASAM", "ASAM (rho 0.5)", "GRAD L1")
+
+
+def archived(name, folder):
+    """The archived runs of a folder of results."""
+    with tarfile.open(ROOT / "results" / name / "runs.tar.xz") as tar:
         tar.extractall(folder, filter="data")
-    content = summary.summary(saved.find([folder]).main)
-    return [
-        line
-        for made in content
-        if isinstance(made, page.Table)
-        for line in tables.markdown(made.header, made.lines, made.left).splitlines()
-    ]
+    return saved.find([folder]).main
+
+
+def in_markdown(content):
+    """The lines of each table of a section."""
+    found = [made for made in content if isinstance(made, page.Table)]
+    return [tables.markdown(made.header, made.lines, made.left).splitlines() for made in found]
 
 
 @pytest.mark.parametrize(
@@ -32,10 +36,45 @@ def summary_of(archive, folder):
     ],
 )
 def test_shown_tables_are_those_of_the_records(name, pages, tmp_path):
-    lines = summary_of(ROOT / "results" / name / "runs.tar.xz", tmp_path)
+    (lines,) = in_markdown(summary.summary(archived(name, tmp_path)))
     assert len(lines) > 5
     for shown in pages:
         text = (ROOT / shown).read_text().splitlines()
         start = text.index(lines[0])
         end = next(i for i in range(start, len(text)) if not text[i].startswith("|"))
         assert text[start:end] == lines, shown
+
+
+def test_shown_differences_are_those_of_the_records(tmp_path):
+    command = "--against " + " ".join(f'"{name}"' if " " in name else name for name in AGAINST)
+    assert command in (ROOT / "docs" / "results.md").read_text()
+    text = (ROOT / "results" / "cifar10-small" / "README.md").read_text()
+    made = in_markdown(differences.differences(report.parts(archived("cifar10-small", tmp_path)), AGAINST))
+    # Clean labels and two rates of noise.
+    assert len(made) == 3 * len(AGAINST)
+    section = text[text.index("\n## Differences") : text.index("\n## Accuracy")]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert shown == [line for lines in made for line in lines]
+
+
+def rows_below(path, header):
+    """The cells of each row of the table with this header."""
+    text = path.read_text().splitlines()
+    start = text.index(header) + 2
+    end = next(i for i in range(start, len(text)) if not text[i].startswith("|"))
+    return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in text[start:end]]
+
+
+def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
+    runs = archived("digits-reproduce", tmp_path)
+    symmetric = [run for run in runs if run.config.label_noise and run.config.label_noise_kind == "symmetric"]
+    made = sections.by_noise(symmetric, sections.names(runs), lambda run: run.config.label_noise)
+    rates = (0.2, 0.4, 0.6, 0.8)
+    expected = {
+        (name, *(tables.spread([run.accuracy for run in row[r]], 10) for r in rates)) for name, row in made.items()
+    }
+    header = "| method | 20 % altered | 40 % | 60 % | 80 % |"
+    shown = rows_below(ROOT / "docs" / "results.md", header)
+    assert set(shown) == expected
+    # Under other names.
+    assert {row[1:] for row in rows_below(ROOT / "README.md", header)} <= {row[1:] for row in expected}
