@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from experiments import runs
 from experiments.config import LABELS, METHODS
@@ -256,9 +256,11 @@ def along_epochs(
     """Curves along training, a panel below the other: mean over seeds, the band is the range over seeds.
 
     `panels`: by label of the axis and network, for each seed its (epoch, value)s; the seeds have the same epochs. Where
-    a value is NaN it is left out.
+    a value is NaN it is left out. Where one network was trained for more than twice the epochs of another the axis of
+    epochs is logarithmic, so that the short curves keep their width.
     """
     figure = Figure(figsize=(5.6, 0.8 + 2.5 * len(panels)), layout="constrained")
+    ends = [seed[-1][0] for lines in panels.values() for seeds in lines.values() for seed in seeds]
     networks = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     styles = _styles(networks)
     for axes, (label, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
@@ -274,7 +276,11 @@ def along_epochs(
         if log:
             axes.set_yscale("log")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if max(ends) > 2 * min(ends):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.axes[-1].set_xlabel("epoch")
     _legend_below(figure)

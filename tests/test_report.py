@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import report, runs, search, tables
+from experiments import plots, report, runs, search, tables
 from experiments import train as training
 from experiments.config import TrainConfig
 from experiments.report import page, saved
@@ -477,6 +477,15 @@ def test_all_commits_and_hardware_are_listed(tmp_path):
     assert "SGD has runs of aaaaaaaaaaaa and aaaaaaaaaaaa then cccccccccccc and bbbbbbbbbbbb" in caption
     assert "1 x cpu, 2 cores (2 runs), 4 x H, 2 cores (1 runs)" in caption
     assert "train --method sgd" in text
+
+
+@pytest.mark.parametrize(("longest", "scale"), [(6, "linear"), (7, "log")])
+def test_short_curves_keep_their_width_beside_long_ones(longest, scale, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *rest, **options: seen.extend(figure.axes))
+    curves = {name: [[(epoch, 1.0) for epoch in range(1, 1 + n)]] for name, n in (("SGD", 3), ("HERO", longest))}
+    plots.along_epochs({"loss": curves, "accuracy": curves}, tmp_path / "plot.png")
+    assert [axes.get_xscale() for axes in seen] == [scale, scale]
 
 
 def test_names_tell_settings_apart_and_pace_does_not(tmp_path):
