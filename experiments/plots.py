@@ -261,6 +261,7 @@ def along_epochs(
     """
     figure = Figure(figsize=(5.6, 0.8 + 2.5 * len(panels)), layout="constrained")
     ends = [seed[-1][0] for lines in panels.values() for seeds in lines.values() for seed in seeds]
+    are_unlike = max(ends) > 2 * min(ends)
     networks = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     styles = _styles(networks)
     for axes, (label, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
@@ -276,7 +277,7 @@ def along_epochs(
         if log:
             axes.set_yscale("log")
         axes.set_ylabel(label)
-        if max(ends) > 2 * min(ends):
+        if are_unlike:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(ScalarFormatter())
         else:

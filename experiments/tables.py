@@ -32,7 +32,7 @@ def difference(
     values: Mapping[int, float],
     baseline: Mapping[int, float],
     n: int | None = None,
-    formats: tuple[str, str] = ("+.2f", ".2f"),
+    formats: tuple[str, str] = (".2f", ".2f"),
 ) -> str:
     """Mean difference over the seeds that both have and its standard error, with how many unless it is the `n` given.
 
@@ -42,7 +42,7 @@ def difference(
     if not paired:
         return NOTHING
     found = Spread.of(paired)
-    text = cell(found.mean, found.std / math.sqrt(found.n), formats)
+    text = cell(found.mean, found.std / math.sqrt(found.n), (f"+{formats[0]}", formats[1]))
     return text + ("" if found.n == n else f" (n\u00a0{found.n})")
 
 

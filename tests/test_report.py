@@ -188,7 +188,7 @@ def test_difference_by_hand():
     assert tables.difference({0: 3.0}, {1: 4.0}) == "\u2014"
     assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2) == "+3.00 \u00b1 1.00"
     assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 3) == "+3.00 \u00b1 1.00 (n\u00a02)"
-    assert tables.difference({0: 300.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2, ("+.1e", ".0f")) == "+1.5e+02 \u00b1 148"
+    assert tables.difference({0: 300.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2, (".1e", ".0f")) == "+1.5e+02 \u00b1 148"
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,14 @@ def in_markdown(content):
     return [tables.markdown(made.header, made.lines, made.left).splitlines() for made in found]
 
 
+def table_below(path, header):
+    """The lines of the table with this header, the header first."""
+    text = path.read_text().splitlines()
+    start = text.index(header)
+    end = next(i for i in range(start, len(text)) if not text[i].startswith("|"))
+    return text[start:end]
+
+
 @pytest.mark.parametrize(
     ("name", "pages"),
     [
@@ -39,10 +47,7 @@ def test_shown_tables_are_those_of_the_records(name, pages, tmp_path):
     (lines,) = in_markdown(summary.summary(archived(name, tmp_path)))
     assert len(lines) > 5
     for shown in pages:
-        text = (ROOT / shown).read_text().splitlines()
-        start = text.index(lines[0])
-        end = next(i for i in range(start, len(text)) if not text[i].startswith("|"))
-        assert text[start:end] == lines, shown
+        assert table_below(ROOT / shown, lines[0]) == lines, shown
 
 
 def test_shown_differences_are_those_of_the_records(tmp_path):
@@ -57,14 +62,6 @@ def test_shown_differences_are_those_of_the_records(tmp_path):
     assert shown == [line for lines in made for line in lines]
 
 
-def rows_below(path, header):
-    """The cells of each row of the table with this header."""
-    text = path.read_text().splitlines()
-    start = text.index(header) + 2
-    end = next(i for i in range(start, len(text)) if not text[i].startswith("|"))
-    return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in text[start:end]]
-
-
 def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
     runs = archived("digits-reproduce", tmp_path)
     symmetric = [run for run in runs if run.config.label_noise and run.config.label_noise_kind == "symmetric"]
@@ -74,7 +71,10 @@ def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
         (name, *(tables.spread([run.accuracy for run in row[r]], 10) for r in rates)) for name, row in made.items()
     }
     header = "| method | 20 % altered | 40 % | 60 % | 80 % |"
-    shown = rows_below(ROOT / "docs" / "results.md", header)
-    assert set(shown) == expected
+    docs, readme = (
+        {tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in table_below(path, header)[2:]}
+        for path in (ROOT / "docs" / "results.md", ROOT / "README.md")
+    )
+    assert docs == expected
     # Under other names.
-    assert {row[1:] for row in rows_below(ROOT / "README.md", header)} <= {row[1:] for row in expected}
+    assert {row[1:] for row in readme} <= {row[1:] for row in expected}

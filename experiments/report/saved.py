@@ -99,6 +99,10 @@ class Cell(NamedTuple):
     network: TrainConfig
     runs: list[Run]
 
+    def by_seed(self, value: Callable[[Run], float | None]) -> dict[int, float]:
+        """The value of each run that has it, by its seed."""
+        return {run.config.seed: found for run in self.runs if (found := value(run)) is not None}
+
 
 class Found(NamedTuple):
     """Run folders, folders of landscapes (landscape.json) and of searches (search.json), each in the order of names."""

@@ -123,7 +123,7 @@ def accuracy_table(part: Part) -> page.Table:
             tables.spread([run.rows[-1]["train_loss"] for run in cell.runs], n, SCIENTIFIC),
             tables.spread(seconds, n, SCIENTIFIC),
         ]
-        seeds, *others = ({run.config.seed: run.accuracy for run in c.runs} for c in (cell, *compared))
+        seeds, *others = (c.by_seed(lambda run: run.accuracy) for c in (cell, *compared))
         columns += [
             tables.NOTHING if base is cell else tables.difference(seeds, other)
             for base, other in zip(compared, others, strict=True)

@@ -11,6 +11,7 @@ from experiments.report.saved import Run
 
 # Rounding to more bits than this costs next to nothing, and has its place in the section on quantization.
 MOST_BITS = 3
+EIGENVALUE = "top eigenvalue"
 
 
 def summary(runs: Sequence[Run]) -> list[Any]:
@@ -24,24 +25,24 @@ def summary(runs: Sequence[Run]) -> list[Any]:
         rows = sections.by_noise(of_setup, named, lambda run: (run.config.label_noise_kind, run.config.label_noise))
         clean = {name: next((found for (_, rate), found in row.items() if not rate), []) for name, row in rows.items()}
         columns = {"clean labels": {name: [run.accuracy for run in found] for name, found in clean.items()}}
-        columns |= _low_bits(clean)
+        columns |= {label: _values(clean, value) for label, value in low_bits(of_setup).items()}
         for kind, rate in sorted({key for row in rows.values() for key in row if key[1]}):
             label = f"{100 * rate:g} % {kind} noise"
             columns[label] = {name: [run.accuracy for run in row.get((kind, rate), ())] for name, row in rows.items()}
-        columns["top eigenvalue"] = _values(clean, lambda run: run.curvature.get("eigenvalue"))
+        columns[EIGENVALUE] = _values(clean, eigenvalue)
         columns = {label: column for label, column in columns.items() if any(column.values())}
         if len(columns) < 2:
             continue
         seconds = _values(clean, lambda run: run.seconds)
         columns |= {"seconds": seconds} if any(seconds.values()) else {}
-        sized = ("top eigenvalue", "seconds")
+        sized = (EIGENVALUE, "seconds")
         counts = {name: max(len(column.get(name, ())) for column in columns.values()) for name in rows}
         missed = {name for name, found in clean.items() if not all(map(_is_found, found))}
         lines = [
             [name, str(n)]
             + [
                 tables.spread(column[name], n, *([sections.SCIENTIFIC] if label in sized else []))
-                + ("*" if label == "top eigenvalue" and name in missed else "")
+                + ("*" if label == EIGENVALUE and name in missed else "")
                 for label, column in columns.items()
             ]
             for name, n in counts.items()
@@ -57,16 +58,20 @@ def summary(runs: Sequence[Run]) -> list[Any]:
     return content
 
 
-def _low_bits(clean: dict[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
-    """Columns of the accuracy at few bits, for each quantizer."""
-    quantized = [(name, run.measured.get("quantized", {})) for name, found in clean.items() for run in found]
-    columns: dict[str, dict[str, list[float]]] = {}
-    for name, by_spec in quantized:
-        for spec, row in by_spec.items():
-            for width, accuracy in row.items():
-                if width != "full" and int(width) <= MOST_BITS:
-                    columns.setdefault(f"{width} bit, {spec}", {name: [] for name in clean})[name].append(accuracy)
-    return columns
+def low_bits(runs: Sequence[Run]) -> dict[str, Callable[[Run], float | None]]:
+    """What was measured of any of these at few bits: accuracy by the label of its quantizer and width."""
+    measured = [(spec, row) for run in runs for spec, row in run.measured.get("quantized", {}).items()]
+    found = {(spec, width): None for spec, row in measured for width in row if width != "full"}
+    return {f"{width} bit, {spec}": _at(spec, width) for spec, width in found if int(width) <= MOST_BITS}
+
+
+def eigenvalue(run: Run) -> float | None:
+    """The top eigenvalue at the end, where it was measured."""
+    return run.curvature.get("eigenvalue")
+
+
+def _at(spec: str, width: str) -> Callable[[Run], float | None]:
+    return lambda run: run.measured.get("quantized", {}).get(spec, {}).get(width)
 
 
 def _is_found(run: Run) -> bool:
