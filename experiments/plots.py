@@ -283,7 +283,7 @@ def along_epochs(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.axes[-1].set_xlabel("epoch")
+    figure.axes[-1].set_xlabel("epoch (logarithmic)" if are_unlike else "epoch")
     _legend_below(figure)
     figure.savefig(path, dpi=150)
 
