@@ -31,6 +31,7 @@ from rich.table import Table
 
 from experiments import cli, runs
 from hero_jax import _check, models, quantize
+from hero_jax.evaluate import classifier
 
 PyTree = Any
 
@@ -116,7 +117,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         return model.apply({"params": params, **rest}, x)
 
     size = arguments.batch_size
-    classify = quantize.classifier(apply, batch_size=size)
+    classify = classifier(apply, batch_size=size)
     forward = jax.jit(apply)
     batches = [images[i : i + size] for i in range(0, len(images), size)]
 
@@ -143,7 +144,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         functions["qwix sweep"] = lambda: [
             evaluate(p)["loss"] for p in (params, *(with_qwix(params, bits) for bits in arguments.bits))
         ]
-        classify_codes = quantize.classifier(lambda codes, x: apply(qwix_weights(codes), x), batch_size=size)
+        classify_codes = classifier(lambda codes, x: apply(qwix_weights(codes), x), batch_size=size)
         functions["qwix sweep, codes in the forward pass"] = lambda: [
             classify_codes(p, images, labels)["loss"]
             for p in (params, *(qwix_codes(params, bits) for bits in arguments.bits))

@@ -34,7 +34,7 @@ import hero_jax
 from benchmarks import peers
 from experiments import cli, runs
 from experiments.config import DTYPES
-from hero_jax import _check, models, penalty
+from hero_jax import _check, models, penalties
 
 PyTree = Any
 RHO, GAMMA = 0.5, 5.0
@@ -43,7 +43,7 @@ METHODS: dict[str, optax.GradientTransformationExtraArgs] = {
     "sam": hero_jax.sam(0.05),
     "asam": hero_jax.sam(RHO, adaptive=True),
     "grad_l1": hero_jax.grad_l1(1e-3),
-    **{f"hero {name}": hero_jax.hero(RHO, GAMMA, penalty=name) for name in penalty.PENALTIES},
+    **{f"hero {name}": hero_jax.hero(RHO, GAMMA, penalty=name) for name in penalties.PENALTIES},
 }
 TORCH_MODELS = ("resnet20", "resnet32", "resnet56")
 # Images of the check against PyTorch: float64 convolutions are slow.

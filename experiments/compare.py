@@ -15,6 +15,7 @@ import tyro
 from experiments import cli, data, plots, progress, runs, sweep, tables
 from experiments.config import LABELS, METHODS, TrainConfig
 from hero_jax import _check, quantize
+from hero_jax.evaluate import Spread
 
 # Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
 MAY_DIFFER = ("seeds", "methods", "bits", "spec", "curvature_size", "curvature_products")
@@ -131,10 +132,8 @@ def summarize(results: list[Measured]) -> list[Row]:
             Row(
                 method=method,
                 n=len(runs_of),
-                accuracy={
-                    bits: quantize.Spread.of([r.accuracy[bits] for r in runs_of])[:2] for bits in runs_of[0].accuracy
-                },
-                eigenvalue=quantize.Spread.of([r.eigenvalue for r in runs_of])[:2],
+                accuracy={bits: Spread.of([r.accuracy[bits] for r in runs_of])[:2] for bits in runs_of[0].accuracy},
+                eigenvalue=Spread.of([r.eigenvalue for r in runs_of])[:2],
                 all_converged=all(r.eigenvalue_converged for r in runs_of),
             )
         )

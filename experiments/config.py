@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments import data, label_noise, presets
-from hero_jax import _check, models, penalty, perturbation, quantize
+from hero_jax import _check, models, penalties, perturbations, quantize
 
 LABELS = {
     "sgd": "SGD",
@@ -132,7 +132,7 @@ class TrainConfig:
         if self.model is not None:
             _check.one_of("model", self.model, models.MODELS)
         if self.penalty is not None:
-            _check.one_of("penalty", self.penalty, penalty.PENALTIES)
+            _check.one_of("penalty", self.penalty, penalties.PENALTIES)
         sizes = (
             "epochs",
             "batch_size",
@@ -162,9 +162,9 @@ class TrainConfig:
                 _check.non_negative(name, getattr(self, name))
         _check.one_of("dtype", self.dtype, DTYPES)
         if self.scope is not None:
-            _check.one_of("scope", self.scope, perturbation.SCOPES)
+            _check.one_of("scope", self.scope, perturbations.SCOPES)
         if self.reduction is not None:
-            _check.one_of("reduction", self.reduction, penalty.REDUCTIONS)
+            _check.one_of("reduction", self.reduction, penalties.REDUCTIONS)
         if self.noise_bits is not None:
             _check.integer("noise_bits", self.noise_bits, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         if self.ema_decay is not None:

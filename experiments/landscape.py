@@ -22,7 +22,8 @@ from experiments import cli, data, plots, progress, runs, tables
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from hero_jax import _check, landscape
-from hero_jax.quantize import Spread, linen
+from hero_jax.evaluate import Spread
+from hero_jax.quantize import linen
 
 PyTree = Any
 Report = Callable[[str, int, int], None]

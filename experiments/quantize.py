@@ -26,6 +26,7 @@ from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from experiments.groups import group_runs
 from hero_jax import _check, curvature, quantize, spectrum
+from hero_jax.evaluate import Spread, aggregate, classifier
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
 PyTree = Any
@@ -127,7 +128,7 @@ def evaluate(
     if "activations" in parts:
         ranges = linen.activation_ranges(forward, variables, batches)
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
-        classify = quantize.classifier(forward, batch_size=trainers.EVAL_BATCH)
+        classify = classifier(forward, batch_size=trainers.EVAL_BATCH)
     test = network.dataset.test.first(config.images)
 
     def eval_fn(params: PyTree) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def measure_layers(
 
 
 def cells(
-    config: QuantizeConfig, spreads: dict[Key, list[quantize.Spread]]
+    config: QuantizeConfig, spreads: dict[Key, list[Spread]]
 ) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
     """Header and, by specification and step, lines of a table."""
     header = ["network", "n", "full", *(f"{bits} bit" for bits in config.bits)]
@@ -253,7 +254,7 @@ def load(
         config, trainer, variables, dataset = trainers.load(folder, data_dir, display)
         images = dataset.train.first(calibration).images
         batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-        classify = quantize.classifier(trainer.forward, batch_size=trainers.EVAL_BATCH)
+        classify = classifier(trainer.forward, batch_size=trainers.EVAL_BATCH)
         network = Network(trainer, variables, dataset, batches, classify)
         network = shared.setdefault(dataclasses.replace(config, seed=0), network)
         # Labels that were altered are those of each seed; else the data are there once.
@@ -304,9 +305,7 @@ def main(
         f"{names.pop()}: accuracy in percent on {images:,} images, kernels rounded after training; mean \u00b1 standard"
         f" deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
     )
-    spreads = {
-        key: quantize.aggregate(seeds, lambda row: 100 * row.metrics["accuracy"]) for key, seeds in scores.items()
-    }
+    spreads = {key: aggregate(seeds, lambda row: 100 * row.metrics["accuracy"]) for key, seeds in scores.items()}
     header, lines = cells(config, spreads)
     rows = [[*kind, *line] for kind, part in lines.items() for line in part]
     (out / "table.md").write_text(f"{tables.markdown(['spec', 'step', *header], rows, left=3)}\n{text}\n")

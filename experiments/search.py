@@ -19,7 +19,7 @@ import tyro
 from experiments import cli, data, plots, progress, runs, sweep, tables
 from experiments.config import LABELS, METHODS, TAKES, TrainConfig
 from hero_jax import _check
-from hero_jax.quantize import Spread
+from hero_jax.evaluate import Spread
 
 SEARCHED = ("rho", "gamma")
 # What a search may have more of than the one that its folder holds.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from hero_jax.quantize import Spread
+from hero_jax.evaluate import Spread
 
 SEPARATOR = " \u00b1 "
 NOTHING = "\u2014"

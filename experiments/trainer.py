@@ -17,7 +17,8 @@ from optax import microbatching
 from experiments import data, label_noise, methods, parallel, progress, runs
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
-from hero_jax import curvature, models, quantize
+from hero_jax import curvature, models
+from hero_jax.evaluate import classifier
 
 PyTree = Any
 EVAL_BATCH = 500
@@ -179,7 +180,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         return matvec, curvature.restrict(variables, mask)
 
     shards = 1 if layout.examples is None else layout.examples.num_devices
-    classify = quantize.classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
+    classify = classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
 
     def evaluate(variables: PyTree, split: data.Split | data.Stream) -> dict[str, float]:
         found = [(part.size / split.size, classify(variables, *part)) for part in split.parts(EVAL_BATCH)]

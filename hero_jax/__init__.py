@@ -1,13 +1,14 @@
 """hero_jax: train networks with low curvature, measure it, and quantize them.
 
-hero_jax.transform     hero, sam, grad_l1: Optax gradient transformations
-hero_jax.perturbation  where the second gradient is taken (SAM, ASAM)
-hero_jax.penalty       the curvature penalties and their exact gradients
+hero_jax.transforms    hero, sam, grad_l1: Optax gradient transformations
+hero_jax.perturbations where the second gradient is taken (SAM, ASAM)
+hero_jax.penalties     the curvature penalties and their exact gradients
 hero_jax.curvature     products with the Hessian, the Gauss-Newton matrix and the empirical Fisher
 hero_jax.spectrum      eigenvalues, traces, norms and densities, each with its error
 hero_jax.sharpness     worst-case and predicted increases of the loss
 hero_jax.landscape     the loss along lines and planes through the weights, and between networks
 hero_jax.quantize      post-training weight quantization: grids, evaluation, rounding, sensitivity, files
+hero_jax.evaluate      a classifier's accuracy and loss on a data set, means over runs
 hero_jax.parallel      per-device gradients under vmap, pmap and shard_map
 hero_jax.models        Flax Linen networks (needs flax; imported on first use)
 """
@@ -15,8 +16,19 @@ hero_jax.models        Flax Linen networks (needs flax; imported on first use)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hero_jax import curvature, landscape, parallel, penalty, perturbation, quantize, sharpness, spectrum, transform
-from hero_jax.transform import HeroState, Metrics, grad_l1, hero, sam
+from hero_jax import (
+    curvature,
+    evaluate,
+    landscape,
+    parallel,
+    penalties,
+    perturbations,
+    quantize,
+    sharpness,
+    spectrum,
+    transforms,
+)
+from hero_jax.transforms import HeroState, Metrics, grad_l1, hero, sam
 
 if TYPE_CHECKING:
     from hero_jax import models as models
@@ -27,17 +39,18 @@ __all__ = [
     "HeroState",
     "Metrics",
     "curvature",
+    "evaluate",
     "grad_l1",
     "hero",
     "landscape",
     "parallel",
-    "penalty",
-    "perturbation",
+    "penalties",
+    "perturbations",
     "quantize",
     "sam",
     "sharpness",
     "spectrum",
-    "transform",
+    "transforms",
 ]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _data, _tree, parallel
+from hero_jax import _check, _tree, examples, parallel
 from hero_jax._loop import HostOperator
 
 __all__ = [
@@ -339,10 +339,10 @@ class _EmpiricalFisher:
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         def losses(params: PyTree) -> jax.Array:
             losses = self.losses_fn(_merge(params, others), batch)
-            if losses.shape != (_data.num_examples(batch),):
+            if losses.shape != (examples.num_examples(batch),):
                 raise ValueError(
                     f"`empirical_fisher_operator(losses_fn=...)` must return one loss an example,"
-                    f" ({_data.num_examples(batch)},); got {losses.shape}."
+                    f" ({examples.num_examples(batch)},); got {losses.shape}."
                 )
             return losses
 
@@ -380,7 +380,7 @@ def _operator(
     _check.floating_tree("params", selected)
     if any(jnp.result_type(x).itemsize < 4 for x in jax.tree.leaves(selected)):
         product = _PeakScaled(product)
-    mean = _data.mean_over(
+    mean = examples.mean_over(
         name,
         product,
         batch,
@@ -390,8 +390,8 @@ def _operator(
         axis_name=axis_name,
     )
     if not coupled:
-        _data.check_uncoupled(name, loss_fn, params, mean)
-    if isinstance(mean, _data.StreamedMean):
+        examples.check_uncoupled(name, loss_fn, params, mean)
+    if isinstance(mean, examples.StreamedMean):
         return HostOperator(lambda vector: mean(selected, others, vector))
     return jax.tree_util.Partial(mean.func, *mean.args, selected, others)
 

@@ -110,7 +110,7 @@ def line(loss_fn: LossFn, params: PyTree, direction: PyTree, steps: Steps, *, re
     Args:
       loss_fn: `params -> scalar`, or a tree of scalars such as {"loss": ..., "accuracy": ...}. It is called as it is,
         outside of any trace, with weights of the same shapes and types at every point: it may loop over a data set on
-        the host, as functions made by `quantize.classifier` do, and compiles once where it is compiled. Give it a
+        the host, as functions made by `evaluate.classifier` do, and compiles once where it is compiled. Give it a
         jitted function that takes the data as an argument. Which data, which mean, and the BatchNorm statistics are
         its own: close over the running statistics of w for the usual picture.
       params: pytree of floating-point arrays, w. Points are computed in float32 or wider and rounded to its types, so

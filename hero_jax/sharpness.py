@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _data, _loop, _tree, parallel
+from hero_jax import _check, _loop, _tree, examples, parallel
 from hero_jax.curvature import Batches
 
 PyTree = Any
@@ -114,7 +114,7 @@ def worst_case(
     _check.integer(f"{name}(num_steps=...)", num_steps, low=1)
     _check.integer(f"{name}(num_starts=...)", num_starts, low=1)
     _check.floating_tree("params", params)
-    mean = _data.mean_over(
+    mean = examples.mean_over(
         name,
         _ValueAndGrad(loss_fn),
         batch,
@@ -124,8 +124,8 @@ def worst_case(
         axis_name=axis_name,
     )
     if not coupled:
-        _data.check_uncoupled(name, loss_fn, params, mean)
-    operator = _loop.HostOperator(mean) if isinstance(mean, _data.StreamedMean) else mean
+        examples.check_uncoupled(name, loss_fn, params, mean)
+    operator = _loop.HostOperator(mean) if isinstance(mean, examples.StreamedMean) else mean
     solver = _Ascent(num_steps, num_starts, adaptive)
     ascent = _loop.run(solver, operator, _start(solver, params, rho, key))
     return WorstCase(
@@ -186,7 +186,7 @@ def increase_along(
     _check.boolean(f"{name}(coupled=...)", coupled)
     _check.floating_tree("params", params)
     _check.matching_tree("direction", direction, params)
-    mean = _data.mean_over(
+    mean = examples.mean_over(
         name,
         _Along(loss_fn),
         batch,
@@ -196,7 +196,7 @@ def increase_along(
         axis_name=axis_name,
     )
     if not coupled:
-        _data.check_uncoupled(name, loss_fn, params, mean)
+        examples.check_uncoupled(name, loss_fn, params, mean)
     return mean(params, direction)
 
 

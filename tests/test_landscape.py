@@ -15,7 +15,8 @@ from experiments import landscape as command
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
 from experiments.landscape import LandscapeConfig
-from hero_jax import landscape, models, quantize
+from hero_jax import landscape, models
+from hero_jax.evaluate import classifier
 from tests import problems
 
 KEY = jax.random.key(0)
@@ -198,7 +199,7 @@ def test_function_that_loops_on_the_host_agrees_with_a_jitted_one():
     labels = np.arange(23) % 3
     params = jax.random.normal(jax.random.key(3), (5, 3))
     direction = landscape.filter_normalized(KEY, params)
-    evaluate = quantize.classifier(lambda w, x: x @ w, batch_size=8)
+    evaluate = classifier(lambda w, x: x @ w, batch_size=8)
 
     @jax.jit
     def loss_fn(w, inputs, labels):

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hero_jax.evaluate import Spread, aggregate, classifier
 from hero_jax.quantize import (
     PRESETS,
     QuantizedScore,
     QuantSpec,
-    Spread,
-    aggregate,
-    classifier,
     fake_quantize,
     named,
     quantize,

@@ -12,7 +12,7 @@ from experiments import cli, plots, progress, quantize, tables, train
 from experiments.config import TrainConfig
 from experiments.groups import group_runs
 from experiments.quantize import QuantizeConfig
-from hero_jax import quantize as library
+from hero_jax import evaluate
 
 SIZE = 200
 
@@ -112,7 +112,7 @@ def test_layers(finished):
 
 
 def test_terminal_tables_fit_eighty_columns():
-    spreads = {("channel-narrow", "nearest", "GRAD L1"): [library.Spread.of([100.0, 100.0])] * 7}
+    spreads = {("channel-narrow", "nearest", "GRAD L1"): [evaluate.Spread.of([100.0, 100.0])] * 7}
     header, lines = quantize.cells(QuantizeConfig(), spreads)
     output = io.StringIO()
     for kind, part in lines.items():

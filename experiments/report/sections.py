@@ -14,7 +14,7 @@ from experiments import groups, plots, tables
 from experiments.config import LABELS, TrainConfig
 from experiments.report import page, saved
 from experiments.report.saved import Cell, Run
-from hero_jax.quantize import Spread
+from hero_jax.evaluate import Spread
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
 K = TypeVar("K")

@@ -2,7 +2,7 @@
 
 spec         QuantSpec, named, PRESETS: what decides a quantized weight
 weights      fake_quantize, quantize, dequantize, rounding_noise
-evaluate     quantize_and_evaluate, classifier, aggregate
+scores       quantize_and_evaluate: what a network is worth at each bit width
 rounding     optimized, quantized: up or down, whichever changes a layer's outputs least
 linen        activations, BatchNorm folding and re-estimation, bias correction (needs flax; import it by name)
 sensitivity  each layer quantized alone against what the Hessian predicts
@@ -11,8 +11,8 @@ files        save, load (safetensors), to_qwix, from_qwix
 """
 
 from hero_jax.quantize import allocation, files, rounding, sensitivity
-from hero_jax.quantize.evaluate import QuantizedScore, Spread, aggregate, classifier, quantize_and_evaluate
 from hero_jax.quantize.files import from_qwix, load, save, to_qwix
+from hero_jax.quantize.scores import QuantizedScore, quantize_and_evaluate
 from hero_jax.quantize.spec import (
     GRANULARITIES,
     GRIDS,
@@ -35,10 +35,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedArray",
     "QuantizedScore",
-    "Spread",
-    "aggregate",
     "allocation",
-    "classifier",
     "dequantize",
     "fake_quantize",
     "files",

@@ -90,7 +90,7 @@ def quantized_activations(
       bits: integer in 2..16, may be traced.
 
     Returns:
-      `(variables, inputs) -> outputs`, to be given to `classifier`.
+      `(variables, inputs) -> outputs`, to be given to `evaluate.classifier`.
 
     Cost: element-wise work beside the forward pass.
     """

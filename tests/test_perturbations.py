@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hero_jax.perturbation import perturbation
+from hero_jax.perturbations import perturbation
 from tests import problems, reference
 
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hero_jax import _check, _tree, parallel
-from hero_jax import penalty as penalties
-from hero_jax.perturbation import SCOPES, perturbation
+from hero_jax import _check, _tree, parallel, penalties
+from hero_jax.perturbations import SCOPES, perturbation
 from hero_jax.spectrum.power import relative_residual
 
 PyTree = Any

@@ -14,7 +14,7 @@ import pytest
 from flax import linen, nnx
 
 import hero_jax
-from hero_jax import perturbation
+from hero_jax import perturbations
 from tests import problems, reference
 
 PENALTIES = ("detached", "difference", "hvp", "eigenvalue")
@@ -218,7 +218,7 @@ class TestExactness:
         loss_fn, params, hessian = problems.quadratic()
         direction, _ = updated(hero_jax.hero(0.3, 700.0, reduction=reduction), params, loss_fn)
         plain, _ = updated(hero_jax.hero(0.3, 0.0), params, loss_fn)
-        e, unravel = jax.flatten_util.ravel_pytree(perturbation.perturbation(
+        e, unravel = jax.flatten_util.ravel_pytree(perturbations.perturbation(
             params, jax.grad(loss_fn)(params), 0.3, adaptive=True
         ))  # fmt: skip
         # Tree order: bias (2 entries, not penalised), then kernel (12).
