@@ -7,6 +7,7 @@ type.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,16 +18,22 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from hero_jax.errors import ArgumentError
+
 PyTree = Any
 
 
+def schedule(argument: str, value: Any) -> None:
+    """Raises unless `value` is a function of a step count, or else `non_negative`."""
+    if not callable(value):
+        non_negative(argument, value)
+
+
 def non_negative(argument: str, value: Any) -> None:
-    """Raises unless `value` is a finite scalar >= 0 (a traced scalar may have any value) or a schedule."""
-    if callable(value):
-        return
+    """Raises unless `value` is a finite scalar >= 0 (a traced scalar may have any value)."""
     scalar(argument, value)
     if not isinstance(value, Tracer) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
+        raise ArgumentError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
 
 
 def scalar(argument: str, value: Any) -> None:
@@ -45,14 +52,14 @@ def positive(argument: str, value: Any) -> None:
     """Raises unless `value` is a finite scalar > 0 (a traced scalar may have any value)."""
     scalar(argument, value)
     if not isinstance(value, Tracer) and not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{argument}` must be positive and finite; got {float(value)!r}.")
+        raise ArgumentError(f"`{argument}` must be positive and finite; got {float(value)!r}.")
 
 
 def fraction(argument: str, value: Any) -> None:
     """Raises unless `value` is a scalar in [0, 1] (a traced scalar may have any value)."""
     scalar(argument, value)
     if not isinstance(value, Tracer) and not 0 <= value <= 1:
-        raise ValueError(f"`{argument}` must be between 0 and 1; got {float(value)!r}.")
+        raise ArgumentError(f"`{argument}` must be between 0 and 1; got {float(value)!r}.")
 
 
 def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
@@ -64,7 +71,29 @@ def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> 
         return
     value = int(value)
     if value < low or (high is not None and value > high):
-        raise ValueError(f"`{argument}` must be {rule}; got {value}.")
+        raise ArgumentError(f"`{argument}` must be {rule}; got {value}.")
+
+
+def bools(argument: str, value: Any) -> None:
+    """Raises unless `value` is a Python bool, a tree of them, or a function (which makes one)."""
+    if callable(value):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None):
+        if not isinstance(leaf, bool | np.bool_):
+            where = f"; at {_path('params', path)} it has" if path else "; got"
+            raise TypeError(f"`{argument}` must be True or False, or a tree of these{where} {brief(leaf)}.")
+
+
+def function(argument: str, value: Any) -> None:
+    """Raises unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"`{argument}` must be a function; got {brief(value)}.")
+
+
+def optional_function(argument: str, value: Any) -> None:
+    """Raises unless `value` is None or can be called."""
+    if value is not None:
+        function(argument, value)
 
 
 def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
@@ -74,7 +103,7 @@ def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+    raise ArgumentError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
 def axis_name(argument: str, value: Any) -> None:
@@ -93,22 +122,22 @@ def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "para
     wanted, params_structure = jax.tree_util.tree_flatten_with_path(params)
     for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
         if path != params_path:
-            raise ValueError(
+            raise ArgumentError(
                 f"`{argument}` must have the structure of `{than}`; it has {_path(than, path)} where `{than}` has"
                 f" {_path(than, params_path)}."
             )
         if jnp.shape(leaf) != jnp.shape(params_leaf):
-            raise ValueError(
+            raise ArgumentError(
                 f"`{argument}` must have the shapes of `{than}`; at {_path(than, path)} it is {jnp.shape(leaf)} and"
                 f" `{than}` is {jnp.shape(params_leaf)}."
             )
     if len(found) != len(wanted):
         longer, name = (found, argument) if len(found) > len(wanted) else (wanted, than)
         path = longer[min(len(found), len(wanted))][0]
-        raise ValueError(f"`{argument}` must have the structure of `{than}`; only `{name}` has {_path(than, path)}.")
+        raise ArgumentError(f"`{argument}` must have the structure of `{than}`; only `{name}` has {_path(than, path)}.")
     if structure != params_structure:
         place, kind, params_kind = _different_nodes(tree, params, than)
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must have the structure of `{than}`; {place} is a {kind} where that of `{than}` is a"
             f" {params_kind}."
         )
@@ -130,7 +159,7 @@ def floating_tree(argument: str, tree: PyTree) -> None:
     """Raises unless `tree` has leaves and every one is a real floating-point array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
-        raise ValueError(f"`{argument}` must have at least one array; got {brief(tree)}.")
+        raise ArgumentError(f"`{argument}` must have at least one array; got {brief(tree)}.")
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
@@ -141,8 +170,8 @@ def floating_tree(argument: str, tree: PyTree) -> None:
 
 def not_empty(argument: str, tree: PyTree) -> None:
     """Raises unless the leaves of `tree` have at least one entry together."""
-    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(f"`{argument}` must have at least one entry; got only empty leaves.")
+    if not any(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)):
+        raise ArgumentError(f"`{argument}` must have at least one entry; got only empty leaves.")
 
 
 def no_masked_nodes(argument: str, tree: PyTree) -> None:
@@ -153,7 +182,7 @@ def no_masked_nodes(argument: str, tree: PyTree) -> None:
 
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(node):
-            raise ValueError(
+            raise ArgumentError(
                 f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at"
                 f" {_path('params', path)} it is masked."
                 " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition."
@@ -179,7 +208,7 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
         matching_tree(argument, mask, jax.tree.map(lambda _: True, params))
         raise
     if not any(jax.tree.leaves(full)):
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must select at least one leaf; got none of {len(jax.tree.leaves(full))} leaves."
         )
     return jax.tree.map(bool, full)
@@ -189,6 +218,8 @@ def brief(value: Any) -> str:
     """`value` for an error message: itself where that is short and one line, its type or shape otherwise."""
     if isinstance(value, Tracer | jax.Array | np.ndarray) and value.ndim:
         return f"an array of shape {value.shape}"
+    if inspect.isroutine(value):
+        return f"a function ({value.__name__})"
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 

@@ -79,7 +79,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
       A Linen module, called as `model.apply(variables, images, train=...)`.
 
     Raises:
-      ValueError: unknown `name` (suggests the nearest), `num_classes` < 1.
+      ArgumentError: unknown `name` (suggests the nearest), `num_classes` < 1.
     """
     _check.one_of("create(name=...)", name, MODELS)
     _check.integer("create(num_classes=...)", num_classes, low=1)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from hero_jax.errors import ArgumentError
+
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`softmax(q k' / sqrt(d)) v` for each image and head: all (N, tokens, heads, d).
@@ -54,7 +56,7 @@ class VisionTransformer(nn.Module):
     (N, num_classes). There is no BatchNorm: `train` changes nothing and is there so that every model is called alike.
     `dtype` is the compute type, parameters stay float32. All is smooth: derivatives of every order exist.
 
-    Raises ValueError where `patch` does not divide H and W, or `heads` not `width`.
+    Raises ArgumentError where `patch` does not divide H and W, or `heads` not `width`.
 
     Source: Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, section 3.1; mean pooling: Beyer, Zhai,
     Kolesnikov, Better plain ViT baselines for ImageNet-1k, 2022.
@@ -72,9 +74,9 @@ class VisionTransformer(nn.Module):
         del train
         n, h, w, _ = x.shape
         if h % self.patch or w % self.patch:
-            raise ValueError(f"`patch` must divide the height and width of the images; got {self.patch} and {h} x {w}.")
+            raise ArgumentError(f"`patch` must divide the images' height and width; got {self.patch} and {h} x {w}.")
         if self.width % self.heads:
-            raise ValueError(f"`heads` must divide `width`; got {self.heads} and {self.width}.")
+            raise ArgumentError(f"`heads` must divide `width`; got {self.heads} and {self.width}.")
 
         square = (self.patch, self.patch)
         x = nn.Conv(self.width, square, square, padding="VALID", dtype=self.dtype, name="patches")(x)
