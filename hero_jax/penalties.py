@@ -16,153 +16,164 @@ after they are formed. H and T are those of `part_fn`, the same gradient or that
 those of `grad_fn`. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
 with a leaked tracer.)
 
+`PENALTIES` is the table of those that `hero` knows, `GRADIENT_L1` that of `grad_l1`.
+
 Source: Yang et al., HERO, DAC 2022 (arXiv 2111.11986); Alizadeh et al., Gradient l1 regularization for quantization
 robustness, ICLR 2020.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _tree, curvature
+from hero_jax import _autodiff, _tree, curvature
+
+__all__ = ["GRADIENT_L1", "PENALTIES", "PERTURBED", "REDUCTIONS", "UNPERTURBED", "Penalized", "Penalty", "Point"]
 
 PyTree = Any
 GradFn = Callable[[PyTree], PyTree]
 REDUCTIONS = ("mean", "sum")
-Mean = Callable[[PyTree], PyTree]
 
 
 class Point(NamedTuple):
-    """Where a step stands: w, g = grad L(w), e and w* = w + e (in the types of w)."""
+    """Where a step stands, and how derivatives are taken there.
+
+    params: w.
+    grads: g, averaged over devices.
+    perturbation: e, in float32 or wider.
+    perturbed: w* = w + e, in the types of w.
+    grad_fn: `params -> gradient` of this device.
+    part_fn: that of the part of the batch that H and T are of.
+    mean: the average of a tree over devices.
+    diagonal: D, a Python float for each leaf.
+    eigenvector: v, for the penalty that follows one; otherwise None.
+    """
 
     params: PyTree
     grads: PyTree
     perturbation: PyTree
     perturbed: PyTree
+    grad_fn: GradFn
+    part_fn: GradFn
+    mean: Callable[[PyTree], PyTree]
+    diagonal: PyTree
+    eigenvector: PyTree | None
+
+    def product(self, params: PyTree, vector: PyTree) -> PyTree:
+        """H(params) vector, of this device."""
+        return curvature.grad_product(self.part_fn, params, vector)
 
 
-class Penalty(NamedTuple):
-    """What a penalty gives: g*, G, grad G (wide), and H(w*) v for the penalty that follows an eigenvector."""
+class Penalized(NamedTuple):
+    """What a penalty gives: g*, G, grad G (wide; None for 0), and H(w*) v where an eigenvector is followed."""
 
     perturbed_grads: PyTree
     value: jax.Array
-    grads: PyTree
+    grads: PyTree | None
     product: PyTree | None = None
 
 
-def selection(mask: PyTree, params: PyTree, reduction: str) -> PyTree:
-    """The diagonal of D, one Python float a leaf: 1/n_i or 1 where `mask` is True, 0.0 elsewhere."""
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """A penalty, or none.
 
-    def weight(selected: bool, x: jax.Array) -> float:
-        if not selected:
-            return 0.0
-        return 1.0 / max(jnp.size(x), 1) if reduction == "mean" else 1.0
+    at: `Point -> Penalized`.
+    cost: gradients of a step with it, that of the caller included, in operations as XLA counts them.
+    perturbs: whether g* is taken at w + e; otherwise there is no perturbation, and g* is g.
+    follows_eigenvector: whether it needs v and gives H(w*) v.
+    """
 
-    return jax.tree.map(weight, mask, params)
+    at: Callable[[Point], Penalized]
+    cost: float
+    perturbs: bool = True
+    follows_eigenvector: bool = False
 
-
-def none(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
-    """G = 0: SAM or ASAM, at their cost of 2 gradients a step."""
-    del part_fn, diagonal, eigenvector
-    zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
-    return Penalty(mean(grad_fn(point.perturbed)), jnp.zeros((), jnp.float32), zeros)
-
-
-def unchanged(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
-    """G = 0 without perturbation: the gradient itself, at no further cost."""
-    del grad_fn, part_fn, mean, diagonal, eigenvector
-    zeros = jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), point.grads)
-    return Penalty(point.grads, jnp.zeros((), jnp.float32), zeros)
+    @property
+    def without(self) -> Penalty:
+        """What a step without the penalty is: the perturbed gradient alone, or the gradient."""
+        return PERTURBED if self.perturbs else UNPERTURBED
 
 
-def detached(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
-    """grad G = 2 H(w*) D d; 4 gradients a step with g and g*."""
-    del eigenvector
-    perturbed_grads = mean(grad_fn(point.perturbed))
+def _gradient(point: Point) -> Penalized:
+    return Penalized(point.grads, jnp.zeros((), jnp.float32), None)
+
+
+def _perturbed_gradient(point: Point) -> Penalized:
+    return Penalized(point.mean(point.grad_fn(point.perturbed)), jnp.zeros((), jnp.float32), None)
+
+
+def _detached(point: Point) -> Penalized:
+    """grad G = 2 H(w*) D d."""
+    perturbed_grads = point.mean(point.grad_fn(point.perturbed))
     d = _tree.subtract(perturbed_grads, point.grads)
-    scaled = _times(diagonal, d)
-    product = scaled_product(part_fn, mean, point.perturbed, scaled)
-    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2.0, product))
-
-
-def difference(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
-    """grad G = 2 [H(w*) - H(w)] D d; 6 gradients a step with g and g*."""
-    del eigenvector
-    perturbed_grads = mean(grad_fn(point.perturbed))
-    d = _tree.subtract(perturbed_grads, point.grads)
-    scaled = _times(diagonal, d)
+    scaled = _times(point.diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
-    at_perturbed = curvature.grad_product(part_fn, point.perturbed, along)
-    at_params = curvature.grad_product(part_fn, point.params, along)
-    change = mean(_tree.subtract(at_perturbed, at_params))
-    return Penalty(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, change))
+    product = point.mean(point.product(point.perturbed, along))
+    return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
 
 
-def hvp(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
+def _difference(point: Point) -> Penalized:
+    """grad G = 2 [H(w*) - H(w)] D d."""
+    perturbed_grads = point.mean(point.grad_fn(point.perturbed))
+    d = _tree.subtract(perturbed_grads, point.grads)
+    scaled = _times(point.diagonal, d)
+    along, peak = _tree.peak_scaled(scaled)
+    change = _tree.subtract(point.product(point.perturbed, along), point.product(point.params, along))
+    return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, point.mean(change)))
+
+
+def _hvp(point: Point) -> Penalized:
     """grad G = 2 T(w)[e, D H(w) e], the derivative of w -> H(w) e along D H(w) e."""
-    del eigenvector
     along, peak = _tree.peak_scaled(point.perturbation)
 
     def product(params: PyTree) -> PyTree:
-        return curvature.grad_product(part_fn, params, along)
+        return point.product(params, along)
 
-    curved = _tree.scale(peak, mean(product(point.params)))
-    scaled = _times(diagonal, curved)
+    curved = _tree.scale(peak, point.mean(product(point.params)))
+    scaled = _times(point.diagonal, curved)
     along_curved, peak_curved = _tree.peak_scaled(scaled)
     third = curvature.grad_product(product, point.params, along_curved)
-    perturbed_grads, third = mean((grad_fn(point.perturbed), third))
-    return Penalty(perturbed_grads, _tree.dot(curved, scaled), _tree.scale(2 * peak * peak_curved, third))
+    perturbed_grads, third = point.mean((point.grad_fn(point.perturbed), third))
+    return Penalized(perturbed_grads, _tree.dot(curved, scaled), _tree.scale(2 * peak * peak_curved, third))
 
 
-def eigenvalue(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
+def _eigenvalue(point: Point) -> Penalized:
     """grad G = s T(w*)[v, v]; H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
-    scaled, peak = _tree.peak_scaled(eigenvector)
-    along = _tree.cast_like(scaled, point.params)
+    along, peak = _tree.peak_scaled(point.eigenvector)
 
-    def product_fn(params: PyTree) -> PyTree:
-        return curvature.grad_product(part_fn, params, along)
+    def product(params: PyTree) -> PyTree:
+        return point.product(params, along)
 
-    product, third = jax.jvp(product_fn, (point.perturbed,), (along,))
-    perturbed_grads, product, third = mean((grad_fn(point.perturbed), product, third))
-    restricted = _times(jax.tree.map(lambda weight: float(weight > 0), diagonal), _tree.scale(peak, product))
-    rayleigh = _tree.dot(eigenvector, restricted)
+    curved, third = _autodiff.jvp(product, point.perturbed, along)
+    perturbed_grads, curved, third = point.mean((point.grad_fn(point.perturbed), curved, third))
+    on_r = jax.tree.map(lambda weight: float(weight > 0), point.diagonal)
+    restricted = _times(on_r, _tree.scale(peak, curved))
+    rayleigh = _tree.dot(point.eigenvector, restricted)
     grads = _tree.scale(jnp.sign(rayleigh) * peak**2, third)
-    return Penalty(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
+    return Penalized(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
 
 
-def gradient_l1(
-    grad_fn: GradFn, part_fn: GradFn, mean: Mean, point: Point, diagonal: PyTree, eigenvector: PyTree | None
-) -> Penalty:
-    """grad G = H(w) sign(g) on R; 3 gradients a step with g."""
-    del grad_fn, eigenvector
-    signs = _times(diagonal, jax.tree.map(jnp.sign, point.grads))
-    product = mean(curvature.grad_product(part_fn, point.params, signs))
-    return Penalty(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
+def _gradient_l1(point: Point) -> Penalized:
+    """grad G = H(w) sign(g) on R."""
+    signs = _times(point.diagonal, jax.tree.map(jnp.sign, point.grads))
+    product = point.mean(point.product(point.params, signs))
+    return Penalized(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
 
 
-PENALTIES = {"detached": detached, "difference": difference, "hvp": hvp, "eigenvalue": eigenvalue}
-
-
-def scaled_product(part_fn: GradFn, mean: Mean, params: PyTree, vector: PyTree) -> PyTree:
-    """H(w) u, averaged, wide: taken along u over its largest entry, and scaled back."""
-    along, peak = _tree.peak_scaled(vector)
-    return _tree.scale(peak, mean(curvature.grad_product(part_fn, params, along)))
+UNPERTURBED = Penalty(_gradient, cost=1, perturbs=False)
+PERTURBED = Penalty(_perturbed_gradient, cost=2)
+GRADIENT_L1 = Penalty(_gradient_l1, cost=3, perturbs=False)
+PENALTIES = {
+    "detached": Penalty(_detached, cost=4),
+    "difference": Penalty(_difference, cost=6),
+    "hvp": Penalty(_hvp, cost=8.5),
+    "eigenvalue": Penalty(_eigenvalue, cost=6.3, follows_eigenvector=True),
+}
 
 
 def _times(diagonal: PyTree, tree: PyTree) -> PyTree:

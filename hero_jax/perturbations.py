@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,53 +10,98 @@ import jax.numpy as jnp
 
 from hero_jax import _check, _tree
 
+__all__ = ["SCOPES", "ascent"]
+
 PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree]
 
 SCOPES = ("global", "leaf")
 
 
-def perturbation(
+def ascent(
     params: PyTree,
     grads: PyTree,
     rho: jax.typing.ArrayLike,
     *,
-    adaptive: bool,
+    adaptive: bool | Mask,
     scope: str = "global",
+    mask: Mask | None = None,
     eps: jax.typing.ArrayLike = 1e-12,
 ) -> PyTree:
     """Computes the perturbation of length `rho` that raises the loss most, to first order.
 
-        adaptive=False   e = rho g / (||g|| + eps)               ||e|| = rho           (SAM)
-        adaptive=True    e = rho w^2 g / (|| |w| g || + eps)     ||e / |w||| = rho     (ASAM; element-wise squares)
+        e = rho s^2 g / (|| s g || + eps)     ||e / s|| = rho;   e = 0 outside `mask`, the norm over the leaves in it
+
+        s = 1                                 adaptive=False     (SAM)
+        s = |w|, element-wise                 adaptive=True      (ASAM)
+        s = |w| on some leaves, 1 on others   adaptive=mask      (the ASAM authors' code, which leaves biases unscaled)
 
     Args:
       params: pytree of arrays, w.
       grads: pytree with the structure of `params`, g.
       rho: radius of the ball, in the units of the weights (SAM) or relative to each weight (ASAM); may be traced.
-      adaptive: which of the two.
+      adaptive: True, False, or a bool tree (a prefix of one, or a callable from params to one) naming the leaves that
+        are scaled. A weight of 0 on a scaled leaf is never perturbed.
       scope: "global" takes the norm over the whole tree, "leaf" over each leaf alone (each leaf then moves by `rho`).
+      mask: the leaves to perturb, likewise; default all. SAM-ON perturbs normalisation layers alone.
       eps: guards the division. A zero gradient (of the tree or leaf) gives e = 0, whatever `eps`.
 
     Returns:
       e with the structure of `params`, in float32 or wider.
 
+    Raises:
+      ArgumentError: an unknown `scope`, a mask that does not match `params` or selects nothing.
+
     Cost: no gradient evaluation.
 
     >>> import jax.numpy as jnp
-    >>> perturbation(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), 0.5, adaptive=False)
+    >>> ascent(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), 0.5, adaptive=False)
     Array([0.3, 0.4], dtype=float32)
 
-    Source: Foret et al., Sharpness-aware minimization, ICLR 2021; Kwon et al., ASAM, ICML 2021.
+    Source: Foret et al., Sharpness-aware minimization, ICLR 2021; Kwon et al., ASAM, ICML 2021; Mueller et al.,
+    Normalization layers are all that sharpness-aware minimization needs, NeurIPS 2023 (SAM-ON).
     """
-    _check.one_of("perturbation(scope=...)", scope, SCOPES)
-    ascent = jax.tree.map(lambda w, g: _tree.wide(w) ** 2 * _tree.wide(g), params, grads) if adaptive else grads
-    measured = jax.tree.map(lambda w, g: jnp.abs(_tree.wide(w)) * _tree.wide(g), params, grads) if adaptive else grads
+    _check.one_of("ascent(scope=...)", scope, SCOPES)
+    is_scaled = leaves_of("ascent(adaptive=...)", adaptive, params)
+    is_moved = leaves_of("ascent(mask=...)", True if mask is None else mask, params)
+    return ascent_on(is_scaled, is_moved, params, grads, rho, scope, eps)
 
-    def rescale(direction: PyTree, length: jax.Array) -> PyTree:
+
+def ascent_on(
+    is_scaled: PyTree,
+    is_moved: PyTree,
+    params: PyTree,
+    grads: PyTree,
+    rho: jax.typing.ArrayLike,
+    scope: str,
+    eps: jax.typing.ArrayLike,
+) -> PyTree:
+    """`ascent` with a bool for every leaf."""
+
+    def numerator(w: jax.Array, g: jax.Array, scaled: bool) -> jax.Array:
+        return _tree.wide(w) ** 2 * _tree.wide(g) if scaled else g
+
+    def measured(w: jax.Array, g: jax.Array, scaled: bool) -> jax.Array:
+        return jnp.abs(_tree.wide(w)) * _tree.wide(g) if scaled else g
+
+    def factor(length: jax.Array) -> jax.Array:
         # The guard holds even where eps rounds to 0, as an injected float16 hyper-parameter does.
         guarded = jnp.where(length > 0, length + _tree.scale_like(eps, length), 1)
-        return _tree.scale(_tree.scale_like(rho, length) * jnp.where(length > 0, 1 / guarded, 0), direction)
+        return _tree.scale_like(rho, length) * jnp.where(length > 0, 1 / guarded, 0)
 
+    directions = jax.tree.map(numerator, params, grads, is_scaled)
+    lengths = jax.tree.map(measured, params, grads, is_scaled)
     if scope == "global":
-        return rescale(ascent, _tree.norm(measured))
-    return jax.tree.map(lambda a, m: rescale(a, _tree.norm(m)), ascent, measured)
+        moved = jax.tree.map(lambda m, keep: m if keep else None, lengths, is_moved)
+        factors = jax.tree.map(lambda _, f=factor(_tree.norm(moved)): f, params)
+    else:
+        factors = jax.tree.map(lambda m: factor(_tree.norm(m)), lengths)
+    # Times 0 rather than zeros, which would lose the device axis that the gradient varies over.
+    return jax.tree.map(lambda f, d, keep: _tree.scale(f if keep else 0.0, d), factors, directions, is_moved)
+
+
+def leaves_of(argument: str, choice: bool | Mask, params: PyTree) -> PyTree:
+    """A tree of bools: `choice` for every leaf where it is True or False, otherwise the mask that it is."""
+    if isinstance(choice, bool):
+        return jax.tree.map(lambda _: choice, params)
+    return _check.bool_tree(argument, choice, params)

@@ -2,71 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hero_jax import _check, _tree, parallel, penalties
-from hero_jax.perturbations import SCOPES, perturbation
-from hero_jax.spectrum.power import relative_residual
+from hero_jax import _check, parallel
+from hero_jax._update import HeroState, Metrics, Perturbation, Scalar, Transformation
+from hero_jax.errors import ArgumentError
+from hero_jax.penalties import GRADIENT_L1, PENALTIES, PERTURBED, REDUCTIONS, UNPERTURBED
+from hero_jax.perturbations import SCOPES, Mask
 
-PyTree = Any
-Scalar = jax.typing.ArrayLike | optax.Schedule
-Mask = PyTree | Callable[[PyTree], PyTree]
-# optax types a state as a tree of arrays, which is narrower than the NamedTuples it is used with.
-OptState = Any
-
-
-class Metrics(NamedTuple):
-    """What the last step saw, as float32 scalars.
-
-    grad_norm: ||g||, the gradient at the weights.
-    perturbed_grad_norm: ||g*||, the gradient at the perturbed weights.
-    perturbation_norm: ||w* - w||, which is ||e|| up to the rounding of w + e to the types of the parameters.
-    penalty: G, without gamma.
-    penalty_grad_norm: ||gamma grad G||, the norm of what the penalty added to g*.
-
-    Norms are global, over all leaves. With `sync=False` each is the mean over devices of the local value.
-    """
-
-    grad_norm: jax.Array
-    perturbed_grad_norm: jax.Array
-    perturbation_norm: jax.Array
-    penalty: jax.Array
-    penalty_grad_norm: jax.Array
-
-
-class HeroState(NamedTuple):
-    """State of `hero`, `sam` and `grad_l1`.
-
-    count: int32 scalar, steps taken; schedules are evaluated at it.
-    metrics: `Metrics` of the last step, zeros before the first.
-    eigenvector: for penalty "eigenvalue" the unit tree v (float32 or wider, zero outside R); zeros before the first
-      step, which starts it from the gradient. None for the other penalties.
-    eigenvector_residual: how good v was at the last step, float32: ||H v - lambda v|| / |lambda| on R with lambda =
-      v^T H v, large where two eigenvalues of opposite sign tie. None for the other penalties.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    metrics: Metrics
-    eigenvector: PyTree | None
-    eigenvector_residual: jax.Array | None
+__all__ = ["HeroState", "Metrics", "grad_l1", "hero", "sam"]
 
 
 def hero(
     rho: Scalar,
     gamma: Scalar,
     *,
-    adaptive: bool = True,
+    adaptive: bool | Mask = True,
     scope: str = "global",
     penalty: str = "detached",
     reduction: str = "mean",
     mask: Mask | None = None,
+    perturb_mask: Mask | None = None,
     axis_name: parallel.AxisName | None = None,
     sync: bool = True,
     eps: jax.typing.ArrayLike = 1e-12,
@@ -96,13 +54,17 @@ def hero(
       rho: radius of the perturbation, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
         The paper's h, the authors' `--step_size`.
       gamma: strength of the penalty, >= 0, likewise. The Python number 0 leaves SAM or ASAM, at their cost.
-      adaptive: scale the perturbation with the weights (ASAM) or not (SAM). Static, as all that follows but `eps`.
+      adaptive: scale the perturbation with the weights (ASAM) or not (SAM); or a mask of the leaves to scale, the
+        others taking g itself, within one norm (the ASAM authors' code, which leaves biases unscaled: a bias of 0 that
+        is scaled is never perturbed). Static, as all that follows but `eps`.
       scope: "global" takes the norm in e over the whole tree, "leaf" over each leaf.
       penalty: "detached" (the authors' released code), "difference", "hvp" or "eigenvalue".
       reduction: "mean" (the authors' code) or "sum" over the entries of each leaf in G; "eigenvalue" has none.
       mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2, which
-        in attention heads and scanned layers includes biases. All leaves are perturbed and updated, whatever the mask.
+        in attention heads and scanned layers includes biases. Perturbation and update do not depend on it.
         Under `optax.inject_hyperparams`, a callable needs `static_args="mask"`.
+      perturb_mask: likewise, the leaves that are perturbed; the norm in e is over these. Default: all. (SAM-ON perturbs
+        normalisation layers alone.)
       axis_name: name (or tuple of names) of the mapped axis under `vmap`, `pmap` or `shard_map`: every axis that the
         batch is split over. The parameters are whole and identical on every device; `updates` and `grad_fn` are those
         of the device, with a loss that is not averaged over devices, and this transformation averages. (It may put
@@ -128,7 +90,7 @@ def hero(
       differences are float32 or wider.
 
     Raises:
-      ValueError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at
+      ArgumentError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at
         update no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects nothing.
       TypeError: an argument or a parameter of the wrong kind.
 
@@ -162,31 +124,33 @@ def hero(
     perturbation, clean gradient detached, mean over each tensor. Departures: the penalty leaves out every vector leaf
     (theirs leaks in the scales of shortcut BatchNorms), and a zero gradient is no NaN.
     """
-    _check.non_negative("hero(rho=...)", rho)
-    _check.non_negative("hero(gamma=...)", gamma)
-    _check.one_of("hero(scope=...)", scope, SCOPES)
-    _check.one_of("hero(penalty=...)", penalty, penalties.PENALTIES)
-    _check.one_of("hero(reduction=...)", reduction, penalties.REDUCTIONS)
-    _check.non_negative("hero(eps=...)", eps)
-    _check.boolean("hero(adaptive=...)", adaptive)
-    return _transformation(
+    _check.schedule("hero(rho=...)", rho)
+    _check.schedule("hero(gamma=...)", gamma)
+    _check.one_of("hero(penalty=...)", penalty, PENALTIES)
+    _check.one_of("hero(reduction=...)", reduction, REDUCTIONS)
+    if penalty == "eigenvalue" and reduction != "mean":
+        raise ArgumentError(
+            "`hero(reduction=...)` must be left out with penalty='eigenvalue', which reduces nothing; got"
+            f" {reduction!r}."
+        )
+    return Transformation(
         "hero",
-        functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
-        "none" if _is_zero(gamma) else penalty,
-        rho=rho,
+        PENALTIES[penalty].without if _is_zero(gamma) else PENALTIES[penalty],
+        _perturbation("hero", rho, adaptive, scope, perturb_mask, eps),
         gamma=gamma,
         reduction=reduction,
         mask=mask,
         axis_name=axis_name,
         sync=sync,
-    )
+    ).optax()
 
 
 def sam(
     rho: Scalar,
     *,
-    adaptive: bool = False,
+    adaptive: bool | Mask = False,
     scope: str = "global",
+    perturb_mask: Mask | None = None,
     axis_name: parallel.AxisName | None = None,
     sync: bool = True,
     eps: jax.typing.ArrayLike = 1e-12,
@@ -221,21 +185,9 @@ def sam(
 
     Source: Foret et al., ICLR 2021; Kwon et al., ICML 2021.
     """
-    _check.non_negative("sam(rho=...)", rho)
-    _check.one_of("sam(scope=...)", scope, SCOPES)
-    _check.non_negative("sam(eps=...)", eps)
-    _check.boolean("sam(adaptive=...)", adaptive)
-    return _transformation(
-        "sam",
-        functools.partial(perturbation, adaptive=adaptive, scope=scope, eps=eps),
-        "none",
-        rho=rho,
-        gamma=0.0,
-        reduction="mean",
-        mask=None,
-        axis_name=axis_name,
-        sync=sync,
-    )
+    _check.schedule("sam(rho=...)", rho)
+    perturbation = _perturbation("sam", rho, adaptive, scope, perturb_mask, eps)
+    return Transformation("sam", PERTURBED, perturbation, axis_name=axis_name, sync=sync).optax()
 
 
 def grad_l1(
@@ -271,206 +223,33 @@ def grad_l1(
 
     Source: Alizadeh et al., Gradient l1 regularization for quantization robustness, ICLR 2020.
     """
-    _check.non_negative("grad_l1(gamma=...)", gamma)
-    return _transformation(
+    _check.schedule("grad_l1(gamma=...)", gamma)
+    return Transformation(
         "grad_l1",
-        lambda params, grads, rho: jax.tree.map(lambda g: jnp.zeros_like(_tree.wide(g)), grads),
-        "unchanged" if _is_zero(gamma) else "gradient_l1",
-        rho=0.0,
+        UNPERTURBED if _is_zero(gamma) else GRADIENT_L1,
         gamma=gamma,
         reduction="sum",
         mask=mask,
         axis_name=axis_name,
         sync=sync,
-    )
+    ).optax()
 
 
-def _transformation(
+def _perturbation(
     name: str,
-    perturb: Callable[[PyTree, PyTree, jax.typing.ArrayLike], PyTree],
-    penalty: str,
-    *,
     rho: Scalar,
-    gamma: Scalar,
-    reduction: str,
+    adaptive: bool | Mask,
+    scope: str,
     mask: Mask | None,
-    axis_name: parallel.AxisName | None,
-    sync: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """The one transformation behind the public ones: perturb, penalise, average, record."""
-    _check.boolean(f"{name}(sync=...)", sync)
-    _check.axis_name(f"{name}(axis_name=...)", axis_name)
-    if not sync and axis_name is None:
-        raise ValueError(f"`{name}(sync=False)` needs `axis_name`: without one there is no device to be local to.")
-    is_penalized = penalty not in ("none", "unchanged")
-    without_penalty = "unchanged" if penalty in ("unchanged", "gradient_l1") else "none"
-    follows_eigenvector = penalty == "eigenvalue"
-
-    def selected(params: PyTree) -> PyTree:
-        """R as a tree of bools; a mask is checked even where no penalty uses it."""
-        if mask is None and not is_penalized:
-            return _tree.kernels(params)
-        return _check.bool_tree(f"{name}(mask=...)", _tree.kernels if mask is None else mask, params)
-
-    def init_fn(params: PyTree) -> OptState:
-        if jax.tree.leaves(params):  # optax.tree.map_params asks for the state of a placeholder without any
-            _check.no_masked_nodes("params", params)
-            _check.floating_tree("params", params)
-            selected(params)
-        return HeroState(
-            count=jnp.zeros((), jnp.int32),
-            metrics=Metrics(*(jnp.zeros((), jnp.float32) for _ in Metrics._fields)),
-            eigenvector=jax.tree.map(lambda w: jnp.zeros_like(_tree.wide(w)), params) if follows_eigenvector else None,
-            eigenvector_residual=jnp.zeros((), jnp.float32) if follows_eigenvector else None,
-        )
-
-    def update_fn(
-        updates: PyTree,
-        state: OptState,
-        params: PyTree | None = None,
-        *,
-        grad_fn: Callable[[PyTree], PyTree] | None = None,
-        value_fn: Callable[[PyTree], jax.Array] | None = None,
-        penalty_grad_fn: Callable[[PyTree], PyTree] | None = None,
-        penalize: bool = True,
-        **extra_args: Any,
-    ) -> tuple[PyTree, OptState]:
-        del extra_args
-        _check.boolean(f"{name} update(penalize=...)", penalize)
-        follows = follows_eigenvector and penalize
-        grad_fn = _required_grad_fn(name, updates, params, grad_fn, value_fn)
-        part_fn = grad_fn
-        if penalty_grad_fn is not None:
-            part_fn = _checked_grad_fn(name, "penalty_grad_fn", penalty_grad_fn)
-        # Those of this device alone; a jvp of them is right in every mode.
-        grad_fn, part_fn = (parallel.local_grad_fn(fn, axis_name) for fn in (grad_fn, part_fn))
-        mean = functools.partial(parallel.mean, axis_name=axis_name if sync else None)
-        grads = mean(_device_updates(updates, params, grad_fn, axis_name, sync))
-        eigenvector = state.eigenvector
-        if not sync:
-            assert axis_name is not None
-            params, eigenvector = parallel.vary((params, eigenvector), axis_name)
-
-        diagonal = penalties.selection(selected(params), params, reduction)
-        if follows:
-            _check.matching_tree("state.eigenvector", eigenvector, params)
-            eigenvector = _started(eigenvector, grads, diagonal)
-
-        e = perturb(params, grads, _at(f"{name}(rho=...)", rho, state.count))
-        perturbed = _tree.cast_like(_tree.add(params, e), params)
-        penalty_of = getattr(penalties, penalty if penalize else without_penalty)
-        result = penalty_of(grad_fn, part_fn, mean, penalties.Point(params, grads, e, perturbed), diagonal, eigenvector)
-        strength = _at(f"{name}(gamma=...)", gamma, state.count)
-        # A strength of 0 adds nothing, even to a product that is not finite (0 * inf is NaN).
-        added = jax.tree.map(lambda x: jnp.where(strength == 0, 0, x), _tree.scale(strength, result.grads))
-        direction = _tree.cast_like(_tree.add(result.perturbed_grads, added), params)
-        metrics = Metrics(
-            grad_norm=_tree.norm(grads),
-            perturbed_grad_norm=_tree.norm(result.perturbed_grads),
-            perturbation_norm=_tree.norm(_tree.subtract(perturbed, params)),
-            penalty=result.value,
-            penalty_grad_norm=_tree.norm(added),
-        )
-        metrics = Metrics(*(m.astype(jnp.float32) for m in metrics))
-        product = result.product
-        if not sync:
-            direction, metrics, product = parallel.mean((direction, metrics, product), axis_name)
-            # The v that devices share; at the first step it is zero, and its residual infinite.
-            eigenvector = state.eigenvector
-        next_eigenvector, residual = state.eigenvector, state.eigenvector_residual
-        if follows:
-            residual = relative_residual(eigenvector, product, _tree.dot(eigenvector, product)).astype(jnp.float32)
-            next_eigenvector = _followed(state.eigenvector, product)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return direction, HeroState(count, metrics, next_eigenvector, residual)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _required_grad_fn(
-    name: str,
-    updates: PyTree,
-    params: PyTree | None,
-    grad_fn: Callable[[PyTree], PyTree] | None,
-    value_fn: Callable[[PyTree], jax.Array] | None,
-) -> Callable[[PyTree], PyTree]:
-    """Checks what an update was given; returns `grad_fn`, which checks what it returns."""
-    if params is None:
-        raise ValueError(f"`{name}` needs `params`: call `tx.update(grads, state, params, grad_fn=grad_fn)`; got None.")
-    if grad_fn is None and value_fn is None:
-        raise ValueError(
-            f"`{name}` needs `grad_fn` (params -> grads on the same batch) or `value_fn`: call"
-            " `tx.update(grads, state, params, grad_fn=grad_fn)`; got None."
-        )
-    _check.no_masked_nodes("updates", updates)
-    _check.floating_tree("params", params)
-    _check.matching_tree("updates", updates, params)
-    if grad_fn is not None:
-        return _checked_grad_fn(name, "grad_fn", grad_fn)
-    if not callable(value_fn):
-        raise TypeError(f"`{name}` needs a callable `value_fn`; got {_check.brief(value_fn)}.")
-    return _checked_grad_fn(name, "value_fn", jax.grad(value_fn))
-
-
-def _checked_grad_fn(name: str, argument: str, grad_fn: Any) -> Callable[[PyTree], PyTree]:
-    """`grad_fn`, which checks what it returns."""
-    if not callable(grad_fn):
-        raise TypeError(f"`{name}` needs a callable `{argument}`; got {_check.brief(grad_fn)}.")
-
-    def checked_grad_fn(params: PyTree) -> PyTree:
-        grads = grad_fn(params)
-        _check.matching_tree(f"{argument}(params)", grads, params)
-        return grads
-
-    return checked_grad_fn
-
-
-def _device_updates(
-    updates: PyTree,
-    params: PyTree,
-    device_grads: Callable[[PyTree], PyTree],
-    axis_name: parallel.AxisName | None,
-    sync: bool,
-) -> PyTree:
-    """The gradient of this device: the incoming one, unless it may have been summed or averaged already.
-
-    Under `check_vma=True` a gradient that does not vary was summed by autodiff, or averaged by the caller; without
-    `sync`, a gradient that the caller averaged would perturb as if with it. One cannot tell. `device_grads(params)` is
-    right in every case, and costs nothing under `jit`, where it shares the caller's local gradient.
-    """
-    if axis_name is None:
-        return updates
-    if not sync:
-        return device_grads(params)
-    if parallel.tracks_varying(axis_name) and not all(parallel.varies(g, axis_name) for g in jax.tree.leaves(updates)):
-        return device_grads(params)
-    return updates
-
-
-def _at(argument: str, value: Scalar, count: jax.Array) -> jax.typing.ArrayLike:
-    """The value of a hyper-parameter at this step."""
-    if not callable(value):
-        return value
-    scheduled = value(count)
-    _check.scalar(argument, scheduled)
-    return scheduled
+    eps: jax.typing.ArrayLike,
+) -> Perturbation:
+    """The perturbation of a transformation, its arguments checked."""
+    _check.one_of(f"{name}(scope=...)", scope, SCOPES)
+    _check.non_negative(f"{name}(eps=...)", eps)
+    _check.bools(f"{name}(adaptive=...)", adaptive)
+    return Perturbation(rho, adaptive, scope, mask, eps)
 
 
 def _is_zero(gamma: Scalar) -> bool:
     """Whether gamma is the Python (or NumPy) number 0, which is known before anything is traced."""
     return isinstance(gamma, int | float | np.number) and bool(gamma == 0)
-
-
-def _started(eigenvector: PyTree, grads: PyTree, diagonal: PyTree) -> PyTree:
-    """v, or before the first product the unit gradient on R: a start with no hidden random key."""
-    restricted = jax.tree.map(lambda weight, g: float(weight > 0) * _tree.wide(g), diagonal, grads)
-    start, _ = _tree.normalize(restricted)
-    is_new = _tree.norm(eigenvector) == 0
-    return jax.tree.map(lambda s, v: jnp.where(is_new, s, v), start, eigenvector)
-
-
-def _followed(eigenvector: PyTree, product: PyTree) -> PyTree:
-    """H v / ||H v||, the next v; the present one where the product is zero or not finite."""
-    unit, length = _tree.normalize(product)
-    is_usable = (length > 0) & jnp.isfinite(length)
-    return jax.tree.map(lambda u, v: jnp.where(is_usable, u, v), unit, eigenvector)

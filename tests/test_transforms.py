@@ -18,6 +18,8 @@ from hero_jax import perturbations
 from tests import problems, reference
 
 PENALTIES = ("detached", "difference", "hvp", "eigenvalue")
+# Leaves of `problems.convnet_params`.
+PERTURBED = {"conv": {"kernel": False, "bias": True}, "norm": {"scale": True}, "head": [True, False]}
 
 
 def updated(tx, params, loss_fn, state=None):
@@ -218,7 +220,7 @@ class TestExactness:
         loss_fn, params, hessian = problems.quadratic()
         direction, _ = updated(hero_jax.hero(0.3, 700.0, reduction=reduction), params, loss_fn)
         plain, _ = updated(hero_jax.hero(0.3, 0.0), params, loss_fn)
-        e, unravel = jax.flatten_util.ravel_pytree(perturbations.perturbation(
+        e, unravel = jax.flatten_util.ravel_pytree(perturbations.ascent(
             params, jax.grad(loss_fn)(params), 0.3, adaptive=True
         ))  # fmt: skip
         # Tree order: bias (2 entries, not penalised), then kernel (12).
@@ -563,7 +565,145 @@ class TestEdges:
         np.testing.assert_allclose(direction, [[18.75 + 202.5]], rtol=1e-6)
 
 
+class TestCustomDerivatives:
+    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize("activation", [problems.smooth, problems.smoother])
+    @pytest.mark.parametrize("name", [*PENALTIES, "grad_l1"])
+    def test_custom_vjp_changes_nothing(self, x64, name, activation, jit):
+        x = problems.random_like(jax.random.key(0), jnp.zeros((7, 3)))
+        params = {"kernel": problems.random_like(jax.random.key(1), jnp.zeros((3, 4))), "bias": jnp.linspace(-1, 1, 4)}
+
+        def loss(activation, params):
+            return jnp.mean(activation(x @ params["kernel"] + params["bias"]) ** 3)
+
+        tx = hero_jax.grad_l1(0.3) if name == "grad_l1" else hero_jax.hero(0.3, 2.0, penalty=name)
+        expected, _ = updated(tx, params, functools.partial(loss, jnp.tanh))
+        run = functools.partial(updated, tx, loss_fn=functools.partial(loss, activation))
+        direction, _ = (jax.jit(run) if jit else run)(params)
+        problems.assert_close(direction, expected, rtol=1e-9)
+
+
+class TestWhatIsPerturbed:
+    """`perturb_mask` and a mask as `adaptive`, by their formulas, written out."""
+
+    @staticmethod
+    def perturbation(params, g, rho, scaled, moved, scope):
+        """e = rho s^2 g / ||s g|| with s = |w| on scaled leaves, 0 outside `moved`, norms over `moved` leaves."""
+        s = jax.tree.map(lambda w, is_scaled: jnp.abs(w) if is_scaled else jnp.ones_like(w), params, scaled)
+        lengths = jax.tree.map(lambda s, g, keep: keep * jnp.sum((s * g) ** 2), s, g, moved)
+        whole = jnp.sqrt(sum(jax.tree.leaves(lengths)))
+        norms = jax.tree.map(lambda n: jnp.sqrt(n) if scope == "leaf" else whole, lengths)
+        return jax.tree.map(lambda s, g, n, keep: rho * s**2 * g / n if keep else jnp.zeros_like(g), s, g, norms, moved)
+
+    @pytest.mark.parametrize("scope", ["global", "leaf"])
+    @pytest.mark.parametrize("adaptive", [True, False, "kernels"])
+    @pytest.mark.parametrize("mask", [None, PERTURBED])
+    def test_direction_is_the_gradient_at_the_stated_point(self, net, adaptive, mask, scope):
+        params, loss_fn = net
+        everything = jax.tree.map(lambda _: True, params)
+        kernels = problems.kernels_mask(params)
+        scaled = kernels if adaptive == "kernels" else jax.tree.map(lambda _: adaptive, params)
+        chosen = problems.kernels_mask if adaptive == "kernels" else adaptive
+        g = jax.grad(loss_fn)(params)
+        e = self.perturbation(params, g, 0.3, scaled, mask or everything, scope)
+        perturbed = reference.add(params, e)
+        options = {"adaptive": chosen, "perturb_mask": mask, "scope": scope}
+        direction, state = updated(hero_jax.sam(0.3, **options), params, loss_fn)
+        problems.assert_close(direction, jax.grad(loss_fn)(perturbed))
+        np.testing.assert_allclose(state.metrics.perturbation_norm, reference.norm(e), rtol=1e-5)
+        direction, _ = updated(hero_jax.hero(0.3, 50.0, **options), params, loss_fn)
+        d = reference.subtract(jax.grad(loss_fn)(perturbed), g)
+        along = jax.tree.map(lambda x, keep: 2 * x * keep / x.size, d, kernels)
+        product = reference.hessian_vector(loss_fn, perturbed, along)
+        problems.assert_close(direction, reference.add(jax.grad(loss_fn)(perturbed), reference.scale(50.0, product)))
+
+    def test_every_choice_is_another_point(self, net):
+        params, loss_fn = net
+        found = [
+            updated(hero_jax.sam(0.3, adaptive=adaptive, perturb_mask=mask), params, loss_fn)[0]
+            for adaptive in (True, False, problems.kernels_mask)
+            for mask in (None, PERTURBED)
+        ]
+        for a, b in itertools.combinations(found, 2):
+            assert reference.norm(reference.subtract(a, b)) > 1e-3 * reference.norm(a)
+
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    def test_every_penalty_takes_a_perturb_mask_inside_shard_map(self, net, penalty):
+        params, loss_fn = net
+        tx = hero_jax.hero(0.3, 0.5, penalty=penalty, perturb_mask=PERTURBED, axis_name="data")
+        one = hero_jax.hero(0.3, 0.5, penalty=penalty, perturb_mask=PERTURBED)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+        spec = jax.sharding.PartitionSpec
+
+        def step(params, factor):
+            grad_fn = jax.grad(lambda p: factor[0] * loss_fn(p))
+            return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+        expected, _ = updated(one, params, loss_fn)
+        problems.assert_close(jax.jit(mapped)(params, jnp.array([0.5, 1.5])), expected, rtol=1e-9)
+
+    def test_bias_of_zero_moves_where_it_is_not_scaled(self):
+        params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        grad_fn = jax.grad(lambda p: jnp.sum(jnp.ones(2) @ p["kernel"] + p["bias"]))
+        for adaptive, moves in ((True, False), ({"kernel": True, "bias": False}, True)):
+            e = perturbations.ascent(params, grad_fn(params), 0.5, adaptive=adaptive)
+            assert bool((e["bias"] != 0).all()) == moves
+
+
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("build", "kind", "message"),
+        [
+            (lambda: hero_jax.hero(0.1, 1.0, eps=lambda count: 1.0), TypeError, r"`hero\(eps=...\)` must be a real sc"),
+            (lambda: hero_jax.sam(0.1, eps=lambda count: 1.0), TypeError, r"`sam\(eps=...\)` must be a real scalar"),
+            (
+                lambda: hero_jax.hero(0.1, 1.0, penalty="eigenvalue", reduction="sum"),
+                ValueError,
+                r"`hero\(reduction=...\)` must be left out with penalty='eigenvalue', .*; got 'sum'",
+            ),
+            (
+                lambda: hero_jax.sam(0.1, adaptive=1),
+                TypeError,
+                r"`sam\(adaptive=...\)` must be True or False, or a tree",
+            ),
+            (
+                lambda: hero_jax.sam(0.1, adaptive=None),
+                TypeError,
+                r"`sam\(adaptive=...\)` must be True or False, .* None",
+            ),
+            (
+                lambda: hero_jax.sam(0.1, adaptive={"w": 2}),
+                TypeError,
+                r"`sam\(adaptive=...\)` must be .*; at params\['w'\] it has 2",
+            ),
+            (
+                lambda: hero_jax.sam(0.1, perturb_mask={"v": True}).init({"w": jnp.ones(2)}),
+                ValueError,
+                r"`sam\(perturb_mask=...\)` must have the structure of `params`",
+            ),
+            (
+                lambda: hero_jax.hero(0.1, 1.0, perturb_mask=lambda p: {"w": False}).init({"w": jnp.ones((2, 2))}),
+                ValueError,
+                r"`hero\(perturb_mask=...\)` must select at least one leaf",
+            ),
+        ],
+    )
+    def test_options_that_cannot_be(self, build, kind, message):
+        with pytest.raises(kind, match=message):
+            build()
+
+    @pytest.mark.parametrize("name", ["hero", "sam", "grad_l1"])
+    def test_state_that_came_back_as_something_else(self, case, name):
+        params, grad_fn = case
+        tx = {"hero": hero_jax.hero(0.1, 1.0), "sam": hero_jax.sam(0.1), "grad_l1": hero_jax.grad_l1(0.1)}[name]
+        for state in (tx.init(params)._asdict(), tuple(tx.init(params)), None):
+            kind = type(state).__name__
+            with pytest.raises(
+                TypeError, match=rf"`{name}` needs the `HeroState` that `init` .* got a {kind}\. Restore"
+            ):
+                tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
     def test_penalize_is_static(self):
         tx, params = hero_jax.hero(0.1, 1.0), jnp.ones((2, 3))
         with pytest.raises(TypeError, match=r"`hero update\(penalize=...\)` must be True or False; got 1"):
