@@ -1,23 +1,43 @@
-"""Sharpness as it is quoted: how much a bounded, or a given, change of the weights raises the loss.
+"""Sharpness as it is quoted: how much a change of the weights raises the loss, and the curvature of single batches.
 
-worst case   max L(w + e) - L(w) over ||e|| <= rho (SAM) or ||e / |w| || <= rho (ASAM)
-along d      L(w + d) - L(w) against its prediction g^T d + 1/2 d^T H d
+worst_case         max L(w + e) - L(w) over ||e|| <= rho (SAM) or ||e / |w| || <= rho (ASAM)
+average_case       E L(w + e) - L(w) over normal e
+increase_along     L(w + d) - L(w) against its prediction g^T d + 1/2 d^T H d
+batch_eigenvalues  the largest Hessian eigenvalue of every batch alone
+
+L is a `mean_loss`, a function of the weights alone: `MeanLoss` makes one of a loss and the data it is taken over.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _loop, _tree, examples, parallel
-from hero_jax.curvature import Batches
+from hero_jax import _autodiff, _check, _loop, _tree, curvature, spectrum
+from hero_jax.errors import ArgumentError
+from hero_jax.examples import Batches, Stream
+from hero_jax.mean_loss import MeanLoss, Value, over_data
+
+__all__ = [
+    "AverageCase",
+    "BatchEigenvalues",
+    "Increase",
+    "WorstCase",
+    "average_case",
+    "batch_eigenvalues",
+    "increase_along",
+    "worst_case",
+]
 
 PyTree = Any
+LossFn = Callable[[PyTree, PyTree], jax.Array]
+MeanLossFn = Callable[[PyTree], jax.typing.ArrayLike] | MeanLoss
 
 
 class WorstCase(NamedTuple):
@@ -37,6 +57,36 @@ class WorstCase(NamedTuple):
     num_grads: jax.Array
 
 
+class AverageCase(NamedTuple):
+    """The mean increase of the loss under random changes of the weights; float32 or wider.
+
+    increase: mean over probes of [L(w + e) + L(w - e)] / 2 - L(w); may be negative.
+    sem: its standard error; infinite for a single probe.
+    loss: L(w).
+    increases: (num_probes,), those of the probes.
+    num_evals: int32, evaluations of the loss.
+    """
+
+    increase: jax.Array
+    sem: jax.Array
+    loss: jax.Array
+    increases: jax.Array
+    num_evals: jax.Array
+
+
+class BatchEigenvalues(NamedTuple):
+    """The eigenvalue of largest magnitude of every batch's Hessian, n of them, sign kept.
+
+    eigenvalues, residuals, converged: (n,), as in `spectrum.Eigenpairs`.
+    num_matvecs: int32, products taken in all.
+    """
+
+    eigenvalues: jax.Array
+    residuals: jax.Array
+    converged: jax.Array
+    num_matvecs: jax.Array
+
+
 class Increase(NamedTuple):
     """The increase of the loss along a given change of the weights, measured and predicted; float32 or wider.
 
@@ -53,20 +103,14 @@ class Increase(NamedTuple):
 
 
 def worst_case(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    mean_loss: MeanLossFn,
     params: PyTree,
-    batch: PyTree | None = None,
-    *,
     key: jax.Array,
+    *,
     rho: float,
     adaptive: bool = False,
     num_steps: int = 20,
     num_starts: int = 2,
-    batches: Batches | None = None,
-    microbatch_size: int | None = None,
-    weight_fn: Callable[[PyTree], Any] | None = None,
-    axis_name: parallel.AxisName | None = None,
-    coupled: bool = False,
 ) -> WorstCase:
     """Looks for the largest increase of the loss in a ball around the weights, by projected gradient ascent.
 
@@ -77,22 +121,21 @@ def worst_case(
     begin at random points of the sphere. The best of all points visited is kept.
 
     Args:
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch.
+      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
       params: pytree of floating-point arrays, w.
-      batch, batches, microbatch_size, weight_fn, axis_name, coupled: the data, as in `curvature.hessian_operator`.
       key: for the random starts.
       rho: radius of the ball: in weights, or relative to each weight where `adaptive`.
       adaptive: the ASAM ball; a weight of 0 stays 0 there. Static.
-      num_steps: ascent steps a start. Static.
+      num_steps: ascent steps per start. Static.
       num_starts: starts, the first being that of SAM. Static.
 
     Returns:
       `WorstCase`. NaN where the loss is NaN at w; points with a NaN loss elsewhere are passed over.
 
     Raises:
-      ValueError: `rho` negative, fewer than one step or start; otherwise as `curvature.hessian_operator`.
+      ArgumentError: `rho` negative, fewer than one step or start; what `MeanLoss` raises.
 
-    Batch statistics: as `curvature.hessian_operator`.
+    Batch statistics: those `mean_loss` uses.
 
     Cost: num_starts x (num_steps + 1) gradients over all the data; memory of one gradient and five vectors. Compiled
     and looped as `spectrum.power_iteration` is.
@@ -100,7 +143,8 @@ def worst_case(
     >>> import jax, jax.numpy as jnp
     >>> def loss_fn(w, x):
     ...     return jnp.mean(x @ w**2) / 2
-    >>> result = worst_case(loss_fn, jnp.zeros(2), jnp.array([[1.0, 4.0]]), key=jax.random.key(0), rho=0.5)
+    >>> mean_loss = MeanLoss(loss_fn, jnp.array([[1.0, 4.0]]))
+    >>> result = worst_case(mean_loss, jnp.zeros(2), jax.random.key(0), rho=0.5)
     >>> round(float(result.increase), 2)
     0.5
 
@@ -110,24 +154,12 @@ def worst_case(
     name = "worst_case"
     _check.non_negative(f"{name}(rho=...)", rho)
     _check.boolean(f"{name}(adaptive=...)", adaptive)
-    _check.boolean(f"{name}(coupled=...)", coupled)
     _check.integer(f"{name}(num_steps=...)", num_steps, low=1)
     _check.integer(f"{name}(num_starts=...)", num_starts, low=1)
     _check.floating_tree("params", params)
-    mean = examples.mean_over(
-        name,
-        _ValueAndGrad(loss_fn),
-        batch,
-        batches,
-        microbatch_size=microbatch_size,
-        weight_fn=weight_fn,
-        axis_name=axis_name,
-    )
-    if not coupled:
-        examples.check_uncoupled(name, loss_fn, params, mean)
-    operator = _loop.HostOperator(mean) if isinstance(mean, examples.StreamedMean) else mean
+    value_and_grad = over_data(name, mean_loss, _ValueAndGrad, params)
     solver = _Ascent(num_steps, num_starts, adaptive)
-    ascent = _loop.run(solver, operator, _start(solver, params, rho, key))
+    ascent = _loop.run(solver, value_and_grad, _start(solver, params, rho, key))
     return WorstCase(
         increase=ascent.increases.max(),
         loss=ascent.loss,
@@ -137,18 +169,62 @@ def worst_case(
     )
 
 
-def increase_along(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+def average_case(
+    mean_loss: MeanLossFn,
     params: PyTree,
-    direction: PyTree,
-    batch: PyTree | None = None,
+    key: jax.Array,
     *,
-    batches: Batches | None = None,
-    microbatch_size: int | None = None,
-    weight_fn: Callable[[PyTree], Any] | None = None,
-    axis_name: parallel.AxisName | None = None,
-    coupled: bool = False,
-) -> Increase:
+    sigma: float,
+    adaptive: bool = False,
+    num_probes: int = 20,
+) -> AverageCase:
+    """Estimates the mean increase of the loss under normal noise on the weights.
+
+        E [L(w + e) + L(w - e)] / 2 - L(w),   e = sigma s z,   z standard normal, s = 1 or |w| where `adaptive`
+
+    which is the mean of L(w + e) - L(w), since e and -e are as likely; a pair leaves out what is odd in e. To second
+    order it is sigma^2 / 2 tr(S H S), S the diagonal matrix of s.
+
+    Args:
+      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
+      params: pytree of floating-point arrays, w.
+      key: for the noise.
+      sigma: standard deviation of the noise: in weights, or relative to each weight where `adaptive`. (Its length is
+        about sigma times the root of the number of weights: beside `worst_case`, compare sigma with rho over that.)
+      adaptive: noise in proportion to the weights. Static.
+      num_probes: independent e, each with -e. Static.
+
+    Returns:
+      `AverageCase`.
+
+    Raises:
+      ArgumentError: `sigma` negative, fewer than one probe; what `MeanLoss` raises.
+
+    Batch statistics: those `mean_loss` uses.
+
+    Cost: 2 num_probes + 1 forward passes over all the data; memory of three vectors. Compiled and looped as
+    `spectrum.power_iteration` is.
+
+    >>> import jax, jax.numpy as jnp
+    >>> found = average_case(lambda w: jnp.sum(w**2), jnp.ones(200), jax.random.key(0), sigma=0.1, num_probes=50)
+    >>> bool(abs(found.increase - 0.1**2 * 200) < 3 * found.sem), int(found.num_evals)
+    (True, 101)
+
+    Source: Andriushchenko, Croce, Mueller, Hein and Flammarion, A modern look at the relationship between sharpness and
+    generalization, ICML 2023, section 3.
+    """
+    name = "average_case"
+    _check.non_negative(f"{name}(sigma=...)", sigma)
+    _check.boolean(f"{name}(adaptive=...)", adaptive)
+    _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
+    _check.floating_tree("params", params)
+    value = over_data(name, mean_loss, Value, params)
+    noise = _loop.run(_Noise(num_probes, adaptive), value, _quiet(num_probes, params, sigma, key))
+    mean, sem = _mean_and_sem(noise.increases)
+    return AverageCase(increase=mean, sem=sem, loss=noise.loss, increases=noise.increases, num_evals=noise.num_evals)
+
+
+def increase_along(mean_loss: MeanLossFn, params: PyTree, direction: PyTree) -> Increase:
     """Compares the increase of the loss along a given change of the weights with its second-order prediction.
 
         L(w + d) - L(w)   against   g^T d + d^T H d / 2
@@ -156,53 +232,95 @@ def increase_along(
     For a quantization error d = quantized - w this says how much of the damage the Hessian explains.
 
     Args:
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch.
+      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
       params: pytree of floating-point arrays, w.
       direction: d, with the structure and shapes of `params`; taken in their types.
-      batch, batches, microbatch_size, weight_fn, axis_name, coupled: the data, as in `curvature.hessian_operator`.
 
     Returns:
       `Increase`.
 
     Raises:
-      ValueError: `direction` does not match `params`; otherwise as `curvature.hessian_operator`.
+      ArgumentError: `direction` does not match `params`; what `MeanLoss` raises.
 
-    Batch statistics: as `curvature.hessian_operator`.
+    Batch statistics: those `mean_loss` uses.
 
     Cost: two forward passes and one twice-differentiated one in forward mode (about 6 forward passes), and no memory
-    beyond them.
+    beyond them; with a `custom_vjp` in the loss, which has no forward mode, those of a Hessian-vector product.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
     ...     return jnp.mean(x * w**3)
-    >>> result = increase_along(loss_fn, jnp.array([1.0]), jnp.array([0.5]), jnp.array([[2.0]]))
+    >>> result = increase_along(MeanLoss(loss_fn, jnp.array([[2.0]])), jnp.array([1.0]), jnp.array([0.5]))
     >>> float(result.measured), float(result.gradient_term), float(result.curvature_term)
     (4.75, 3.0, 1.5)
 
     Source: Taylor's theorem; as a measure of quantization damage, Dong, Yao, Gholami, Mahoney and Keutzer, HAWQ, ICCV
     2019.
     """
-    name = "increase_along"
-    _check.boolean(f"{name}(coupled=...)", coupled)
     _check.floating_tree("params", params)
     _check.matching_tree("direction", direction, params)
-    mean = examples.mean_over(
-        name,
-        _Along(loss_fn),
-        batch,
-        batches,
-        microbatch_size=microbatch_size,
-        weight_fn=weight_fn,
-        axis_name=axis_name,
+    return over_data("increase_along", mean_loss, _Along, params)(params, direction)
+
+
+def batch_eigenvalues(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Stream | Batches,
+    key: jax.Array,
+    *,
+    mask: curvature.Mask | None = None,
+    rtol: float = 1e-3,
+    max_matvecs: int = 300,
+) -> BatchEigenvalues:
+    """Finds the Hessian eigenvalue of largest magnitude of every batch alone.
+
+        lambda_b of H_b = Hessian of loss_fn(w, b), by Lanczos: `spectrum.top_eigenpairs`
+
+    A step of SGD meets H_b, not their mean H. The largest eigenvalue of H is at most the mean of those of H_b.
+
+    Args:
+      loss_fn: `(params, batch) -> scalar`, the mean over the batch. It may couple the examples: no batch is split.
+      params: pytree of floating-point arrays, w.
+      batches: an iterable of batches, passed over once, a function that returns one, or a `Stream`.
+      key: for the start vector, the same for every batch.
+      mask: restricts the Hessians, as in `curvature.hessian_operator`.
+      rtol, max_matvecs: as in `spectrum.top_eigenpairs`, for each batch.
+
+    Returns:
+      `BatchEigenvalues`.
+
+    Raises:
+      ArgumentError: no batch; otherwise as `curvature.hessian_operator` and `spectrum.top_eigenpairs`.
+
+    Cost: `num_matvecs` products, each of one batch; compiled once for each size of batch.
+
+    >>> import jax, jax.numpy as jnp
+    >>> batches = [jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0], [0.0, 1.0]])]
+    >>> found = batch_eigenvalues(lambda w, x: jnp.mean((x @ w) ** 2) / 2, jnp.zeros(2), batches, jax.random.key(0))
+    >>> found.eigenvalues.round(3), bool(found.converged.all())
+    (Array([1., 5.], dtype=float32), True)
+
+    Source: Jastrzebski, Szymczak, Fort, Arpit, Tabor, Cho and Geras, The break-even point on optimization trajectories
+    of deep neural networks, ICLR 2020 (the spectral norm along minibatches).
+    """
+    made = batches if isinstance(batches, Stream) else batches() if callable(batches) else batches
+    found = []
+    for batch in made:
+        operator = curvature.hessian_operator(loss_fn, params, batch, mask=mask)
+        found.append(spectrum.top_eigenpairs(operator, key, k=1, rtol=rtol, max_matvecs=max_matvecs))
+    if not found:
+        raise ArgumentError("`batch_eigenvalues(batches=...)` must give at least one batch; got none.")
+    return BatchEigenvalues(
+        eigenvalues=jnp.concatenate([x.eigenvalues for x in found]),
+        residuals=jnp.concatenate([x.residuals for x in found]),
+        converged=jnp.concatenate([x.converged for x in found]),
+        num_matvecs=jnp.stack([x.num_matvecs for x in found]).sum(dtype=jnp.int32),
     )
-    if not coupled:
-        examples.check_uncoupled(name, loss_fn, params, mean)
-    return mean(params, direction)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ValueAndGrad:
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    loss_fn: LossFn
 
     def __call__(self, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
         return jax.value_and_grad(self.loss_fn)(params, batch)
@@ -210,18 +328,16 @@ class _ValueAndGrad:
 
 @dataclasses.dataclass(frozen=True)
 class _Along:
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    loss_fn: LossFn
 
     def __call__(self, params: PyTree, direction: PyTree, batch: PyTree) -> Increase:
-        direction = _tree.cast_like(direction, params)
+        def loss_fn(params: PyTree) -> jax.Array:
+            return self.loss_fn(params, batch)
 
-        def slope(params: PyTree) -> tuple[jax.Array, jax.Array]:
-            return jax.jvp(lambda params: self.loss_fn(params, batch), (params,), (direction,))
-
-        (loss, first), (_, second) = jax.jvp(slope, (params,), (direction,))
-        moved = _tree.cast_like(_tree.add(params, direction), params)
+        loss, first, second = _autodiff.second_order(loss_fn, params, direction)
+        moved = _tree.cast_like(_tree.add(params, _tree.cast_like(direction, params)), params)
         loss = _tree.wide(loss)
-        return Increase(loss, _tree.wide(self.loss_fn(moved, batch)) - loss, _tree.wide(first), _tree.wide(second) / 2)
+        return Increase(loss, _tree.wide(loss_fn(moved)) - loss, _tree.wide(first), _tree.wide(second) / 2)
 
 
 class _State(NamedTuple):
@@ -306,3 +422,64 @@ def _project(u: PyTree, rho: jax.Array) -> PyTree:
     """The point of the ball that is nearest to u."""
     length = _tree.norm(u)
     return _tree.scale(jnp.where(length > rho, rho / length, 1), u)
+
+
+class _NoiseState(NamedTuple):
+    """increases: those of the pairs taken so far, half of one where only its first point is."""
+
+    params: PyTree
+    sigma: jax.Array
+    key: jax.Array
+    loss: jax.Array
+    increases: jax.Array
+    num_evals: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """The loss at w, then at w + e and w - e of one probe after another."""
+
+    num_probes: int
+    adaptive: bool
+
+    def is_running(self, carry: _NoiseState) -> jax.Array:
+        return carry.num_evals < 2 * self.num_probes + 1
+
+    def argument(self, carry: _NoiseState) -> PyTree:
+        probe, is_second = jnp.divmod(carry.num_evals - 1, 2)
+        sign = jnp.where(carry.num_evals == 0, 0, 1 - 2 * is_second)
+        noise = _tree.random_normal(jax.random.fold_in(carry.key, jnp.maximum(probe, 0)), carry.params)
+        if self.adaptive:
+            noise = jax.tree.map(lambda z, w: jnp.abs(_tree.wide(w)) * z, noise, carry.params)
+        return _tree.cast_like(_tree.add(carry.params, noise, sign * carry.sigma), carry.params)
+
+    def advance(self, carry: _NoiseState, product: jax.Array) -> _NoiseState:
+        value = product.astype(carry.loss.dtype)
+        is_first = carry.num_evals == 0
+        probe = jnp.maximum(carry.num_evals - 1, 0) // 2
+        added = jnp.where(is_first, 0, (value - carry.loss) / 2)
+        return carry._replace(
+            loss=jnp.where(is_first, value, carry.loss),
+            increases=carry.increases.at[probe].add(added),
+            num_evals=carry.num_evals + 1,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quiet(num_probes: int, params: PyTree, sigma: Any, key: jax.Array) -> _NoiseState:
+    dtype = functools.reduce(jnp.promote_types, [jnp.result_type(x) for x in jax.tree.leaves(params)], jnp.float32)
+    return _NoiseState(
+        params=params,
+        sigma=jnp.asarray(sigma, dtype),
+        key=key,
+        loss=jnp.zeros((), dtype),
+        increases=jnp.zeros(num_probes, dtype),
+        num_evals=jnp.zeros((), jnp.int32),
+    )
+
+
+@jax.jit
+def _mean_and_sem(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    n = len(samples)
+    sem = jnp.std(samples, ddof=1) / math.sqrt(n) if n > 1 else jnp.full((), jnp.inf, samples.dtype)
+    return samples.mean(), sem
