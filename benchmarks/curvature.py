@@ -91,11 +91,11 @@ def measure_product(loss_fn: Any, params: PyTree, batch: PyTree, repeats: int) -
 
 def top_eigenvalues(loss_fn: Any, params: PyTree, batches: list[PyTree], k: int, rtol: float) -> peers.PeerResult:
     """`spectrum.top_eigenpairs` in the form of its peers; one product and one iteration first, to compile."""
-    matvec = curvature.hessian_operator(loss_fn, params, batches=batches)
+    operator = curvature.hessian_operator(loss_fn, params, curvature.Stream(batches))
 
     def find(max_matvecs: int) -> spectrum.Eigenpairs:
         key = jax.random.key(0)
-        return spectrum.top_eigenpairs(matvec, params, key, k=k, rtol=rtol, max_matvecs=max_matvecs)
+        return spectrum.top_eigenpairs(operator, key, k=k, rtol=rtol, max_matvecs=max_matvecs)
 
     jax.block_until_ready(find(1))
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def top_eigenvalues(loss_fn: Any, params: PyTree, batches: list[PyTree], k: int,
     residuals = []
     for i in range(k):
         vector = jax.tree.map(lambda v, i=i: v[i], pairs.eigenvectors)
-        rest = jax.tree.map(lambda h, v, i=i: h - pairs.eigenvalues[i] * v, matvec(vector), vector)
+        rest = jax.tree.map(lambda h, v, i=i: h - pairs.eigenvalues[i] * v, operator(vector), vector)
         residuals.append(float(optax.tree.norm(rest) / abs(pairs.eigenvalues[i])))
     values = np.asarray(pairs.eigenvalues)
     return peers.PeerResult("hero_jax", "", values, np.array(residuals), int(pairs.num_matvecs), seconds)
@@ -115,7 +115,8 @@ def measure_memory(loss_fn: Any, params: PyTree, batch_size: int, total: int = 5
 
     def product(params: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         size = None if len(batch[1]) == batch_size else batch_size
-        return curvature.hessian_operator(loss_fn, params, batch, microbatch_size=size)(vector)
+        examples = curvature.Examples(batch, microbatch_size=size)
+        return curvature.hessian_operator(loss_fn, params, examples)(vector)
 
     def temporary(size: int) -> float:
         images = jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32)

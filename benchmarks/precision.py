@@ -29,7 +29,7 @@ from benchmarks.step_cost import gradient_function
 from experiments import cli, data, runs
 from experiments import trainer as trainers
 from experiments.config import TrainConfig
-from hero_jax import _check, _tree, models, penalties, perturbations
+from hero_jax import _check, _tree, curvature, models, perturbations
 
 PyTree = Any
 Quantities = dict[str, PyTree]
@@ -68,9 +68,8 @@ class Arguments:
 
 def averaged_product(grad_fn: Callable[[PyTree], PyTree], perturbed: PyTree, d: PyTree) -> PyTree:
     """H(w*) D d, as the penalty "detached" of `hero` computes it."""
-    diagonal = penalties.selection(_tree.kernels(d), d, "mean")
-    scaled = jax.tree.map(lambda c, x: c * x, diagonal, d)
-    return penalties.scaled_product(grad_fn, lambda product: product, perturbed, scaled)
+    scaled, peak = _tree.peak_scaled(jax.tree.map(lambda x: x * (x.ndim > 1) / x.size, d))
+    return _tree.scale(peak, curvature.grad_product(grad_fn, perturbed, scaled))
 
 
 class Computation:
@@ -87,7 +86,7 @@ class Computation:
                 return gradient(params, *rest)[0]
 
             g = grad_fn(params)
-            perturbed = _tree.add(params, perturbations.perturbation(params, g, rho, adaptive=True))
+            perturbed = _tree.add(params, perturbations.ascent(params, g, rho, adaptive=True))
             perturbed_grads = grad_fn(perturbed)
             d = _tree.subtract(perturbed_grads, g)
             product = averaged_product(grad_fn, perturbed, d)

@@ -68,11 +68,10 @@ class HessianConfig:
 
 def measure(
     config: HessianConfig,
-    matvec: Callable[[PyTree], PyTree],
-    variables: PyTree,
+    operator: curvature.Operator,
     report: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """All quantities of one operator on trees like `variables`, as JSON values.
+    """All quantities of one operator, as JSON values.
 
     `report(what, done, total)` is called after every product.
     """
@@ -83,27 +82,25 @@ def measure(
 
         def product(vector: PyTree) -> PyTree:
             nonlocal done
-            result = jax.block_until_ready(matvec(vector))
+            result = jax.block_until_ready(operator(vector))
             done += 1
             report(what, done, total)
             return result
 
-        return curvature.HostOperator(product)
+        return curvature.HostOperator(product, operator.like)
 
-    number = min(config.eigenvalues, sum(x.size for x in jax.tree.leaves(variables)))
+    number = min(config.eigenvalues, sum(x.size for x in jax.tree.leaves(operator.like)))
     pairs = spectrum.top_eigenpairs(
         watched("eigenvalues", config.max_products),
-        variables,
         keys[0],
         k=number,
         rtol=config.rtol,
         max_matvecs=config.max_products,
     )
     report("eigenvalues", config.max_products, config.max_products)
-    moments = spectrum.moments(watched("trace and norm", config.probes), variables, keys[1], num_probes=config.probes)
+    moments = spectrum.moments(watched("trace and norm", config.probes), keys[1], num_probes=config.probes)
     density = spectrum.spectral_density(
         watched("density", config.density_probes * config.density_steps),
-        variables,
         keys[2],
         num_probes=config.density_probes,
         num_steps=config.density_steps,
@@ -111,7 +108,7 @@ def measure(
     report("density", config.density_probes * config.density_steps, config.density_probes * config.density_steps)
     layers = jax.tree_util.tree_leaves_with_path(moments.layer_traces.mean)
     sems = jax.tree.leaves(moments.layer_traces.sem)
-    sizes = [x.size for x in jax.tree.leaves(variables)]
+    sizes = [x.size for x in jax.tree.leaves(operator.like)]
     return {
         "eigenvalues": np.asarray(pairs.eigenvalues).tolist(),
         "residuals": np.asarray(pairs.residuals).tolist(),
@@ -119,7 +116,7 @@ def measure(
         "products": int(pairs.num_matvecs),
         "asymmetry": float(pairs.asymmetry),
         "trace": _estimate(moments.trace),
-        "hessian_norm": _estimate(moments.hessian_norm),
+        "hessian_norm": _estimate(moments.frobenius_norm),
         "layer_traces": [
             {
                 "layer": jax.tree_util.keystr(path[1:], simple=True, separator="/"),
@@ -174,8 +171,8 @@ def main(
         _, trainer, variables, dataset = trainers.load(run, data_dir, display)
         runs.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(config.images)
-        matvec, example = trainer.hessian(variables, split)
-        measured = measure(config, matvec, example, progress.steps(display))
+        operator = trainer.hessian(variables, split)
+        measured = measure(config, operator, progress.steps(display))
     record = {"config": runs.to_json(config), "run": run.name, "images": split.size, **measured}
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")

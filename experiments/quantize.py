@@ -155,26 +155,26 @@ def measure_layers(
     assert config.sensitivity is not None
     trainer, variables = network.trainer, network.variables
     images = network.dataset.train.first(config.calibration)
-    product, example = trainer.hessian(variables, images)
+    operator = trainer.hessian(variables, images)
 
-    def matvec(vector: PyTree) -> PyTree:
+    def product(vector: PyTree) -> PyTree:
         # The operator works on trees with the batch statistics left out.
-        return product({"params": vector, "batch_stats": example["batch_stats"]})["params"]
+        return operator({**operator.like, "params": vector})["params"]
 
-    def loss_fn(params: PyTree) -> float:
+    def mean_loss(params: PyTree) -> float:
         return trainer.evaluate(variables | {"params": params}, images)["loss"]
 
     params = variables["params"]
     report("layer traces", 0, 1)
-    found = spectrum.layer_traces(product, example, jax.random.key(config.seed), num_probes=config.probes)
+    found = spectrum.layer_traces(operator, jax.random.key(config.seed), num_probes=config.probes)
     traces = found.mean["params"]
     report("layer traces", 1, 1)
     layers = sensitivity.sensitivities(
-        loss_fn,
+        mean_loss,
         params,
         config.sensitivity,
         traces,
-        matvec=curvature.HostOperator(matvec),
+        operator=curvature.HostOperator(product, params),
         spec=spec,
         report=functools.partial(report, "layers alone"),
     )

@@ -192,9 +192,9 @@ def measure(
         rows = quantize.quantize_and_evaluate(eval_fn, params, measuring.bits, quantize.named(spec))
         quantized[spec] = {"full" if row.bits is None else str(row.bits): 100 * row.metrics["accuracy"] for row in rows}
     images = dataset.train.first(measuring.curvature_images(name))
-    matvec, example = trainer.hessian(variables, images)
-    pairs = spectrum.top_eigenpairs(matvec, example, jax.random.key(0), k=1, max_matvecs=measuring.curvature_products)
-    norm = spectrum.hessian_norm(matvec, example, jax.random.key(1), num_probes=NORM_PROBES)
+    operator = trainer.hessian(variables, images)
+    pairs = spectrum.top_eigenpairs(operator, jax.random.key(0), k=1, max_matvecs=measuring.curvature_products)
+    norm = spectrum.frobenius_norm(operator, jax.random.key(1), num_probes=NORM_PROBES)
     return {
         "images": dataset.test.size,
         "quantized": quantized,

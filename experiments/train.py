@@ -324,17 +324,16 @@ class _Curvature:
             self.eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
 
     def __call__(self, variables: PyTree) -> dict[str, float]:
-        matvec, example = self._trainer.hessian(variables, self._images)
+        operator = self._trainer.hessian(variables, self._images)
         pairs = spectrum.top_eigenpairs(
-            matvec,
-            example,
+            operator,
             self._keys[0],
             k=2,
-            v0={**example, "params": self.eigenvectors},
+            v0={**operator.like, "params": self.eigenvectors},
             max_matvecs=CURVATURE_PRODUCTS,
         )
         self.eigenvectors = runs.snapshot(pairs.eigenvectors["params"])
-        norm = spectrum.hessian_norm(matvec, example, self._keys[1], num_probes=CURVATURE_PROBES)
+        norm = spectrum.frobenius_norm(operator, self._keys[1], num_probes=CURVATURE_PROBES)
         return {
             "eigenvalue": float(pairs.eigenvalues[0]),
             "eigenvalue_residual": float(pairs.residuals[0]),

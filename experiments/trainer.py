@@ -39,8 +39,8 @@ class Trainer(NamedTuple):
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
     forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
     statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
-    hessian: `(variables, split) -> (matvec, example)`, the Hessian of the mean cross-entropy over a split, normalised
-      by the running BatchNorm statistics, without augmentation or weight decay; and a tree shaped like its vectors.
+    hessian: `(variables, split) -> operator`, the Hessian of the mean cross-entropy over a split, normalised by the
+      running BatchNorm statistics, without augmentation or weight decay; on trees without these statistics.
     """
 
     layout: parallel.One
@@ -50,7 +50,7 @@ class Trainer(NamedTuple):
     evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
     forward: Callable[[PyTree, jax.Array], jax.Array]
     statistics: Callable[[PyTree, jax.Array], PyTree]
-    hessian: Callable[[PyTree, data.Split], tuple[Callable[[PyTree], PyTree], PyTree]]
+    hessian: Callable[[PyTree, data.Split], curvature.Operator]
 
 
 def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
@@ -172,12 +172,11 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     def mean_loss(variables: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _cross_entropy(forward(variables, batch[0]), batch[1])
 
-    def hessian(variables: PyTree, split: data.Split) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+    def hessian(variables: PyTree, split: data.Split) -> curvature.Operator:
         batches = [tuple(x[i : i + EVAL_BATCH] for x in split) for i in range(0, split.size, EVAL_BATCH)]
         # The statistics are arguments as the parameters are, so that what is compiled serves all runs.
         mask = {"params": True, "batch_stats": False}
-        matvec = curvature.hessian_operator(mean_loss, variables, batches=batches, mask=mask)
-        return matvec, curvature.restrict(variables, mask)
+        return curvature.hessian_operator(mean_loss, variables, curvature.Stream(batches), mask=mask)
 
     shards = 1 if layout.examples is None else layout.examples.num_devices
     classify = classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)

@@ -13,7 +13,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jax.core import Tracer, eval_jaxpr
+from jax.core import eval_jaxpr
+
+from hero_jax import _tree
+from hero_jax._mean import StreamedMean
+from hero_jax.operators import HostOperator, Operator, refuse_tracing
 
 PyTree = Any
 
@@ -34,42 +38,28 @@ class Solver(Protocol):
         ...
 
 
-class HostOperator:
-    """A product that Python has to run: solvers call it between their compiled parts and never trace it.
-
-    Wrap in it whatever reads data, talks to another library or shows progress. `fn` takes and returns pytrees of
-    arrays. A solver that is itself traced (called under `jax.jit` or `vmap`) refuses it.
-    """
-
-    def __init__(self, fn: Callable[[PyTree], PyTree]) -> None:
-        self.fn = fn
-
-    def __call__(self, vector: PyTree) -> PyTree:
-        """`fn(vector)`."""
-        _refuse_tracing(vector)
-        return self.fn(vector)
-
-
 def run(solver: Solver, operator: Callable[[PyTree], PyTree], carry: Any) -> Any:
     """`while solver.is_running(carry): carry = solver.advance(carry, operator(solver.argument(carry)))`, compiled.
 
     Args:
       solver: what to iterate.
-      operator: function of one tree. A `jax.tree_util.Partial` is compiled once over all calls with the same function,
-        its arrays being arguments; what is compiled for a plain function is dropped at the end of the call. A
-        `HostOperator` is not compiled. The solver is compiled by itself, once over all operators.
+      operator: an `Operator` or a function of one tree. A `jax.tree_util.Partial` (also as the `matvec` of an operator)
+        is compiled once over all calls with the same function, its arrays being arguments; what is compiled for a plain
+        function is dropped at the end of the call. A `HostOperator` or `StreamedMean` is not compiled. The solver is
+        compiled by itself, once over all operators.
       carry: the first carry.
     """
-    if isinstance(operator, HostOperator):
-        _refuse_tracing(carry)
+    matvec = operator.matvec if isinstance(operator, Operator) else operator
+    if isinstance(operator, HostOperator | StreamedMean):
+        refuse_tracing(carry)
         product = operator
-    elif isinstance(operator, jax.tree_util.Partial):
-        product = functools.partial(_product, operator)
-        if _is_traced((operator, carry)):
-            return _device_loop(solver, operator, carry)
+    elif isinstance(matvec, jax.tree_util.Partial):
+        product = functools.partial(_product, matvec)
+        if _tree.is_traced((matvec, carry)):
+            return _device_loop(solver, matvec, carry)
     else:
-        arrays, call = _hoist(operator, solver.argument(carry))
-        if _is_traced((arrays, carry)):
+        arrays, call = _hoist(matvec, solver.argument(carry))
+        if _tree.is_traced((arrays, carry)):
             return _device_loop(solver, functools.partial(call, arrays), carry)
         # The call must not become a part of an argument's structure, which jit's cache keeps.
         product = functools.partial(jax.jit(call), arrays)
@@ -85,15 +75,6 @@ def _device_loop(solver: Solver, operator: Callable[[PyTree], PyTree], carry: An
         return solver.advance(carry, operator(solver.argument(carry)))
 
     return jax.lax.while_loop(solver.is_running, body, carry)
-
-
-def _refuse_tracing(tree: PyTree) -> None:
-    if _is_traced(tree):
-        raise TypeError("A `HostOperator` runs on the host and cannot be traced; call the solver outside jax.jit.")
-
-
-def _is_traced(tree: PyTree) -> bool:
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _hoist(fn: Callable[[PyTree], PyTree], example: PyTree) -> tuple[list[Any], Callable[[list[Any], PyTree], PyTree]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -77,6 +78,13 @@ def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
     return scale(jnp.where(peak > 0, 1 / jnp.where(peak > 0, peak, 1), 0), tree), peak
 
 
+def nan_where(is_missing: jax.Array, x: jax.Array) -> jax.Array:
+    """NaN where `is_missing`, `x` elsewhere; outside a trace made on the host, where `jax_debug_nans` does not look."""
+    if is_traced((is_missing, x)):
+        return jnp.where(is_missing, jnp.nan, x)
+    return jnp.asarray(np.where(is_missing, np.nan, x).astype(x.dtype))
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` with the leaf types of `like`."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.result_type(y)), tree, like)
@@ -132,6 +140,11 @@ def place(x: jax.Array, sharding: NamedSharding | None, new_axes: int = 0) -> ja
 def is_explicit(sharding: Any) -> bool:
     """Whether shardings are a part of the types in a program (`jax.sharding.AxisType.Explicit`)."""
     return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a tracer."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def size(tree: PyTree) -> int:

@@ -9,25 +9,31 @@ Three matrices that are easily confused, for a model f, a loss l of its outputs,
     empirical Fisher   F = 1/N sum_n g_n g_n^T                g_n the gradient of example n at its given label; not an
                            approximation of H in general, and zero where every example is fitted
 
-An operator is a function `vector -> vector` for these at fixed parameters. Over one batch it is a
-`jax.tree_util.Partial` that holds parameters and data, to be called under jit as well; over `batches` it is a
-`HostOperator`, which takes a pass over the data for each product, one compiled call a batch.
+An operator (`Operator`) is the product `vector -> vector` with one of these at fixed parameters. Over a batch or
+`Examples` it is a pytree that holds parameters and data, to be called under jit as well; over a `Stream` it is a
+`HostOperator`, which takes a pass over the data for each product, one compiled call per batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _tree, examples, parallel
-from hero_jax._loop import HostOperator
+from hero_jax import _autodiff, _check, _mean, _tree
+from hero_jax.errors import ArgumentError
+from hero_jax.examples import Examples, Stream
+from hero_jax.operators import HostOperator, Operator
 
 __all__ = [
+    "Examples",
     "HostOperator",
+    "Operator",
+    "Stream",
     "empirical_fisher_operator",
     "ggn_operator",
     "grad_product",
@@ -37,7 +43,8 @@ __all__ = [
 ]
 
 PyTree = Any
-Batches = Iterable[PyTree] | Callable[[], Iterable[PyTree]]
+Mask = PyTree | Callable[[PyTree], PyTree]
+LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 
 def hvp(loss_fn: Callable[..., jax.Array], params: PyTree, vector: PyTree, *args: Any) -> PyTree:
@@ -61,7 +68,7 @@ def hvp(loss_fn: Callable[..., jax.Array], params: PyTree, vector: PyTree, *args
       H(w) u, with the structure, shapes and types of `params`.
 
     Raises:
-      ValueError: `vector` does not match `params` (names the first path that differs).
+      ArgumentError: `vector` does not match `params` (names the first path that differs).
       TypeError: a leaf of `params` is not floating point.
 
     Cost: about 2 gradients beyond the gradient itself, at twice its memory; independent of the number of parameters.
@@ -93,7 +100,7 @@ def grad_product(grad_fn: Callable[[PyTree], PyTree], params: PyTree, vector: Py
       H(w) u alone, shaped like `grad_fn(params)`.
 
     Raises:
-      ValueError: `vector` does not match `params` (names the first path that differs).
+      ArgumentError: `vector` does not match `params` (names the first path that differs).
       TypeError: a leaf of `params` is not floating point.
 
     Cost: as `hvp`. Where the caller also evaluates `grad_fn(params)`, XLA's common-subexpression elimination merges
@@ -109,21 +116,12 @@ def grad_product(grad_fn: Callable[[PyTree], PyTree], params: PyTree, vector: Py
     """
     _check.floating_tree("params", params)
     _check.matching_tree("vector", vector, params)
-    return jax.jvp(grad_fn, (params,), (_tree.cast_like(vector, params),))[1]
+    return _autodiff.jvp(grad_fn, params, vector)[1]
 
 
 def hessian_operator(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
-    params: PyTree,
-    batch: PyTree | None = None,
-    *,
-    batches: Batches | None = None,
-    microbatch_size: int | None = None,
-    weight_fn: Callable[[PyTree], Any] | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    axis_name: parallel.AxisName | None = None,
-    coupled: bool = False,
-) -> Callable[[PyTree], PyTree]:
+    loss_fn: LossFn, params: PyTree, data: PyTree, *, mask: Mask | None = None, coupled: bool = False
+) -> Operator:
     """Makes the product with the Hessian of a mean loss, over one batch or a whole data set.
 
         H v = sum_b weight_b H_b v / sum_b weight_b,   H_b the Hessian of loss_fn(params, b)
@@ -132,37 +130,29 @@ def hessian_operator(
       loss_fn: `(params, batch) -> scalar`, the mean over the batch. It must be the same function object from call to
         call for what is compiled to be shared.
       params: pytree of floating-point arrays: where the Hessian is taken.
-      batch: pytree of arrays with the examples along the first axis, which may be sharded over devices. Under
-        `axis_name`, the local examples.
-      batches: instead of `batch`, batches that do not fit together: an iterable that can be passed over again and
-        again, or a function that returns a new iterator. They may differ in size (each size is compiled once).
-      microbatch_size: examples of `batch` to take at a time, in a loop on the device; the rest, if any, comes first.
-        Where it divides the number of examples, each microbatch takes every so many examples, which keeps a sharded
-        first axis sharded; otherwise they are taken in order.
-      weight_fn: `batch -> scalar`, what `loss_fn` has divided by: the number of valid tokens, say. Default the number
-        of examples.
+      data: a batch (pytree of arrays with the examples along the first axis), `Examples` or `Stream`, which say how the
+        mean over it is taken and which weight a batch has.
       mask: bool tree (or a prefix, or a callable giving either) naming the leaves to restrict to, P^T H P. The
         operator then takes and returns trees with None in place of the others: see `restrict`.
-      axis_name: mapped axis (pmap, shard_map, vmap) to average over, weights included. Vectors are replicated.
-      coupled: accept a loss that couples the examples of a batch, as batch normalisation in training mode does. The
-        result is then the mean over batches of their Hessians, not the Hessian of the whole.
+      coupled: accept a loss that couples the examples of a batch that is split, as batch normalisation in training mode
+        does. The result is then the mean over batches of their Hessians, not the Hessian of the whole.
 
     Returns:
-      `vector -> H vector`, stored in float32 or wider but computed in the types of `params`; symmetric up to rounding.
+      `Operator` on trees like `params` (restricted by `mask`), a `HostOperator` over a stream. H v is stored in float32
+      or wider but computed in the types of `params`; symmetric up to rounding.
 
     Raises:
-      ValueError: no examples; batch leaves of different lengths; data whose total weight is 0, or changes from pass to
-        pass; a loss that couples a batch that is to be split (found by comparing the loss of four examples with that of
-        one and three). Values are looked at outside a trace only; under one a total weight of 0 gives NaN.
-      TypeError: both or neither of `batch` and `batches`; a one-shot iterator; parameters that are not floating point.
+      ArgumentError: no examples; batch leaves of different lengths; data whose total weight is 0, or changes from pass
+        to pass; a loss that couples a batch that is to be split (found by comparing the loss of four examples with that
+        of one and three; of a stream, in every batch of the first pass). Values are looked at outside a trace only;
+        under one a total weight of 0 gives NaN.
+      TypeError: parameters that are not floating point.
 
     Which batch statistics: those `loss_fn` uses. Running statistics (evaluation mode) are constants of the function;
     batch statistics are part of it and of its Hessian.
 
-    Cost: one product of a batch is about 2 gradients beyond the gradient, and with `microbatch_size` or `batches` its
-    memory is that of one microbatch; `jax.checkpoint` inside `loss_fn` lowers it further. XLA:CPU runs convolutions
-    inside a loop some forty times slower: for convolutional networks on CPU use `batches` rather than
-    `microbatch_size`.
+    Cost: one product of a batch is about 2 gradients beyond the gradient, and of microbatches or a stream its memory is
+    that of one of them; `jax.checkpoint` inside `loss_fn` lowers it further.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss_fn(w, batch):
@@ -172,42 +162,37 @@ def hessian_operator(
     >>> w, v = jnp.zeros(2), jnp.array([1.0, -1.0])
     >>> hessian_operator(loss_fn, w, (x, y))(v)
     Array([-4., -5.], dtype=float32)
-    >>> hessian_operator(loss_fn, w, (x, y), microbatch_size=2)(v)
+    >>> hessian_operator(loss_fn, w, Examples((x, y), microbatch_size=2))(v)
     Array([-4., -5.], dtype=float32)
-    >>> hessian_operator(loss_fn, w, batches=[(x[:3], y[:3]), (x[3:], y[3:])])(v)
+    >>> hessian_operator(loss_fn, w, Stream([(x[:3], y[:3]), (x[3:], y[3:])]))(v)
     Array([-4., -5.], dtype=float32)
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994.
     """
-    data = (batch, batches, microbatch_size, weight_fn, axis_name)
-    return _operator("hessian_operator", _Hessian(loss_fn), loss_fn, params, mask, coupled, data)
+    return _operator("hessian_operator", _Hessian(loss_fn), loss_fn, params, data, mask, coupled)
 
 
 def ggn_operator(
     model_fn: Callable[[PyTree, PyTree], PyTree],
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    output_loss_fn: LossFn,
     params: PyTree,
-    batch: PyTree | None = None,
+    data: PyTree,
     *,
-    batches: Batches | None = None,
-    microbatch_size: int | None = None,
-    weight_fn: Callable[[PyTree], Any] | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    axis_name: parallel.AxisName | None = None,
+    mask: Mask | None = None,
     coupled: bool = False,
-) -> Callable[[PyTree], PyTree]:
+) -> Operator:
     """Makes the product with the generalised Gauss-Newton matrix of a mean loss.
 
-        G v = J^T (d^2 L / df^2) J v,   f = model_fn(params, batch),   L = loss_fn(f, batch),   J = df / dparams
+        G v = J^T (d^2 L / df^2) J v,   f = model_fn(params, batch),   L = output_loss_fn(f, batch),   J = df / dparams
 
     Args:
       model_fn: `(params, batch) -> outputs`, any pytree of floating-point arrays.
-      loss_fn: `(outputs, batch) -> scalar`, the mean over the batch.
-      params, batch, batches, microbatch_size, weight_fn, mask, axis_name, coupled: as in `hessian_operator`.
+      output_loss_fn: `(outputs, batch) -> scalar`, the mean over the batch.
+      params, data, mask, coupled: as in `hessian_operator`.
 
     Returns:
-      `vector -> G vector`, stored and computed as in `hessian_operator`; symmetric, and without negative eigenvalues
-      where the loss is convex in the outputs.
+      `Operator`, as `hessian_operator`; symmetric, and without negative eigenvalues where the loss is convex in the
+      outputs.
 
     Raises:
       As `hessian_operator`.
@@ -215,63 +200,60 @@ def ggn_operator(
     Batch statistics: as `hessian_operator`.
 
     Cost: one forward-mode and one reverse-mode pass through the model, about 1.5 gradients; memory as
-    `hessian_operator`.
+    `hessian_operator`. Where the model has a `custom_vjp`, J v takes two reverse-mode passes instead.
 
     >>> import jax.numpy as jnp
     >>> def model_fn(w, x):
     ...     return jnp.tanh(x @ w)
-    >>> def loss_fn(outputs, x):
+    >>> def output_loss_fn(outputs, x):
     ...     return 0.5 * jnp.mean(outputs**2)
-    >>> matvec = ggn_operator(model_fn, loss_fn, jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-    >>> matvec(jnp.array([1.0, 0.0]))
+    >>> operator = ggn_operator(model_fn, output_loss_fn, jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> operator(jnp.array([1.0, 0.0]))
     Array([5., 7.], dtype=float32)
 
     Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation
     2002.
     """
-    data = (batch, batches, microbatch_size, weight_fn, axis_name)
-    whole = _Composition(model_fn, loss_fn)
-    return _operator("ggn_operator", _GaussNewton(model_fn, loss_fn), whole, params, mask, coupled, data)
+    whole = _Composition(model_fn, output_loss_fn)
+    return _operator("ggn_operator", _GaussNewton(model_fn, output_loss_fn), whole, params, data, mask, coupled)
 
 
 def empirical_fisher_operator(
-    losses_fn: Callable[[PyTree, PyTree], jax.Array],
-    params: PyTree,
-    batch: PyTree | None = None,
-    *,
-    batches: Batches | None = None,
-    microbatch_size: int | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    axis_name: parallel.AxisName | None = None,
-    coupled: bool = False,
-) -> Callable[[PyTree], PyTree]:
+    losses_fn: LossFn, params: PyTree, data: PyTree, *, mask: Mask | None = None, coupled: bool = False
+) -> Operator:
     """Makes the product with the empirical Fisher matrix, the uncentered second moment of per-example gradients.
 
         F v = 1/N sum_n g_n (g_n^T v) = J^T J v / N,   J = d losses / dparams, a row g_n an example
 
     Args:
       losses_fn: `(params, batch) -> (N,)`, the loss of each example at its given label: not their mean.
-      params, batch, batches, microbatch_size, mask, axis_name, coupled: as in `hessian_operator`.
+      params, data, mask, coupled: as in `hessian_operator`; data without a `weight_fn`.
 
     Returns:
-      `vector -> F vector`, stored and computed as in `hessian_operator`; symmetric and without negative eigenvalues.
+      `Operator`, as `hessian_operator`; symmetric and without negative eigenvalues.
 
     Raises:
-      ValueError: `losses_fn` returns anything but one loss an example. Otherwise as `hessian_operator`.
+      ArgumentError: `losses_fn` returns anything but one loss for each example; data with a `weight_fn`. Otherwise as
+        `hessian_operator`.
 
     Batch statistics: as `hessian_operator`.
 
-    Cost: one forward-mode and one reverse-mode pass, about 1.5 gradients; no per-example gradient is stored.
+    Cost: one forward-mode and one reverse-mode pass, about 1.5 gradients; no per-example gradient is stored. Where
+    `losses_fn` has a `custom_vjp`, J v takes two reverse-mode passes instead.
 
     >>> import jax.numpy as jnp
-    >>> matvec = empirical_fisher_operator(lambda w, x: x @ w, jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-    >>> matvec(jnp.array([1.0, 0.0]))
+    >>> operator = empirical_fisher_operator(lambda w, x: x @ w, jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> operator(jnp.array([1.0, 0.0]))
     Array([5., 7.], dtype=float32)
 
     Source: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS 2019.
     """
-    data = (batch, batches, microbatch_size, None, axis_name)
-    return _operator("empirical_fisher_operator", _EmpiricalFisher(losses_fn), losses_fn, params, mask, coupled, data)
+    if isinstance(data, Examples | Stream) and data.weight_fn is not None:
+        raise ArgumentError(
+            "`empirical_fisher_operator(data=...)` must have no `weight_fn`, since every example counts alike; got one."
+        )
+    name = "empirical_fisher_operator"
+    return _operator(name, _EmpiricalFisher(losses_fn), losses_fn, params, data, mask, coupled)
 
 
 def restrict(tree: PyTree, mask: PyTree | Callable[[PyTree], PyTree]) -> PyTree:
@@ -287,7 +269,7 @@ def restrict(tree: PyTree, mask: PyTree | Callable[[PyTree], PyTree]) -> PyTree:
       The tree with None for each leaf not selected.
 
     Raises:
-      ValueError: `mask` does not match, or selects nothing. TypeError: it holds anything but bools.
+      ArgumentError: `mask` does not match, or selects nothing. TypeError: it holds anything but bools.
 
     Cost: none.
 
@@ -311,66 +293,64 @@ class _PeakScaled:
 
 @dataclasses.dataclass(frozen=True)
 class _Hessian:
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    loss_fn: LossFn
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
-        return hvp(lambda params: self.loss_fn(_merge(params, others), batch), params, vector)
+        grad_fn = jax.grad(lambda params: self.loss_fn(_merge(params, others), batch))
+        return _autodiff.jvp(grad_fn, params, vector)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _GaussNewton:
     model_fn: Callable[[PyTree, PyTree], PyTree]
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    output_loss_fn: LossFn
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         def model(params: PyTree) -> PyTree:
             return self.model_fn(_merge(params, others), batch)
 
-        _check.matching_tree("vector", vector, params)
-        outputs, tangent = jax.jvp(model, (params,), (_tree.cast_like(vector, params),))
-        curved = hvp(self.loss_fn, outputs, tangent, batch)
+        outputs, tangent = _autodiff.jvp(model, params, vector)
+        curved = hvp(self.output_loss_fn, outputs, tangent, batch)
         return jax.vjp(model, params)[1](curved)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _EmpiricalFisher:
-    losses_fn: Callable[[PyTree, PyTree], jax.Array]
+    losses_fn: LossFn
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         def losses(params: PyTree) -> jax.Array:
             losses = self.losses_fn(_merge(params, others), batch)
-            if losses.shape != (examples.num_examples(batch),):
-                raise ValueError(
+            if losses.shape != (_mean.num_examples(batch),):
+                raise ArgumentError(
                     f"`empirical_fisher_operator(losses_fn=...)` must return one loss an example,"
-                    f" ({examples.num_examples(batch)},); got {losses.shape}."
+                    f" ({_mean.num_examples(batch)},); got {losses.shape}."
                 )
             return losses
 
-        _check.matching_tree("vector", vector, params)
-        values, tangent = jax.jvp(losses, (params,), (_tree.cast_like(vector, params),))
+        values, tangent = _autodiff.jvp(losses, params, vector)
         return jax.vjp(losses, params)[1](tangent / len(values))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Composition:
     model_fn: Callable[[PyTree, PyTree], PyTree]
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    output_loss_fn: LossFn
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        return self.loss_fn(self.model_fn(params, batch), batch)
+        return self.output_loss_fn(self.model_fn(params, batch), batch)
 
 
 def _operator(
     name: str,
     product: Callable[..., PyTree],
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
-    mask: PyTree | Callable[[PyTree], PyTree] | None,
+    data: PyTree,
+    mask: Mask | None,
     coupled: bool,
-    data: tuple[Any, ...],
-) -> Callable[[PyTree], PyTree]:
+) -> Operator:
     """The mean over the data of `product(selected params, other params, vector, batch)`, a function of the vector."""
-    batch, batches, microbatch_size, weight_fn, axis_name = data
     _check.boolean(f"{name}(coupled=...)", coupled)
     selected, others = params, None
     if mask is not None:
@@ -380,20 +360,10 @@ def _operator(
     _check.floating_tree("params", selected)
     if any(jnp.result_type(x).itemsize < 4 for x in jax.tree.leaves(selected)):
         product = _PeakScaled(product)
-    mean = examples.mean_over(
-        name,
-        product,
-        batch,
-        batches,
-        microbatch_size=microbatch_size,
-        weight_fn=weight_fn,
-        axis_name=axis_name,
-    )
-    if not coupled:
-        examples.check_uncoupled(name, loss_fn, params, mean)
-    if isinstance(mean, examples.StreamedMean):
-        return HostOperator(lambda vector: mean(selected, others, vector))
-    return jax.tree_util.Partial(mean.func, *mean.args, selected, others)
+    mean = _mean.over(name, product, loss_fn, params, data, coupled)
+    if isinstance(mean, _mean.StreamedMean):
+        return HostOperator(functools.partial(mean, selected, others), selected)
+    return Operator(jax.tree_util.Partial(mean.func, *mean.args, selected, others), selected)
 
 
 def _merge(params: PyTree, others: PyTree | None) -> PyTree:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from hero_jax import _check, _tree
+from hero_jax.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hero_jax.quantize import QuantizedScore
@@ -46,7 +47,7 @@ def aggregate(runs: Sequence[Sequence[QuantizedScore]], value: Callable[[Quantiz
       One `Spread` a row.
 
     Raises:
-      ValueError: no run, or rows that do not belong together.
+      ArgumentError: no run, or rows that do not belong together.
 
     >>> import jax.numpy as jnp
     >>> from hero_jax.quantize import quantize_and_evaluate
@@ -55,11 +56,11 @@ def aggregate(runs: Sequence[Sequence[QuantizedScore]], value: Callable[[Quantiz
     [(2.633, 1.528, 3), (2.333, 1.528, 3)]
     """
     if not runs:
-        raise ValueError("`aggregate(runs=...)` must have at least one run; got none.")
+        raise ArgumentError("`aggregate(runs=...)` must have at least one run; got none.")
     kinds = [[(row.bits, row.spec) for row in rows] for rows in runs]
     for kind in kinds:
         if kind != kinds[0]:
-            raise ValueError(
+            raise ArgumentError(
                 "`aggregate(runs=...)` must have the same bit widths and specification in every run; got"
                 f" {kinds[0]} and {kind}."
             )
@@ -86,7 +87,8 @@ def classifier(
     Returns:
       `(params, inputs, labels, report=None) -> {"accuracy": fraction, "loss": mean cross-entropy, "predictions": (N,)
       integers}`; inputs and integer labels are arrays with the examples along the first axis, on the host or not, and
-      `report(done, total)` is called after every batch. An empty data set raises ValueError.
+      `report(done, total)` is called after every batch. An empty data set, or a label that is no class, raises
+      ArgumentError, labels that are not integers TypeError.
 
     Cost: one forward pass; memory of one batch. What is compiled is kept with the function: make it once.
 
@@ -103,13 +105,22 @@ def classifier(
         logits = apply_fn(params, inputs)
         losses = optax.softmax_cross_entropy_with_integer_labels(_tree.wide(logits), labels)
         found = logits.argmax(-1)
-        return jnp.sum(mask & (found == labels)), jnp.sum(jnp.where(mask, losses, 0)), found
+        # The loss takes -1 for the last class; the accuracy does not.
+        wide, classes = labels.astype(int), logits.shape[-1]
+        wrong = mask & ((wide < 0) | (wide >= classes))
+        first_wrong = jnp.where(wrong.any(), wrong.argmax(), -1)
+        hits, total = jnp.sum(mask & (found == labels)), jnp.sum(jnp.where(mask, losses, 0))
+        return hits, total, found, first_wrong, jnp.asarray(classes)
 
     def evaluate(
         params: PyTree, inputs: Any, labels: Any, report: Callable[[int, int], None] | None = None
     ) -> dict[str, Any]:
         if len(inputs) != len(labels) or not len(labels):
-            raise ValueError(f"`inputs` and `labels` must be as many, and some; got {len(inputs)} and {len(labels)}.")
+            raise ArgumentError(
+                f"`inputs` and `labels` must be as many, and some; got {len(inputs)} and {len(labels)}."
+            )
+        if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+            raise TypeError(f"`labels` must be integers; got {jnp.result_type(labels)}.")
         size = len(labels)
         batch = min(batch_size, size)
         if sharding is not None:
@@ -121,7 +132,11 @@ def classifier(
             if report is not None:
                 jax.block_until_ready(results[-1])
                 report(min(batch * len(results), size), size)
-        hits, losses, found = zip(*jax.device_get(results), strict=True)
+        hits, losses, found, wrong, classes = zip(*jax.device_get(results), strict=True)
+        for i, place in enumerate(wrong):
+            if place >= 0:
+                at = i * batch + int(place)
+                raise ArgumentError(f"`labels` must be in 0..{classes[0] - 1}; at {at} it is {int(labels[at])}.")
         return {
             "accuracy": sum(int(x) for x in hits) / size,
             "loss": math.fsum(float(x) for x in losses) / size,
@@ -143,7 +158,7 @@ def _fitted(batch: int, batch_size: int, sharding: jax.sharding.NamedSharding) -
     """The batch, made a multiple of the shards where the data set is the smaller one."""
     shards = sharding.num_devices // max(1, math.prod(_unused_axes(sharding)))
     if batch_size % shards:
-        raise ValueError(f"`classifier(batch_size=...)` must be divided by the {shards} shards; got {batch_size}.")
+        raise ArgumentError(f"`classifier(batch_size=...)` must be divided by the {shards} shards; got {batch_size}.")
     return -(-batch // shards) * shards
 
 

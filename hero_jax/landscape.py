@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hero_jax import _check, _tree
+from hero_jax.errors import ArgumentError
+
+__all__ = ["Line", "Plane", "barrier", "filter_normalized", "interpolate", "line", "plane"]
 
 PyTree = Any
-LossFn = Callable[[PyTree], PyTree]
+EvalFn = Callable[[PyTree], PyTree]
 Report = Callable[[int, int], None]
 Steps = Sequence[float] | np.ndarray
 
@@ -31,7 +34,7 @@ class Line(NamedTuple):
     """Values along a line.
 
     steps: (n,) float64, a; or t of `interpolate`.
-    values: what `loss_fn` returned, each scalar as (n,) float64; NaN and infinities stay.
+    values: what `eval_fn` returned, each scalar as (n,) float64; NaN and infinities stay.
     finite: (n,) bool, whether all values of a point are finite.
     """
 
@@ -45,7 +48,7 @@ class Plane(NamedTuple):
 
     a: (n,) float64, steps along the first direction.
     b: (m,) float64, steps along the second.
-    values: what `loss_fn` returned, each scalar as (n, m) float64; NaN and infinities stay.
+    values: what `eval_fn` returned, each scalar as (n, m) float64; NaN and infinities stay.
     finite: (n, m) bool, whether all values of a point are finite.
     """
 
@@ -78,7 +81,7 @@ def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1)
       d, like `params`, in float32 or wider. 0 for a filter of zeros.
 
     Raises:
-      ValueError: no leaf with two axes or more, or one that has no `channel_axis`.
+      ArgumentError: no leaf with two axes or more, or one that has no `channel_axis`.
       TypeError: leaves that are not floating point.
 
     Cost: no evaluation; memory of two trees like `params`.
@@ -97,18 +100,18 @@ def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1)
     _check.floating_tree("params", params)
     axes = [jnp.ndim(x) for x in jax.tree.leaves(params) if jnp.ndim(x) >= 2]
     if not axes:
-        raise ValueError("`params` must have a leaf with two axes or more, which has filters; got none.")
+        raise ArgumentError("`params` must have a leaf with two axes or more, which has filters; got none.")
     _check.integer("filter_normalized(channel_axis=...)", channel_axis, low=-min(axes), high=min(axes) - 1)
     return _filter_normalized(key, params, channel_axis)
 
 
-def line(loss_fn: LossFn, params: PyTree, direction: PyTree, steps: Steps, *, report: Report | None = None) -> Line:
+def line(eval_fn: EvalFn, params: PyTree, direction: PyTree, steps: Steps, *, report: Report | None = None) -> Line:
     """Evaluates a loss along a line through the weights.
 
-        values[i] = loss_fn(w + steps[i] d)
+        values[i] = eval_fn(w + steps[i] d)
 
     Args:
-      loss_fn: `params -> scalar`, or a tree of scalars such as {"loss": ..., "accuracy": ...}. It is called as it is,
+      eval_fn: `params -> scalar`, or a tree of scalars such as {"loss": ..., "accuracy": ...}. It is called as it is,
         outside of any trace, with weights of the same shapes and types at every point: it may loop over a data set on
         the host, as functions made by `evaluate.classifier` do, and compiles once where it is compiled. Give it a
         jitted function that takes the data as an argument. Which data, which mean, and the BatchNorm statistics are
@@ -123,8 +126,8 @@ def line(loss_fn: LossFn, params: PyTree, direction: PyTree, steps: Steps, *, re
       `Line`.
 
     Raises:
-      ValueError: `steps` that are not finite or not one axis of at least one; `direction` that does not match `params`;
-        no scalar from `loss_fn`, or other ones at a later point.
+      ArgumentError: `steps` that are not finite or not one axis of at least one; `direction` that does not match
+        `params`; no scalar from `eval_fn`, or other ones at a later point.
       TypeError: leaves that are not floating point; a value that is not a real scalar.
 
     Cost: n evaluations; memory of one copy of the parameters, besides `params` and `direction`.
@@ -137,12 +140,12 @@ def line(loss_fn: LossFn, params: PyTree, direction: PyTree, steps: Steps, *, re
     _check.floating_tree("params", params)
     _check_direction("line(direction=...)", direction, params)
     axis = _axis("line(steps=...)", steps)
-    values, finite = _evaluate("line", loss_fn, functools.partial(_moved, params, (direction,)), [axis], report)
+    values, finite = _evaluate("line", eval_fn, functools.partial(_moved, params, (direction,)), [axis], report)
     return Line(axis, values, finite)
 
 
 def plane(
-    loss_fn: LossFn,
+    eval_fn: EvalFn,
     params: PyTree,
     directions: tuple[PyTree, PyTree],
     a: Steps,
@@ -152,10 +155,10 @@ def plane(
 ) -> Plane:
     """Evaluates a loss on a grid of a plane through the weights.
 
-        values[i, j] = loss_fn(w + a[i] d1 + b[j] d2)
+        values[i, j] = eval_fn(w + a[i] d1 + b[j] d2)
 
     Args:
-      loss_fn, params, report: as in `line`.
+      eval_fn, params, report: as in `line`.
       directions: (d1, d2), each as in `line`.
       a, b: (n,) and (m,) finite numbers, steps along d1 and d2.
 
@@ -163,7 +166,7 @@ def plane(
       `Plane`.
 
     Raises:
-      ValueError, TypeError: as `line`; not two directions.
+      ArgumentError, TypeError: as `line`; not two directions.
 
     Cost: n m evaluations; memory of one copy of the parameters, besides `params` and `directions`.
 
@@ -178,24 +181,24 @@ def plane(
     """
     _check.floating_tree("params", params)
     if not isinstance(directions, tuple | list) or len(directions) != 2:
-        raise ValueError(f"`plane(directions=...)` must be two trees like `params`; got {_check.brief(directions)}.")
+        raise ArgumentError(f"`plane(directions=...)` must be two trees like `params`; got {_check.brief(directions)}.")
     for i, direction in enumerate(directions):
         _check_direction(f"plane(directions=...)[{i}]", direction, params)
     first, second = _axis("plane(a=...)", a), _axis("plane(b=...)", b)
     values, finite = _evaluate(
-        "plane", loss_fn, functools.partial(_moved, params, tuple(directions)), [first, second], report
+        "plane", eval_fn, functools.partial(_moved, params, tuple(directions)), [first, second], report
     )
     return Plane(first, second, values, finite)
 
 
-def interpolate(loss_fn: LossFn, first: PyTree, second: PyTree, steps: Steps, *, report: Report | None = None) -> Line:
+def interpolate(eval_fn: EvalFn, first: PyTree, second: PyTree, steps: Steps, *, report: Report | None = None) -> Line:
     """Evaluates a loss along the straight line through two networks.
 
-        values[i] = loss_fn((1 - t) w1 + t w2),   t = steps[i]
+        values[i] = eval_fn((1 - t) w1 + t w2),   t = steps[i]
 
     Args:
-      loss_fn, report: as in `line`. Neither network's BatchNorm statistics, nor their average, are those of a network
-        in between: estimate them anew inside `loss_fn` (`quantize.linen.reestimate_batch_stats`).
+      eval_fn, report: as in `line`. Neither network's BatchNorm statistics, nor their average, are those of a network
+        in between: estimate them anew inside `eval_fn` (`quantize.linen.reestimate_batch_stats`).
       first, second: w1 and w2, pytrees of floating-point arrays of the same structure and shapes; points are in the
         types of `first`.
       steps: (n,) finite numbers t, in [0, 1] between the networks. At 0 and 1 the weights are exactly w1 and w2.
@@ -204,7 +207,7 @@ def interpolate(loss_fn: LossFn, first: PyTree, second: PyTree, steps: Steps, *,
       `Line`, its steps being t.
 
     Raises:
-      ValueError, TypeError: as `line`; `second` that does not match `first`.
+      ArgumentError, TypeError: as `line`; `second` that does not match `first`.
 
     Cost: n evaluations; memory of one copy of the parameters, besides `first` and `second`.
 
@@ -221,7 +224,7 @@ def interpolate(loss_fn: LossFn, first: PyTree, second: PyTree, steps: Steps, *,
     _check.floating_tree("second", second)
     _check.matching_tree("interpolate(second=...)", second, first, than="first")
     axis = _axis("interpolate(steps=...)", steps)
-    values, finite = _evaluate("interpolate", loss_fn, functools.partial(_between, first, second), [axis], report)
+    values, finite = _evaluate("interpolate", eval_fn, functools.partial(_between, first, second), [axis], report)
     return Line(axis, values, finite)
 
 
@@ -238,7 +241,7 @@ def barrier(steps: Steps, losses: Steps) -> float:
       B >= 0: a lower bound of that over all t, since only `steps` are seen. NaN or infinity where a loss in [0, 1] is.
 
     Raises:
-      ValueError: other shapes, or no step at 0 or at 1.
+      ArgumentError: other shapes, or no step at 0 or at 1.
 
     Cost: none.
 
@@ -253,13 +256,13 @@ def barrier(steps: Steps, losses: Steps) -> float:
     """
     t, values = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
     if t.ndim != 1 or t.shape != values.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"`barrier` needs one loss a step; got shapes {t.shape} of steps and {values.shape} of losses."
         )
     # Those that rounding put beside the ends, as in np.linspace(-0.3, 1.3, 17).
     t = np.where(np.isclose(t, t.round(), rtol=0, atol=1e-12), t.round(), t)
     if 0 not in t or 1 not in t:
-        raise ValueError(f"`barrier(steps=...)` must have the steps 0 and 1, the two networks; got {t.tolist()}.")
+        raise ArgumentError(f"`barrier(steps=...)` must have the steps 0 and 1, the two networks; got {t.tolist()}.")
     at_first, at_second = (values[t == end][0] for end in (0, 1))
     inside = (t >= 0) & (t <= 1)
     # Where an end is infinite there is no line to rise above: NaN.
@@ -268,22 +271,22 @@ def barrier(steps: Steps, losses: Steps) -> float:
 
 
 def _evaluate(
-    name: str, loss_fn: LossFn, point: Callable[[np.ndarray], PyTree], axes: list[np.ndarray], report: Report | None
+    name: str, eval_fn: EvalFn, point: Callable[[np.ndarray], PyTree], axes: list[np.ndarray], report: Report | None
 ) -> tuple[PyTree, np.ndarray]:
-    """`loss_fn(point(steps))` for all combinations of steps on the axes, and whether these are finite."""
+    """`eval_fn(point(steps))` for all combinations of steps on the axes, and whether these are finite."""
     shape = tuple(len(axis) for axis in axes)
     if report is not None:
         report(0, math.prod(shape))
     rows, first = [], None
     for steps in itertools.product(*axes):
-        found = loss_fn(point(np.array(steps)))
+        found = eval_fn(point(np.array(steps)))
         leaves = jax.tree_util.tree_leaves_with_path(found)
         for path, leaf in leaves:
-            _check.scalar(f"loss_fn(...){jax.tree_util.keystr(path)}", leaf)
+            _check.scalar(f"eval_fn(...){jax.tree_util.keystr(path)}", leaf)
         if not leaves:
-            raise ValueError(f"`{name}(loss_fn=...)` must return at least one scalar; got {_check.brief(found)}.")
+            raise ArgumentError(f"`{name}(eval_fn=...)` must return at least one scalar; got {_check.brief(found)}.")
         first = found if first is None else first
-        _check.matching_tree("loss_fn(...)", found, first, than="its first value")
+        _check.matching_tree("eval_fn(...)", found, first, than="its first value")
         # To the host: waits for this point before the weights of the next one are made.
         rows.append([float(leaf) for _, leaf in leaves])
         if report is not None:
@@ -337,8 +340,8 @@ def _axis(argument: str, steps: Steps) -> np.ndarray:
     if values.dtype.kind not in "iuf":
         raise TypeError(f"`{argument}` must be real numbers; got {_check.brief(steps)}.")
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"`{argument}` must have one axis and at least one step; got shape {values.shape}.")
+        raise ArgumentError(f"`{argument}` must have one axis and at least one step; got shape {values.shape}.")
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"`{argument}` must be finite; got {values[~np.isfinite(values)][0]}.")
+        raise ArgumentError(f"`{argument}` must be finite; got {values[~np.isfinite(values)][0]}.")
     return values

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data
+from hero_jax import Examples, Operator, Stream
 
 
 def random_like(key, tree):
@@ -26,6 +27,18 @@ def random_images(size):
 def last_step(run):
     """The step of the last checkpoint in a run folder, -1 where there is none."""
     return max((int(p.name) for p in run.glob("checkpoint/*") if p.name.isdigit()), default=-1)
+
+
+def operator(matvec, like):
+    """An operator on trees like `like`; `matvec` itself where it is one."""
+    return matvec if isinstance(matvec, Operator) else Operator(matvec, like)
+
+
+def given(batch=None, *, batches=None, weight_fn=None, **options):
+    """The data of a curvature product: a batch, whole or with options, or batches instead."""
+    if batches is not None:
+        return Stream(batches, weight_fn=weight_fn)
+    return Examples(batch, weight_fn=weight_fn, **options) if options or weight_fn is not None else batch
 
 
 def convnet_params(dtype=jnp.float64):
@@ -73,6 +86,35 @@ def separable_loss(params, batch):
 def kernels_mask(params):
     """The default R, written out."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@jax.custom_vjp
+def smooth(x):
+    """tanh with a rule of its own, as fused kernels have."""
+    return jnp.tanh(x)
+
+
+@jax.custom_vjp
+def smooth_slope(x, g):
+    """The backward pass of `smoother`, with a rule of its own."""
+    return (1 - jnp.tanh(x) ** 2) * g
+
+
+@jax.custom_vjp
+def smoother(x):
+    """tanh whose backward function is a custom_vjp as well."""
+    return jnp.tanh(x)
+
+
+def _slope_backward(residuals, cotangent):
+    x, g = residuals
+    slope = 1 - jnp.tanh(x) ** 2
+    return -2 * jnp.tanh(x) * slope * g * cotangent, slope * cotangent
+
+
+smooth.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: ((1 - jnp.tanh(x) ** 2) * g,))
+smooth_slope.defvjp(lambda x, g: (smooth_slope(x, g), (x, g)), _slope_backward)
+smoother.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (smooth_slope(x, g),))
 
 
 def symmetric(eigenvalues, seed=0, dtype=np.float64):

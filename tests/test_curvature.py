@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hero_jax import curvature, spectrum
+from hero_jax import Examples, Stream, curvature, sharpness, spectrum
 from tests import problems, reference
 
 
@@ -148,13 +148,14 @@ def token_weight(batch):
     return batch["weight"].sum()
 
 
-def make(kind, params, *data, **options):
-    """The operator of the small network."""
+def make(kind, params, batch=None, *, mask=None, coupled=False, **data):
+    """The operator of the small network, over what `problems.given` makes of `batch` and `data`."""
+    arguments, options = (params, problems.given(batch, **data)), {"mask": mask, "coupled": coupled}
     if kind == "hessian":
-        return curvature.hessian_operator(net_loss, params, *data, **options)
+        return curvature.hessian_operator(net_loss, *arguments, **options)
     if kind == "ggn":
-        return curvature.ggn_operator(net, head_loss, params, *data, **options)
-    return curvature.empirical_fisher_operator(net_losses, params, *data, **options)
+        return curvature.ggn_operator(net, head_loss, *arguments, **options)
+    return curvature.empirical_fisher_operator(net_losses, *arguments, **options)
 
 
 @jax.jit
@@ -167,7 +168,7 @@ def rows(batch, start, stop):
 
 
 def drive(driver, batch):
-    """The arguments that hand `batch` to an operator."""
+    """How `batch` is handed to an operator: arguments of `problems.given`."""
     cuts = {"uneven": [0, 5, 6, 12], "generator": [0, 4, 8, 12], "single batches": list(range(13))}.get(driver)
     if cuts is None:
         size = {"whole": None, "dividing": 4, "remainder": 5, "larger": 40, "one by one": 1}[driver]
@@ -217,7 +218,7 @@ def test_convolutional_network(x64):
     params, batch = problems.convnet_params(), problems.convnet_batch(6)
     vector = problems.random_like(jax.random.key(0), params)
     hessian = jax.jit(lambda p: reference.dense_hessian(lambda q: problems.separable_loss(q, batch), p))(params)
-    operator = curvature.hessian_operator(problems.separable_loss, params, batch, microbatch_size=4)
+    operator = curvature.hessian_operator(problems.separable_loss, params, Examples(batch, microbatch_size=4))
     np.testing.assert_allclose(ravel_pytree(operator(vector))[0], hessian @ ravel_pytree(vector)[0], atol=1e-12)
 
 
@@ -252,11 +253,15 @@ def test_logistic_regression(x64):
 
     p = jax.nn.sigmoid(x @ w)
     hessian = x.T @ ((p * (1 - p))[:, None] * x) / 11
-    operator = curvature.hessian_operator(lambda w, b: losses_fn(b[0] @ w, b).mean(), w, (x, y), microbatch_size=3)
+    operator = curvature.hessian_operator(
+        lambda w, b: losses_fn(b[0] @ w, b).mean(), w, Examples((x, y), microbatch_size=3)
+    )
     np.testing.assert_allclose(operator(v), hessian @ v, rtol=1e-12)
     operator = curvature.ggn_operator(lambda w, b: b[0] @ w, lambda f, b: losses_fn(f, b).mean(), w, (x, y))
     np.testing.assert_allclose(operator(v), hessian @ v, rtol=1e-12)
-    fisher = curvature.empirical_fisher_operator(lambda w, b: losses_fn(b[0] @ w, b), w, (x, y), microbatch_size=3)
+    fisher = curvature.empirical_fisher_operator(
+        lambda w, b: losses_fn(b[0] @ w, b), w, Examples((x, y), microbatch_size=3)
+    )
     np.testing.assert_allclose(fisher(v), x.T @ (((p - y) ** 2)[:, None] * x) @ v / 11, rtol=1e-12)
 
 
@@ -326,13 +331,13 @@ def test_weights_of_batches(x64, kind, driver):
     else:
         make_token = functools.partial(curvature.ggn_operator, net, token_head_loss, params)
     expected = make_token(batch)(vector)
-    problems.assert_close(make_token(**drive(driver, batch), weight_fn=token_weight)(vector), expected)
+    problems.assert_close(make_token(problems.given(**drive(driver, batch), weight_fn=token_weight))(vector), expected)
     if driver != "larger":
         # By the numbers of examples it is another matrix.
-        unweighted = make_token(**drive(driver, batch), coupled=True)(vector)
+        unweighted = make_token(problems.given(**drive(driver, batch)), coupled=True)(vector)
         assert reference.norm(reference.subtract(unweighted, expected)) > 1e-3 * reference.norm(expected)
         with pytest.raises(ValueError, match="needs a loss whose batches can be split"):
-            make_token(**drive(driver, batch))
+            make_token(problems.given(**drive(driver, batch)))
 
 
 def test_weights_that_float32_rounds(x64):
@@ -340,7 +345,9 @@ def test_weights_that_float32_rounds(x64):
     batch["weight"] = 0.37 * batch["weight"] + 0.1
     vector = problems.random_like(jax.random.key(0), params)
     expected = curvature.hessian_operator(token_loss, params, batch)(vector)
-    operator = curvature.hessian_operator(token_loss, params, batch, microbatch_size=5, weight_fn=token_weight)
+    operator = curvature.hessian_operator(
+        token_loss, params, Examples(batch, microbatch_size=5, weight_fn=token_weight)
+    )
     problems.assert_close(operator(vector), expected)
 
 
@@ -382,6 +389,33 @@ def test_mask_lets_integer_leaves_stay(x64):
     assert result["step"] is None
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("activation", [problems.smooth, problems.smoother])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_custom_vjp_changes_nothing(x64, kind, activation, jit):
+    """Layers with rules of their own have no forward mode; J v comes from two reverse passes."""
+    params, batch = net_params(), net_batch()
+    vector = problems.random_like(jax.random.key(0), params)
+    expected = make(kind, params, batch)(vector)
+
+    def model_fn(params, batch):
+        kernel, bias = params["head"]
+        return activation(batch["x"] @ params["hidden"]["kernel"] + params["hidden"]["bias"]) @ kernel + bias
+
+    def losses_fn(params, batch):
+        return cross_entropies(model_fn(params, batch), batch)
+
+    operator = {
+        "hessian": lambda: curvature.hessian_operator(lambda p, b: losses_fn(p, b).mean(), params, batch),
+        "ggn": lambda: curvature.ggn_operator(model_fn, head_loss, params, batch),
+        "fisher": lambda: curvature.empirical_fisher_operator(losses_fn, params, batch),
+    }[kind]()
+    problems.assert_close((compiled(operator, vector) if jit else operator(vector)), expected)
+    direction = jax.tree.map(lambda x: 0.1 * x, vector)
+    found = sharpness.increase_along(lambda p: losses_fn(p, batch).mean(), params, direction)
+    problems.assert_close(found, sharpness.increase_along(lambda p: net_loss(p, batch), params, direction))
+
+
 # --- devices ---
 
 
@@ -389,7 +423,7 @@ def one_device(kind, batch, weight_fn=None, **options):
     params = net_params()
     vector = problems.random_like(jax.random.key(0), params)
     if weight_fn is not None:
-        return curvature.hessian_operator(token_loss, params, batch, weight_fn=weight_fn, **options)(vector)
+        return curvature.hessian_operator(token_loss, params, Examples(batch, weight_fn=weight_fn, **options))(vector)
     return make(kind, params, batch, **options)(vector)
 
 
@@ -413,7 +447,7 @@ def test_axis_name_equals_one_device(x64, layout, microbatch_size):
     options = {"axis_name": "data", "microbatch_size": microbatch_size}
 
     def products(params, vector, batch):
-        token = curvature.hessian_operator(token_loss, params, batch, weight_fn=token_weight, **options)
+        token = curvature.hessian_operator(token_loss, params, Examples(batch, weight_fn=token_weight, **options))
         return [*(make(kind, params, batch, **options)(vector) for kind in OPERATORS), token(vector)]
 
     if layout == "vmap":
@@ -522,7 +556,7 @@ def test_checkpoint_inside_the_loss(x64):
     checkpointed = jax.checkpoint(net_loss)
     expected = make("hessian", params, batch)(vector)
     for driver in ("dividing", "uneven"):
-        operator = curvature.hessian_operator(checkpointed, params, **drive(driver, batch))
+        operator = curvature.hessian_operator(checkpointed, params, problems.given(**drive(driver, batch)))
         problems.assert_close(operator(vector), expected)
 
 
@@ -546,7 +580,7 @@ def test_operators_are_compiled_once_for_new_parameters():
     counts = []
     for scale in (1.0, 0.5, 0.25):
         params = jax.tree.map(lambda x, s=scale: s * x, net_params(jnp.float32))
-        operator = curvature.hessian_operator(counted_loss, params, **drive("uneven", batch))
+        operator = curvature.hessian_operator(counted_loss, params, problems.given(**drive("uneven", batch)))
         operator(params), operator(params)
         counts.append(len(traces))
     assert counts[0] == counts[1] == counts[2]
@@ -559,9 +593,9 @@ def test_solvers_take_every_driver(x64):
     eigenvalues = []
     for driver in ("whole", "remainder", "uneven"):
         operator = make("hessian", params, **drive(driver, batch), mask=mask)
-        pairs = spectrum.top_eigenpairs(operator, kept, jax.random.key(0), k=2, rtol=1e-8)
+        pairs = spectrum.top_eigenpairs(operator, jax.random.key(0), k=2, rtol=1e-8)
         krylov = spectrum.lanczos(operator, kept, num_steps=6)
-        trace = spectrum.trace(operator, kept, jax.random.key(0), num_probes=12)
+        trace = spectrum.trace(operator, jax.random.key(0), num_probes=12)
         assert pairs.converged.all()
         eigenvalues.append(np.concatenate([pairs.eigenvalues, krylov.eigenvalues, trace.mean[None], trace.sem[None]]))
     for other in eigenvalues[1:]:
@@ -605,10 +639,12 @@ def test_loss_that_couples_its_batch(x64, driver):
     with pytest.raises(
         ValueError, match="`hessian_operator` needs a loss whose batches can be split, or `coupled=True`"
     ):
-        curvature.hessian_operator(batch_norm_loss, params, **drive(driver, batch))
+        curvature.hessian_operator(batch_norm_loss, params, problems.given(**drive(driver, batch)))
     if driver in ("dividing", "remainder"):
         # The mean over the batches of their Hessians, not that of the whole.
-        operator = curvature.hessian_operator(batch_norm_loss, params, **drive(driver, batch), coupled=True)
+        operator = curvature.hessian_operator(
+            batch_norm_loss, params, problems.given(**drive(driver, batch)), coupled=True
+        )
         parts = (
             [jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3)]
             if driver == "dividing"
@@ -627,22 +663,22 @@ def test_loss_whose_mean_cancels_is_not_coupled():
     def loss_fn(w, x):
         return jnp.mean(x @ w**3)
 
-    operator = curvature.hessian_operator(loss_fn, jnp.array([0.3, 0.9]), x, microbatch_size=2)
+    operator = curvature.hessian_operator(loss_fn, jnp.array([0.3, 0.9]), Examples(x, microbatch_size=2))
     np.testing.assert_allclose(operator(jnp.ones(2)), 6 * jnp.array([0.3, 0.9]) * x.mean(0), rtol=1e-4)
 
 
 def test_no_weight_at_all_is_an_error():
     batch = net_batch(dtype=jnp.float32) | {"weight": jnp.zeros(N)}
     params = net_params(jnp.float32)
-    operator = curvature.hessian_operator(token_loss, params, batches=[batch, batch], weight_fn=token_weight)
-    with pytest.raises(ValueError, match=r"`hessian_operator\(batches=...\)` must have a total weight other than 0"):
+    operator = curvature.hessian_operator(token_loss, params, Stream([batch, batch], weight_fn=token_weight))
+    with pytest.raises(ValueError, match=r"`Stream\(batches=...\)` must have a total weight other than 0"):
         operator(params)
 
 
 @pytest.mark.parametrize("driver", ["whole", "larger"])
 def test_coupled_loss_of_a_batch_that_is_not_split(x64, driver):
     params, vector, batch = jnp.linspace(-1, 2, 8).reshape(4, 2), jnp.linspace(1, 2, 8).reshape(4, 2), net_batch()
-    operator = curvature.hessian_operator(batch_norm_loss, params, **drive(driver, batch))
+    operator = curvature.hessian_operator(batch_norm_loss, params, problems.given(**drive(driver, batch)))
     problems.assert_close(operator(vector), whole_product(params, vector, batch))
 
 
@@ -657,11 +693,11 @@ def test_coupled_models_of_the_other_operators(x64):
         return cross_entropies(model_fn(params, batch), batch)
 
     with pytest.raises(ValueError, match="`ggn_operator` needs a loss whose batches can be split"):
-        curvature.ggn_operator(model_fn, head_loss, params, batch, microbatch_size=4)
+        curvature.ggn_operator(model_fn, head_loss, params, Examples(batch, microbatch_size=4))
     with pytest.raises(ValueError, match="`empirical_fisher_operator` needs a loss whose batches can be split"):
-        curvature.empirical_fisher_operator(losses_fn, params, batch, microbatch_size=4)
-    curvature.ggn_operator(model_fn, head_loss, params, batch, microbatch_size=4, coupled=True)
-    curvature.empirical_fisher_operator(losses_fn, params, batch, microbatch_size=4, coupled=True)
+        curvature.empirical_fisher_operator(losses_fn, params, Examples(batch, microbatch_size=4))
+    curvature.ggn_operator(model_fn, head_loss, params, Examples(batch, microbatch_size=4), coupled=True)
+    curvature.empirical_fisher_operator(losses_fn, params, Examples(batch, microbatch_size=4), coupled=True)
 
 
 def test_iterator_handed_out_twice_is_an_error(x64):
@@ -679,7 +715,7 @@ def test_iterator_handed_out_twice_is_an_error(x64):
             except ValueError as error:
                 errors.append(str(error))
         assert errors
-        assert all("`hessian_operator(batches=...)` must give" in error for error in errors)
+        assert all("`Stream(batches=...)` must give" in error for error in errors)
         for result in products:
             problems.assert_close(result, expected)
 
@@ -690,7 +726,7 @@ def test_data_that_change_from_pass_to_pass():
 
     def batches():
         passes.append(1)
-        return [rows(batch, 0, 8 if len(passes) < 4 else 7)]
+        return [rows(batch, 0, 8 if len(passes) < 3 else 7)]
 
     operator = make("hessian", params, batches=batches)
     operator(params)
@@ -711,12 +747,12 @@ def test_host_operator_is_not_traced():
 def test_vector_of_another_structure(kind, driver):
     params, batch = net_params(jnp.float32), net_batch(dtype=jnp.float32)
     operator = make(kind, params, **drive(driver, batch))
-    with pytest.raises(ValueError, match="`vector` must have the structure of `params`"):
+    with pytest.raises(ValueError, match="`vector` must have the structure of `like`"):
         operator({"hidden": params["hidden"]})
-    with pytest.raises(ValueError, match="`vector` must have the shapes of `params`"):
+    with pytest.raises(ValueError, match="`vector` must have the shapes of `like`"):
         operator({**params, "head": [jnp.ones((3, 5)), jnp.ones(3)]})
     masked = make(kind, params, **drive(driver, batch), mask=MASKS["tree"])
-    with pytest.raises(ValueError, match="`vector` must have the structure of `params`"):
+    with pytest.raises(ValueError, match="`vector` must have the structure of `like`"):
         masked(params)
 
 
@@ -724,47 +760,37 @@ def test_vector_of_another_structure(kind, driver):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batch": None}, TypeError, "`{}` needs one of `batch` and `batches`; got neither"),
-        ({"batches": []}, TypeError, "`{}` needs one of `batch` and `batches`; got both"),
-        ({"batch": None, "batches": []}, ValueError, r"`{}\(batches=...\)` must give at least one batch; got none"),
-        ({"batch": None, "batches": iter([1])}, TypeError, r"`{}\(batches=...\)` must be iterable more than once"),
+        ({"batch": None}, ValueError, r"`{}\(data=...\)` must have at least one array; got None"),
+        ({"batches": []}, ValueError, r"`Stream\(batches=...\)` must give at least one batch; got none"),
+        ({"batches": iter([1])}, TypeError, r"`Stream\(batches=...\)` must be iterable more than once"),
         (
-            {"batch": None, "batches": (x for x in [1])},
+            {"batches": (x for x in [1])},
             TypeError,
-            r"`{}\(batches=...\)` must be iterable more than once, .*; got a generator",
+            r"`Stream\(batches=...\)` must be iterable more than once, .*; got a generator",
         ),
-        ({"batch": None, "batches": 3}, TypeError, r"`{}\(batches=...\)` must be an iterable, or a function .*; got 3"),
-        ({"batch": None, "batches": lambda: 3}, TypeError, r"`{}\(batches=...\)` must be an iterable, or a function"),
-        ({"batch": {}}, ValueError, r"`{}\(batch=...\)` must have at least one array; got \{{\}}"),
-        ({"batch": {"x": jnp.ones((0, 4))}}, ValueError, r"`{}\(batch=...\)` must have at least one example; got none"),
+        ({"batches": 3}, TypeError, r"`Stream\(batches=...\)` must be an iterable, or a function .*; got 3"),
+        ({"batches": lambda: 3}, TypeError, r"`Stream\(batches=...\)` must return an iterable; it returned 3"),
+        ({"batch": {}}, ValueError, r"`{}\(data=...\)` must have at least one array; got \{{\}}"),
+        ({"batch": {"x": jnp.ones((0, 4))}}, ValueError, r"`{}\(data=...\)` must have at least one example; got none"),
         (
-            {"batch": None, "batches": [{"x": jnp.ones((0, 4))}]},
+            {"batches": [{"x": jnp.ones((0, 4))}]},
             ValueError,
-            r"`{}\(batch=...\)` must have at least one example; got none",
+            r"`Stream\(batches=...\)` must have at least one example; got none",
         ),
         (
             {"batch": {"x": jnp.ones((3, 4)), "label": jnp.ones(2)}},
             ValueError,
-            r"`{}\(batch=...\)` must have the examples along the first axis .*batch\['label'\]: 2, batch\['x'\]: 3",
+            r"`{}\(data=...\)` must have the examples along the first axis .*batch\['label'\]: 2, batch\['x'\]: 3",
         ),
         (
-            {"batch": {"x": jnp.ones((3, 4)), "label": jnp.ones(())}},
+            {"batch": {"x": jnp.ones((3, 4)), "label": jnp.ones(())}, "microbatch_size": 2},
             ValueError,
-            r"`{}\(batch=...\)` must have the examples along the first axis .*batch\['label'\]: a scalar",
+            r"`Examples\(batch=...\)` must have the examples along the first axis .*batch\['label'\]: a scalar",
         ),
-        ({"microbatch_size": 0}, ValueError, r"`{}\(microbatch_size=...\)` must be an integer >= 1; got 0"),
-        ({"microbatch_size": 2.0}, TypeError, r"`{}\(microbatch_size=...\)` must be an integer >= 1; got 2.0"),
-        ({"axis_name": 0}, TypeError, r"`{}\(axis_name=...\)` must be the name of a mapped axis or a tuple .* got 0"),
-        (
-            {"batch": None, "batches": [1], "microbatch_size": 2},
-            TypeError,
-            r"`{}\(microbatch_size=...\)` goes with `batch`, not with `batches`; got 2",
-        ),
-        (
-            {"batch": None, "batches": [1], "axis_name": "data"},
-            TypeError,
-            r"`{}\(axis_name=...\)` goes with `batch`, not with `batches`; got 'data'",
-        ),
+        ({"microbatch_size": 0}, ValueError, r"`Examples\(microbatch_size=...\)` must be an integer >= 1; got 0"),
+        ({"microbatch_size": 2.0}, TypeError, r"`Examples\(microbatch_size=...\)` must be an integer >= 1; got 2.0"),
+        ({"axis_name": 0}, TypeError, r"`Examples\(axis_name=...\)` must be the name of a mapped axis or a tuple .* 0"),
+        ({"weight_fn": 2.0}, TypeError, r"`Examples\(weight_fn=...\)` must be a function; got 2.0"),
         ({"coupled": 1}, TypeError, r"`{}\(coupled=...\)` must be True or False; got 1"),
         ({"mask": {"hidden": True}}, ValueError, r"`{}\(mask=...\)` must have the structure of `params`"),
         ({"mask": False}, ValueError, r"`{}\(mask=...\)` must select at least one leaf"),
@@ -773,7 +799,8 @@ def test_vector_of_another_structure(kind, driver):
     ],
 )
 def test_bad_arguments(kind, arguments, error, message):
-    arguments = {"params": net_params(jnp.float32), "batch": net_batch(dtype=jnp.float32), **arguments}
+    batch = {} if "batches" in arguments else {"batch": net_batch(dtype=jnp.float32)}
+    arguments = {"params": net_params(jnp.float32)} | batch | arguments
     name = {"hessian": "hessian_operator", "ggn": "ggn_operator", "fisher": "empirical_fisher_operator"}[kind]
     with pytest.raises(error, match=message.format(name)):
         make(kind, arguments.pop("params"), **arguments)
@@ -783,7 +810,7 @@ def test_bad_arguments(kind, arguments, error, message):
 def test_losses_that_are_no_vector_of_examples(driver):
     params, batch = net_params(jnp.float32), net_batch(dtype=jnp.float32)
     for losses_fn in (net_loss, lambda p, b: net_losses(p, b)[:, None]):
-        operator = curvature.empirical_fisher_operator(losses_fn, params, **drive(driver, batch))
+        operator = curvature.empirical_fisher_operator(losses_fn, params, problems.given(**drive(driver, batch)))
         with pytest.raises(ValueError, match=r"`empirical_fisher_operator\(losses_fn=...\)` must return one loss an"):
             operator(params)
 

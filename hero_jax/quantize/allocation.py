@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hero_jax import _check
+from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, paths_of
 
 PyTree = Any
@@ -62,7 +63,7 @@ def allocate_bits(
       `Allocation`.
 
     Raises:
-      ValueError: no layer, layers that differ, a cost that is missing, NaN or infinite (named), a budget below what
+      ArgumentError: no layer, layers that differ, a cost that is missing, NaN or infinite (named), a budget below what
         the smallest bit widths take.
       TypeError: both budgets or none; a bit width, size or cost of another kind.
 
@@ -107,7 +108,7 @@ def bits_tree(params: PyTree, allocation_bits: Mapping[str, int]) -> PyTree:
       which `fake_quantize` ignores where it does not quantize them and refuses where it does.
 
     Raises:
-      ValueError: a path that `params` has not; a bit width outside 2..16.
+      ArgumentError: a path that `params` has not; a bit width outside 2..16.
       TypeError: a bit width that is not an integer.
 
     >>> import jax.numpy as jnp
@@ -129,7 +130,7 @@ def bits_tree(params: PyTree, allocation_bits: Mapping[str, int]) -> PyTree:
 def _check_costs(costs: Any, sizes: Any) -> None:
     if not isinstance(costs, Mapping) or not costs or set(costs) != set(sizes):
         differ = sorted(set(costs) ^ set(sizes)) if isinstance(costs, Mapping) else []
-        raise ValueError(
+        raise ArgumentError(
             "`allocate_bits(costs, sizes)` must name the same layers, one at least;"
             f" got {len(costs)} and {len(sizes)}, {differ[:3]} in one only."
         )
@@ -139,12 +140,14 @@ def _check_costs(costs: Any, sizes: Any) -> None:
         _check.integer(f"allocate_bits(sizes=...)[{layer!r}]", sizes[layer], low=0)
         missing = sorted(widths - set(row))
         if not row or (missing and len(row) > 1):
-            raise ValueError(f"`allocate_bits(costs=...)[{layer!r}]` must have every bit width; it has no {missing}.")
+            raise ArgumentError(
+                f"`allocate_bits(costs=...)[{layer!r}]` must have every bit width; it has no {missing}."
+            )
         for b, cost in row.items():
             _check.integer(f"allocate_bits(costs=...)[{layer!r}]", b, low=MIN_BITS, high=MAX_BITS)
             _check.scalar(f"allocate_bits(costs=...)[{layer!r}][{b}]", cost)
             if not math.isfinite(cost):
-                raise ValueError(f"`allocate_bits(costs=...)[{layer!r}][{b}]` must be finite; got {float(cost)!r}.")
+                raise ArgumentError(f"`allocate_bits(costs=...)[{layer!r}][{b}]` must be finite; got {float(cost)!r}.")
 
 
 def _capacity(mean_bits: float | None, num_bytes: float | None, entries: int, least: int) -> int:
@@ -159,7 +162,7 @@ def _capacity(mean_bits: float | None, num_bytes: float | None, entries: int, le
     # A whole number of bits that went through a division, as `Allocation.mean_bits` did, is that number again.
     capacity = math.floor(min(float(budget) * bits * (1 + 4 * float(np.finfo(float).eps)), 2.0**60))
     if capacity < least:
-        raise ValueError(
+        raise ArgumentError(
             f"`allocate_bits({name}=...)` must be at least {least / bits!r}, the smallest possible (a mean of"
             f" {least / entries!r} bits); got {float(budget)!r}."
         )

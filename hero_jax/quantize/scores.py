@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hero_jax import _check
+from hero_jax.errors import ArgumentError
 from hero_jax.quantize import weights
 from hero_jax.quantize.spec import QuantSpec, paths_of
 
@@ -73,7 +74,7 @@ def quantize_and_evaluate(
       A list of `QuantizedScore`, full precision first.
 
     Raises:
-      ValueError: an empty `bits`, a weight that is not finite (named), metrics whose names, or predictions whose
+      ArgumentError: an empty `bits`, a weight that is not finite (named), metrics whose names, or predictions whose
         shape, differ between calls, or what `fake_quantize` raises.
       TypeError: `bits` is not a sequence; a metric that is not a scalar.
 
@@ -91,7 +92,7 @@ def quantize_and_evaluate(
         raise TypeError(f"`quantize_and_evaluate(bits=...)` must be a sequence of bit widths; got {bits!r}.")
     widths = tuple(bits)
     if not widths:
-        raise ValueError("`quantize_and_evaluate(bits=...)` must name at least one bit width; got none.")
+        raise ArgumentError("`quantize_and_evaluate(bits=...)` must name at least one bit width; got none.")
     plans = [weights.plan_of("quantize_and_evaluate", params, width, spec, mask) for width in widths]
     _check_finite(params)
     if report is not None:
@@ -116,7 +117,7 @@ def quantize_and_evaluate(
         if plan is None:
             full, full_predictions = metrics, predictions
         elif (kinds := _kinds(metrics, predictions)) != (first := _kinds(full, full_predictions)):
-            raise ValueError(
+            raise ArgumentError(
                 "`quantize_and_evaluate(eval_fn=...)` must return the same metrics in every call; got"
                 f" {', '.join(first)}, then {', '.join(kinds)}."
             )
@@ -156,7 +157,7 @@ def _are_finite(leaves: list[Any]) -> list[jax.Array]:
 def _check_finite(params: PyTree) -> None:
     for path, is_finite in zip(paths_of(params), _are_finite(jax.tree.leaves(params)), strict=True):
         if not is_finite:
-            raise ValueError(f"`params` must be finite; {path!r} has a NaN or an infinity.")
+            raise ArgumentError(f"`params` must be finite; {path!r} has a NaN or an infinity.")
 
 
 def _metrics(result: Mapping[str, Any] | jax.typing.ArrayLike) -> tuple[dict[str, float], np.ndarray | None]:

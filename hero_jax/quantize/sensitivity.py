@@ -22,8 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hero_jax import _check, _loop, _tree
+from hero_jax.errors import ArgumentError
+from hero_jax.operators import Operator
 from hero_jax.quantize import weights
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, paths_of
+
+__all__ = ["Correlation", "Sensitivity", "correlation", "predicted_costs", "sensitivities"]
 
 PyTree = Any
 
@@ -37,7 +41,7 @@ class Sensitivity(NamedTuple):
     error_energy: ||d||^2, d = w_hat - w.
     increase: L(w + d) - L(w), measured; rounded at about eps |L|.
     by_trace: tr H_ll / (2 n) ||d||^2, exact where H_ll is a multiple of the identity.
-    by_hessian: d^T H d / 2; None without a `matvec`.
+    by_hessian: d^T H d / 2; None without an `operator`.
     """
 
     layer: str
@@ -58,12 +62,12 @@ class Correlation(NamedTuple):
 
 
 def sensitivities(
-    loss_fn: Callable[[PyTree], jax.typing.ArrayLike],
+    mean_loss: Callable[[PyTree], jax.typing.ArrayLike],
     params: PyTree,
     bits: int,
     traces: PyTree,
     *,
-    matvec: Callable[[PyTree], PyTree] | None = None,
+    operator: Callable[[PyTree], PyTree] | None = None,
     spec: QuantSpec = QuantSpec(),
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     report: Callable[[int, int], None] | None = None,
@@ -78,13 +82,14 @@ def sensitivities(
     contains. `sharpness.increase_along` gives that term.
 
     Args:
-      loss_fn: `params -> scalar`, the loss over all data, evaluation mode. It may loop on the host; give it a jitted
-        function of a batch.
+      mean_loss: `params -> scalar`, the loss over all data, evaluation mode: a `hero_jax.MeanLoss`, say. It may loop on
+        the host; what it calls should be compiled.
       params: pytree of floating-point arrays, w.
       bits: bit width in 2..16; leaves that `spec.overrides` names have theirs.
-      traces: tree like `params` with a scalar a leaf, tr H_ll: `spectrum.layer_traces(...).mean`. Those of leaves that
-        are not quantized are ignored.
-      matvec: `vector -> H vector` on trees like `params`: the Hessian of the same loss at w, `hessian_operator`.
+      traces: tree like `params` with a scalar for each leaf, tr H_ll: `spectrum.layer_traces(...).mean`. Leaves that
+        are not quantized may be None, as those of a restricted operator are.
+      operator: `vector -> H vector`: the Hessian of the same loss at w, `hessian_operator`; it may be restricted to
+        leaves that include all quantized ones.
       spec, mask: as in `fake_quantize`.
       report: called with the number of evaluations done, and their total.
 
@@ -92,18 +97,18 @@ def sensitivities(
       A `Sensitivity` for each leaf that is quantized, in the order of `params`.
 
     Raises:
-      ValueError: `traces` without the structure of `params`, or what `fake_quantize` raises.
+      ArgumentError: `traces` without the structure of `params`, or what `fake_quantize` raises.
       TypeError: `bits` is not an integer; a loss or a trace that is not a scalar.
 
-    Cost: one evaluation of the loss a leaf and one more; one product a leaf with `matvec`; memory of the quantized
+    Cost: one evaluation of the loss a leaf and one more; one product a leaf with `operator`; memory of the quantized
     tree. All leaves are quantized by one program; products are compiled and looped as in `power_iteration`.
 
     >>> import jax.numpy as jnp
     >>> w, h = {"a": jnp.array([[1.0], [0.4]]), "b": jnp.array([[-2.0], [0.5]])}, {"a": 3.0, "b": 5.0}
-    >>> def loss_fn(p):
+    >>> def mean_loss(p):
     ...     return sum(h[k] * jnp.sum((p[k] - w[k]) ** 2) / 2 for k in h)
     >>> traces = {k: 2 * h[k] for k in h}
-    >>> for s in sensitivities(loss_fn, w, 2, traces, matvec=lambda v: {k: h[k] * v[k] for k in v}):
+    >>> for s in sensitivities(mean_loss, w, 2, traces, operator=lambda v: {k: h[k] * v[k] for k in v}):
     ...     print(s.layer, s.size, round(s.error_energy, 3), *(round(x, 3) for x in s[4:]))
     a 2 0.16 0.24 0.24 0.24
     b 2 0.25 0.625 0.625 0.625
@@ -112,17 +117,19 @@ def sensitivities(
     """
     _check.integer("sensitivities(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
     plan = weights.plan_of("sensitivities", params, bits, spec, mask)
-    layer_traces = _layer_traces("sensitivities", traces, params)
+    layer_traces = _layer_traces("sensitivities", traces, params, plan)
     quantized, energies = _quantized(params, weights.traced(plan), spec)
     leaves, structure = jax.tree.flatten(params)
     chosen = tuple(i for i, width in enumerate(plan) if width is not None)
     forms: list[Any] = [None] * len(leaves)
-    if matvec is not None:
+    if operator is not None:
+        kept = _kept("sensitivities(operator=...)", operator.like if isinstance(operator, Operator) else params, params)
+        _check_covers("sensitivities(operator=...)", kept, params, chosen)
         start = _Forms(params, quantized, jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, energies))
-        forms = _loop.run(_OneLeaf(chosen), matvec, start).values
+        forms = _loop.run(_OneLeaf(chosen, kept), operator, start).values
     paths, total = paths_of(params), len(chosen) + 1
     _report(report, 0, total)
-    full = _loss(loss_fn, params)
+    full = _loss(mean_loss, params)
     _report(report, 1, total)
     rows = []
     for done, i in enumerate(chosen):
@@ -134,9 +141,9 @@ def sensitivities(
                 size=n,
                 bits=int(plan[i]),
                 error_energy=energy,
-                increase=_loss(loss_fn, structure.unflatten(swapped)) - full,
+                increase=_loss(mean_loss, structure.unflatten(swapped)) - full,
                 by_trace=_by_trace(layer_traces[i], n, energy),
-                by_hessian=None if matvec is None else float(forms[i]) / 2,
+                by_hessian=None if operator is None else float(forms[i]) / 2,
             )
         )
         _report(report, done + 2, total)
@@ -156,7 +163,7 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation:
       `Correlation`.
 
     Raises:
-      ValueError: fewer than two pairs, or lists of different lengths.
+      ArgumentError: fewer than two pairs, or lists of different lengths.
 
     >>> correlation([1.0, 2.0, 3.0], [1.0, 4.0, 9.0]).spearman, correlation([1.0, 2.0], [5.0, 5.0]).pearson
     (1.0, nan)
@@ -165,7 +172,9 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation:
     """
     x, y = (np.asarray(values, np.float64) for values in (xs, ys))
     if x.ndim != 1 or x.shape != y.shape or x.size < 2:
-        raise ValueError(f"`correlation(xs, ys)` must be two lists of n >= 2 numbers; got shapes {x.shape}, {y.shape}.")
+        raise ArgumentError(
+            f"`correlation(xs, ys)` must be two lists of n >= 2 numbers; got shapes {x.shape}, {y.shape}."
+        )
     if np.isnan(x).any() or np.isnan(y).any():
         return Correlation(math.nan, math.nan, x.size)
     return Correlation(_pearson(x, y), _pearson(_ranks(x), _ranks(y)), x.size)
@@ -188,7 +197,7 @@ def predicted_costs(
 
     Args:
       params: pytree of floating-point arrays, w.
-      traces: tree like `params` with a scalar a leaf: `spectrum.layer_traces(...).mean`.
+      traces: as in `sensitivities`.
       bits: bit widths in 2..16.
       spec, mask: as in `fake_quantize`. A leaf with a bit width in `spec.overrides` has that one only.
 
@@ -196,7 +205,7 @@ def predicted_costs(
       {path: {bits: cost}} of the leaves that are quantized; NaN where the trace or a weight is.
 
     Raises:
-      ValueError: no bit width, `traces` without the structure of `params`, or what `fake_quantize` raises.
+      ArgumentError: no bit width, `traces` without the structure of `params`, or what `fake_quantize` raises.
       TypeError: a trace that is not a scalar.
 
     Cost: `len(bits)` quantizations, compiled once.
@@ -210,12 +219,12 @@ def predicted_costs(
     """
     widths = tuple(bits)
     if not widths:
-        raise ValueError("`predicted_costs(bits=...)` must name at least one bit width; got none.")
-    layer_traces = _layer_traces("predicted_costs", traces, params)
+        raise ArgumentError("`predicted_costs(bits=...)` must name at least one bit width; got none.")
     costs: dict[str, dict[int, float]] = {}
     for width in widths:
         _check.integer("predicted_costs(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
         plan = weights.plan_of("predicted_costs", params, width, spec, mask)
+        layer_traces = _layer_traces("predicted_costs", traces, params, plan)
         energies = _quantized(params, weights.traced(plan), spec)[1]
         rows = zip(paths_of(params), jax.tree.leaves(params), plan, layer_traces, energies, strict=True)
         for path, w, b, trace, energy in rows:
@@ -236,9 +245,10 @@ class _Forms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _OneLeaf:
-    """One product for each of the `chosen` leaves, with the error of that leaf alone."""
+    """One product for each of the `chosen` leaves, with the error of that leaf alone, on the leaves that are `kept`."""
 
     chosen: tuple[int, ...]
+    kept: tuple[bool, ...]
 
     def is_running(self, carry: _Forms) -> jax.Array:
         return carry.done < len(self.chosen)
@@ -246,11 +256,12 @@ class _OneLeaf:
     def argument(self, carry: _Forms) -> PyTree:
         leaf = jnp.array(self.chosen)[carry.done]
         errors, structure = jax.tree.flatten(_tree.subtract(carry.quantized, carry.params))
-        return structure.unflatten([jnp.where(leaf == i, d, 0) for i, d in enumerate(errors)])
+        one = [jnp.where(leaf == i, d, 0) for i, d in enumerate(errors)]
+        return structure.unflatten([d if keep else None for d, keep in zip(one, self.kept, strict=True)])
 
     def advance(self, carry: _Forms, product: PyTree) -> _Forms:
         d = self.argument(carry)
-        _check.matching_tree("matvec(v)", product, d, than="v")
+        _check.matching_tree("operator(v)", product, d, than="v")
         form, leaf = _tree.dot(d, product), jnp.array(self.chosen)[carry.done]
         values = [jnp.where(leaf == i, form.astype(x.dtype), x) for i, x in enumerate(carry.values)]
         return carry._replace(done=carry.done + 1, values=values)
@@ -264,21 +275,42 @@ def _quantized(params: PyTree, plan: list[Any], spec: QuantSpec) -> tuple[PyTree
     return quantized, [_tree.dot(d, d) for d in errors]
 
 
-def _layer_traces(name: str, traces: PyTree, params: PyTree) -> list[float]:
-    _check.floating_tree("params", params)
-    _check.matching_tree(f"{name}(traces=...)", traces, jax.tree.map(lambda _: 0.0, params))
-    for path, trace in zip(paths_of(params), jax.tree.leaves(traces), strict=True):
-        _check.scalar(f"{name}(traces=...)[{path!r}]", trace)
-    return [float(trace) for trace in jax.tree.leaves(traces)]
+def _layer_traces(name: str, traces: PyTree, params: PyTree, plan: list[Any]) -> list[float]:
+    """The trace of every leaf, NaN where it has none."""
+    argument = f"{name}(traces=...)"
+    kept = _kept(argument, traces, jax.tree.map(lambda _: 0.0, params))
+    _check_covers(argument, kept, params, [i for i, width in enumerate(plan) if width is not None])
+    rest = iter(jax.tree.leaves(traces))
+    found = [next(rest) if keep else math.nan for keep in kept]
+    for path, trace in zip(paths_of(params), found, strict=True):
+        _check.scalar(f"{argument}[{path!r}]", trace)
+    return [float(trace) for trace in found]
+
+
+def _kept(argument: str, tree: PyTree, params: PyTree) -> tuple[bool, ...]:
+    """Which leaves of `params` a tree has that may have None in place of some."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+    if len(leaves) != len(jax.tree.leaves(params)):
+        leaves, structure = jax.tree.flatten(tree)
+    filled = structure.unflatten([y if x is None else x for x, y in zip(leaves, jax.tree.leaves(params), strict=False)])
+    _check.matching_tree(argument, filled, params)
+    return tuple(x is not None for x in leaves)
+
+
+def _check_covers(argument: str, kept: tuple[bool, ...], params: PyTree, chosen: Iterable[int]) -> None:
+    paths = paths_of(params)
+    for i in chosen:
+        if not kept[i]:
+            raise ArgumentError(f"`{argument}` must have every leaf that is quantized; it has no {paths[i]!r}.")
 
 
 def _by_trace(trace: float, n: int, energy: float) -> float:
     return trace / n * energy / 2 if n else 0.0
 
 
-def _loss(loss_fn: Callable[[PyTree], jax.typing.ArrayLike], params: PyTree) -> float:
-    value: Any = loss_fn(params)
-    _check.scalar("loss_fn(params)", value)
+def _loss(mean_loss: Callable[[PyTree], jax.typing.ArrayLike], params: PyTree) -> float:
+    value: Any = mean_loss(params)
+    _check.scalar("mean_loss(params)", value)
     return float(value)
 
 

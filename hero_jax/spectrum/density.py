@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hero_jax import _check, _tree
+from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis, krylov
+
+__all__ = ["SpectralDensity", "spectral_density"]
 
 PyTree = Any
 # Beyond five bandwidths a Gaussian has less than 1e-6 of its mass.
@@ -42,8 +44,7 @@ class SpectralDensity(NamedTuple):
 
 
 def spectral_density(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     *,
     num_probes: int = 5,
@@ -65,8 +66,7 @@ def spectral_density(
     whatever the bandwidth.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
       key: for the probes.
       num_probes: starts with independent random signs; two or more for a band. Static.
       num_steps: Lanczos steps a probe, the dimension where that is smaller. Static.
@@ -77,15 +77,15 @@ def spectral_density(
       `SpectralDensity`; all NaN where a product was.
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: num_probes x num_steps products; `num_steps` vectors in float32 or wider, and as many again during a step.
     Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = jnp.concatenate([jnp.zeros(60), jnp.full(20, 4.0)])
-    >>> result = spectral_density(lambda v: diagonal * v, diagonal, jax.random.key(0), num_steps=8)
+    >>> result = spectral_density(Operator(lambda v: diagonal * v, diagonal), jax.random.key(0), num_steps=8)
     >>> width = result.grid[1] - result.grid[0]
     >>> round(float(result.density.sum() * width), 4), round(float((result.density * width)[result.grid > 2].sum()), 2)
     (1.0, 0.25)
@@ -93,20 +93,20 @@ def spectral_density(
     Source: Lin, Saad and Yang, Approximating spectral densities of large matrices, SIAM Review 2016; Ghorbani,
     Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density, ICML 2019.
     """
-    _check.floating_tree("params", params)
-    _check.not_empty("params", params)
+    like = like_of("spectral_density(operator=...)", operator)
+    _check.not_empty("spectral_density(operator=...).like", like)
     _check.integer("spectral_density(num_probes=...)", num_probes, low=1)
     _check.integer("spectral_density(num_steps=...)", num_steps, low=1)
     _check.integer("spectral_density(num_points=...)", num_points, low=2)
     if bandwidth is not None:
         _check.positive("spectral_density(bandwidth=...)", bandwidth)
-    keys, packing = jax.random.split(key, num_probes), _basis.Packing.of(params)
-    probes = [_quadrature(matvec, _signs(key_probe, packing), num_steps) for key_probe in keys]
-    nodes, weights, products, asymmetries, scales = map(jnp.stack, zip(*probes, strict=True))
+    keys, packing = jax.random.split(key, num_probes), _basis.Packing.of(like)
+    probes = [_quadrature(operator, _signs(key_probe, packing), num_steps) for key_probe in keys]
+    nodes, weights, is_set, products, asymmetries, scales = map(jnp.stack, zip(*probes, strict=True))
     # A probe with a broken product is not one with fewer nodes.
     is_broken = ~jnp.isfinite(scales).all()
-    nodes = jnp.where(is_broken, jnp.nan, nodes)
-    lowest, highest = jnp.nanmin(nodes), jnp.nanmax(nodes)
+    nodes = _tree.nan_where(jnp.broadcast_to(is_broken, nodes.shape), nodes)
+    lowest, highest = jnp.min(jnp.where(is_set, nodes, jnp.inf)), jnp.max(jnp.where(is_set, nodes, -jnp.inf))
     if bandwidth is None:
         eps, size = jnp.finfo(nodes.dtype).eps, jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
         # Of a multiple of the identity there is no width; any will do that its size makes visible.
@@ -121,7 +121,6 @@ def spectral_density(
     margin = MARGIN * width
     edges = jnp.linspace(lowest - middle - margin, highest - middle + margin, num_points + 1)
     cells = jax.vmap(lambda nodes, weights: _cell_masses(edges, nodes - middle, weights, width))(nodes, weights)
-    cells = jnp.where(is_broken, jnp.nan, cells)
     # Squares of masses, which have no unit, stay in range whatever the size of the eigenvalues.
     sem = jnp.std(cells, 0, ddof=1) / jnp.sqrt(num_probes) if num_probes > 1 else jnp.full(num_points, jnp.inf)
     widths = jnp.diff(edges)
@@ -130,18 +129,18 @@ def spectral_density(
         density=cells.mean(0) / widths,
         sem=sem / widths,
         bandwidth=width,
-        nodes=nodes,
+        nodes=_tree.nan_where(~is_set, nodes),
         weights=weights,
         num_matvecs=products.sum(dtype=jnp.int32),
         asymmetry=asymmetries.max(),
     )
 
 
-def _quadrature(matvec: Callable[[PyTree], PyTree], start: PyTree, num_steps: int) -> tuple[jax.Array, ...]:
-    """Nodes and weights from one start, products taken, asymmetry and scale; the space itself is let go."""
-    space = krylov.krylov_space(matvec, start, num_steps)
+def _quadrature(operator: Operator, start: PyTree, num_steps: int) -> tuple[jax.Array, ...]:
+    """Nodes and weights from one start, which are set, products taken, asymmetry, scale; the space itself is let go."""
+    space = krylov.krylov_space(operator, start, num_steps)
     ritz = krylov.ritz_pairs(space, 0.0)
-    return ritz.values, ritz.components[0] ** 2, space.num_matvecs, space.asymmetry, space.scale
+    return ritz.values, ritz.components[0] ** 2, ritz.is_set, space.num_matvecs, space.asymmetry, space.scale
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -157,4 +156,4 @@ def _cell_masses(edges: jax.Array, nodes: jax.Array, weights: jax.Array, width: 
     is_right = below > 0
     lower, upper = jnp.where(is_right, -above, below), jnp.where(is_right, -below, above)
     mass = jax.scipy.special.ndtr(upper) - jax.scipy.special.ndtr(lower)
-    return jnp.nansum(weights * mass, axis=1)
+    return jnp.sum(weights * mass, axis=1)

@@ -18,11 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from hero_jax import _check, _loop, _tree
+from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis
+
+__all__ = ["Estimate", "Moments", "diagonal", "frobenius_norm", "layer_traces", "moments", "trace"]
 
 PyTree = Any
 # A standard error of fewer probes is too uncertain itself to stop on.
 FEWEST_PROBES = 10
+# Of a limit: no relative error was asked for.
+NO_RTOL = -1.0
 
 
 class Estimate(NamedTuple):
@@ -32,7 +37,7 @@ class Estimate(NamedTuple):
     sem: its standard error, same structure; infinite for a single probe.
     num_probes: int32, independent probes averaged.
     num_matvecs: int32, products taken.
-    converged: whether ||sem|| <= rtol ||mean||, norms over all entries; False without an `rtol`, and on NaN.
+    converged: whether ||sem|| <= rtol ||mean||, norms over all entries; without an `rtol`, whether the mean is finite.
     """
 
     mean: PyTree
@@ -43,12 +48,11 @@ class Estimate(NamedTuple):
 
 
 def trace(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     *,
     num_probes: int = 100,
-    rtol: float = 0.0,
+    rtol: float | None = None,
     sketch_size: int = 0,
 ) -> Estimate:
     """Estimates the trace, by Hutchinson's method or, with a sketch, by Hutch++.
@@ -60,11 +64,10 @@ def trace(
     and averages over the rest: much the smaller standard error where few eigenvalues dominate, as they do in networks.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
       key: for the probes.
       num_probes: most probes to take.
-      rtol: stop once sem <= rtol |mean|, after 10 probes at least; 0 takes all of them.
+      rtol: stop once sem <= rtol |mean|, after 10 probes at least; None takes all of them.
       sketch_size: vectors in Q; 0 is Hutchinson's method. At most the dimension. Static.
 
     Returns:
@@ -72,8 +75,8 @@ def trace(
       that happen to agree.
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: one product a probe and two a sketch vector; memory of `sketch_size` vectors in float32 or wider, and
     as many again during a step. The variance of one probe is
@@ -81,148 +84,147 @@ def trace(
 
     >>> import jax, jax.numpy as jnp
     >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-    >>> result = trace(lambda v: matrix @ v, jnp.zeros(2), jax.random.key(0), num_probes=400)
+    >>> operator = Operator(lambda v: matrix @ v, jnp.zeros(2))
+    >>> result = trace(operator, jax.random.key(0), num_probes=400)
     >>> bool(abs(result.mean - 5) < 3 * result.sem), round(float(result.sem), 1)
     (True, 0.1)
 
     Source: Hutchinson 1990; Meyer, Musco, Musco and Woodruff, Hutch++: optimal stochastic trace estimation, SOSA 2021.
     """
-    _check_arguments("trace", params, num_probes, rtol)
-    _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(params))
+    _check_arguments("trace", operator, num_probes, rtol)
+    _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(operator.like))
     if not sketch_size:
-        return _rescaled(*_average(_quadratic_form, matvec, params, key, num_probes, rtol))
-    packing = _basis.Packing.of(params)
+        return _rescaled(*_average(_quadratic_form, operator, key, num_probes, rtol))
+    packing = _basis.Packing.of(operator.like)
     # Handed straight into the loop, so that nothing else holds its memory.
-    basis = _loop.run(_SketchSolver(packing), matvec, _empty_sketch(packing, sketch_size, key)).basis
+    basis = _loop.run(_SketchSolver(packing), operator, _empty_sketch(packing, sketch_size, key)).basis
     dtype = _tree.dot(basis, basis).dtype
     exact = _loop.run(
-        _ExactSolver(packing), matvec, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+        _ExactSolver(packing), operator, _Exact(basis, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
     ).total
-    rest = _rescaled(*_average(_quadratic_form, matvec, params, key, num_probes, rtol, basis, exact))
+    rest = _rescaled(*_average(_quadratic_form, operator, key, num_probes, rtol, basis, exact))
     return rest._replace(num_matvecs=rest.num_matvecs + 2 * sketch_size)
 
 
 def layer_traces(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     *,
     num_probes: int = 100,
-    rtol: float = 0.0,
+    rtol: float | None = None,
 ) -> Estimate:
     """Estimates the trace of every layer's diagonal block from the same probes.
 
         tr H_ii = E z_i^T (H z)_i,   i over leaves; their sum is z^T H z, a sample of the whole trace
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
       key: for the probes.
       num_probes: most probes to take.
-      rtol: stop once ||sem|| <= rtol ||mean|| over the layers, after 10 probes at least; 0 takes all of them.
+      rtol: stop once ||sem|| <= rtol ||mean|| over the layers, after 10 probes at least; None takes all of them.
 
     Returns:
-      `Estimate` whose `mean` and `sem` are trees like `params` with a scalar a leaf. A layer's error also has the
-      products with all other layers in it: restrict the operator to one layer for the smallest error there.
+      `Estimate` whose `mean` and `sem` are trees like those of the operator with a scalar for each leaf. A layer's
+      error also has the products with all other layers in it: restrict the operator to one layer for the smallest error
+      there.
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: one product a probe, for all layers together; memory of one product and two vectors. Compiled and looped as
     `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
-    >>> result = layer_traces(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal, jax.random.key(0), num_probes=3)
+    >>> operator = Operator(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal)
+    >>> result = layer_traces(operator, jax.random.key(0), num_probes=3)
     >>> {k: float(v) for k, v in result.mean.items()}, {k: float(v) for k, v in result.sem.items()}
     ({'a': 3.0, 'b': -4.0}, {'a': 0.0, 'b': 0.0})
 
     Source: Dong, Yao, Arfeen, Gholami, Mahoney and Keutzer, HAWQ-V2, NeurIPS 2020, section 3.
     """
-    _check_arguments("layer_traces", params, num_probes, rtol)
-    return _rescaled(*_average(_layer_forms, matvec, params, key, num_probes, rtol))
+    _check_arguments("layer_traces", operator, num_probes, rtol)
+    return _rescaled(*_average(_layer_forms, operator, key, num_probes, rtol))
 
 
 def diagonal(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     *,
     num_probes: int = 100,
-    rtol: float = 0.0,
+    rtol: float | None = None,
 ) -> Estimate:
     """Estimates the diagonal.
 
         diag H = E z * (H z)
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
       key: for the probes.
       num_probes: most probes to take.
-      rtol: stop once ||sem|| <= rtol ||mean|| over all entries, after 10 probes at least; 0 takes all of them.
+      rtol: stop once ||sem|| <= rtol ||mean|| over all entries, after 10 probes at least; None takes all of them.
 
     Returns:
-      `Estimate` of trees like `params`: an error for every entry. That of entry i is the root of
+      `Estimate` of trees like those of the operator: an error for every entry. That of entry i is the root of
       sum_(j != i) H_ij^2 / num_probes, often larger than the entry.
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: one product a probe; memory of four vectors. Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-    >>> result = diagonal(lambda v: matrix @ v, jnp.zeros(2), jax.random.key(0), num_probes=400)
+    >>> operator = Operator(lambda v: matrix @ v, jnp.zeros(2))
+    >>> result = diagonal(operator, jax.random.key(0), num_probes=400)
     >>> bool((abs(result.mean - jnp.array([2.0, 3.0])) < 3 * result.sem).all()), result.sem.round(2)
     (True, Array([0.05, 0.05], dtype=float32))
 
     Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, Applied Numerical Mathematics 2007.
     """
-    _check_arguments("diagonal", params, num_probes, rtol)
-    return _rescaled(*_average(_entry_forms, matvec, params, key, num_probes, rtol))
+    _check_arguments("diagonal", operator, num_probes, rtol)
+    return _rescaled(*_average(_entry_forms, operator, key, num_probes, rtol))
 
 
-def hessian_norm(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+def frobenius_norm(
+    operator: Operator,
     key: jax.Array,
     *,
     num_probes: int = 100,
-    rtol: float = 0.0,
+    rtol: float | None = None,
 ) -> Estimate:
     """Estimates the Frobenius norm, the root of the sum of the squared eigenvalues.
 
         ||H||_F = sqrt(E ||H z||^2),   sem = sem(||H z||^2) / (2 ||H||_F)
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
       key: for the probes.
       num_probes: most probes to take.
-      rtol: stop once sem <= rtol mean, after 10 probes at least; 0 takes all of them.
+      rtol: stop once sem <= rtol mean, after 10 probes at least; None takes all of them.
 
     Returns:
       `Estimate` of scalars. The square is unbiased; its root is low by about sem^2 / (2 mean).
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: one product a probe; memory of one product and two vectors. Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
-    >>> result = hessian_norm(lambda v: jnp.array([3.0, -4.0]) * v, jnp.zeros(2), jax.random.key(0), num_probes=3)
+    >>> operator = Operator(lambda v: jnp.array([3.0, -4.0]) * v, jnp.zeros(2))
+    >>> result = frobenius_norm(operator, jax.random.key(0), num_probes=3)
     >>> float(result.mean), float(result.sem)
     (5.0, 0.0)
 
     Source: Hutchinson's estimator for H^2 (see `trace`); the quantity that the HERO authors plot as the Hessian norm.
     """
-    _check_arguments("hessian_norm", params, num_probes, rtol)
+    _check_arguments("frobenius_norm", operator, num_probes, rtol)
     # A relative error of the root is half that of the square.
-    square, unit = _average(_squared_length, matvec, params, key, num_probes, 2 * rtol)
+    square, unit = _average(_squared_length, operator, key, num_probes, None if rtol is None else 2 * rtol)
     return _rescaled(_root(square), unit)
 
 
@@ -231,49 +233,48 @@ class Moments(NamedTuple):
 
     trace: Estimate
     layer_traces: Estimate
-    hessian_norm: Estimate
+    frobenius_norm: Estimate
 
 
-def moments(matvec: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, *, num_probes: int = 100) -> Moments:
+def moments(operator: Operator, key: jax.Array, *, num_probes: int = 100) -> Moments:
     """Estimates trace, layer traces and Frobenius norm from the same probes, at the cost of one of them.
 
         mean of z^T H z,   of z_i^T (H z)_i,   and the root of the mean of ||H z||^2
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees; which loss, batch and mean are the caller's.
-      params: pytree of floating-point arrays, for its shapes and types only.
-      key: for the probes: with the same key, `trace`, `layer_traces` and `hessian_norm` alone give the same numbers.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's.
+      key: for the probes: with the same key, `trace`, `layer_traces` and `frobenius_norm` alone give the same numbers.
       num_probes: probes to take.
 
     Returns:
       `Moments`. Each `num_matvecs` is that of all three together.
 
     Raises:
-      ValueError: an argument out of its range, or `matvec` not shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: an argument out of its range, or `operator` not shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: one product a probe; memory of one product and two vectors. Compiled and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([-4.0])}
-    >>> result = moments(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal, jax.random.key(0), num_probes=3)
-    >>> float(result.trace.mean), float(result.layer_traces.mean["a"]), round(float(result.hessian_norm.mean) ** 2, 3)
+    >>> operator = Operator(lambda v: {k: diagonal[k] * v[k] for k in v}, diagonal)
+    >>> result = moments(operator, jax.random.key(0), num_probes=3)
+    >>> float(result.trace.mean), float(result.layer_traces.mean["a"]), round(float(result.frobenius_norm.mean) ** 2, 3)
     (-1.0, 3.0, 21.0)
 
     Source: see `trace`.
     """
-    _check_arguments("moments", params, num_probes, 0.0)
-    every, unit = _average(_all_forms, matvec, params, key, num_probes, 0.0)
+    _check_arguments("moments", operator, num_probes, None)
+    every, unit = _average(_all_forms, operator, key, num_probes, None)
     parts = [every._replace(mean=mean, sem=sem) for mean, sem in zip(every.mean, every.sem, strict=True)]
     return Moments(_rescaled(parts[0], unit), _rescaled(parts[1], unit), _rescaled(_root(parts[2]), unit))
 
 
-def _check_arguments(name: str, params: PyTree, num_probes: Any, rtol: Any) -> None:
-    _check.scalar(f"{name}(rtol=...)", rtol)
-    _check.floating_tree("params", params)
-    _check.not_empty("params", params)
+def _check_arguments(name: str, operator: Operator, num_probes: Any, rtol: Any) -> None:
+    _check.not_empty(f"{name}(operator=...).like", like_of(f"{name}(operator=...)", operator))
     _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
-    _check.non_negative(f"{name}(rtol=...)", rtol)
+    if rtol is not None:
+        _check.non_negative(f"{name}(rtol=...)", rtol)
 
 
 def _quadratic_form(z: PyTree, product: PyTree) -> jax.Array:
@@ -299,7 +300,8 @@ def _all_forms(z: PyTree, product: PyTree) -> tuple[jax.Array, PyTree, jax.Array
 
 def _root(square: Estimate) -> Estimate:
     mean = jnp.sqrt(square.mean)
-    return square._replace(mean=mean, sem=jnp.where(square.sem == 0, 0, square.sem / (2 * mean)))
+    # Where the norm is 0, so are all samples and their error.
+    return square._replace(mean=mean, sem=square.sem / jnp.where(mean == 0, 1, 2 * mean))
 
 
 def _rescaled(estimate: Estimate, unit: jax.Array) -> Estimate:
@@ -335,7 +337,7 @@ class _Average:
     def is_running(self, carry: _Carry) -> jax.Array:
         rtol, most = carry.limits
         taken = carry.moments.num_probes
-        is_precise = (taken >= FEWEST_PROBES) & (rtol > 0) & ~self.is_above(carry)
+        is_precise = (taken >= FEWEST_PROBES) & (rtol >= 0) & ~self.is_above(carry)
         is_finite = jnp.isfinite(_tree.norm(carry.moments.mean))
         return (taken < most) & ~is_precise & is_finite
 
@@ -352,7 +354,7 @@ class _Average:
 
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         z = self.argument(carry)
-        _check.matching_tree("matvec(z)", product, z, than="z")
+        _check.matching_tree("operator(z)", product, z, than="z")
         mean, squares, taken = carry.moments
         length = _tree.norm(product).astype(carry.unit.dtype)
         power_of_two = jnp.ldexp(jnp.ones_like(length), jnp.frexp(length)[1])
@@ -379,8 +381,7 @@ def _standard_error(moments: _Running) -> PyTree:
 
 def _average(
     statistic: Callable[[PyTree, PyTree], PyTree],
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     num_probes: Any,
     rtol: Any,
@@ -388,14 +389,14 @@ def _average(
     offset: Any = 0.0,
 ) -> tuple[Estimate, jax.Array]:
     """The mean of `statistic(z, H z / unit)` over probes orthogonal to `basis`, plus `offset` / unit; and the unit."""
-    packing = _basis.Packing.of(params)
+    packing = _basis.Packing.of(operator.like)
     zero = _zero(statistic, packing)
     dtype = jnp.result_type(*jax.tree.leaves(zero))
     offset = jnp.asarray(offset, dtype)
-    limits = (jnp.asarray(rtol, dtype), jnp.asarray(num_probes, jnp.int32))
+    limits = (jnp.asarray(NO_RTOL if rtol is None else rtol, dtype), jnp.asarray(num_probes, jnp.int32))
     solver = _Average(statistic, packing)
     start = _Carry(_Running(zero, zero, jnp.zeros((), jnp.int32)), jnp.ones((), dtype), basis, offset, key, limits)
-    return _finish(solver, _loop.run(solver, matvec, start))
+    return _finish(solver, _loop.run(solver, operator, start))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -406,7 +407,7 @@ def _finish(solver: _Average, carry: _Carry) -> tuple[Estimate, jax.Array]:
         sem=_standard_error(carry.moments),
         num_probes=carry.moments.num_probes,
         num_matvecs=carry.moments.num_probes,
-        converged=(carry.limits[0] > 0) & ~solver.is_above(carry),
+        converged=jnp.where(carry.limits[0] < 0, jnp.isfinite(_tree.norm(_shifted(carry))), ~solver.is_above(carry)),
     )
     return estimate, carry.unit
 
@@ -442,7 +443,7 @@ class _SketchSolver:
         return _tree.random_signs(jax.random.fold_in(carry.key, carry.num_rows), self.packing.like())
 
     def advance(self, carry: _Sketch, product: PyTree) -> _Sketch:
-        _check.matching_tree("matvec(z)", product, self.packing.like(), than="z")
+        _check.matching_tree("operator(z)", product, self.packing.like(), than="z")
         product = self.packing.pack(product)
         rest, _ = _basis.orthogonalize(carry.basis, product)
         length = _tree.norm(product)

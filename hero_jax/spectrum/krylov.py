@@ -26,7 +26,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from hero_jax import _check, _loop, _tree
+from hero_jax.errors import ArgumentError
+from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis
+from hero_jax.spectrum.power import relative
+
+__all__ = ["WHICH", "Eigenpairs", "Lanczos", "lanczos", "top_eigenpairs"]
 
 PyTree = Any
 WHICH = ("magnitude", "largest", "smallest")
@@ -81,8 +86,7 @@ class Lanczos(NamedTuple):
 
 
 def top_eigenpairs(
-    matvec: Callable[[PyTree], PyTree],
-    params: PyTree,
+    operator: Operator,
     key: jax.Array,
     *,
     k: int = 5,
@@ -102,9 +106,7 @@ def top_eigenpairs(
     search ends when the largest eigenvalue out there is known to 10 % and changes nothing.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees. What it means (which loss, which batch,
-        which mean) is the caller's choice.
-      params: pytree of floating-point arrays, for its shapes and types only.
+      operator: a symmetric `Operator`, H; which loss, data and mean are the caller's choice.
       key: for random vectors.
       k: number of eigenpairs. Static.
       which: "magnitude" (largest |lambda|), "largest" or "smallest" (algebraic). Static.
@@ -122,16 +124,17 @@ def top_eigenpairs(
       start vectors each eigenvalue is found up to b times.
 
     Raises:
-      ValueError: k larger than the dimension, an unknown `which`, a start of the wrong shape, `matvec` not
-      shape-preserving.
-      TypeError: a leaf of `params` is not floating point.
+      ArgumentError: k larger than the dimension, an unknown `which`, a start of the wrong shape, `operator` not
+        shape-preserving.
+      TypeError: an `operator` that does not know the tree it works on.
 
     Cost: `num_matvecs` products; `basis_size` vectors in float32 or wider, and as many again during a step. Compiled
     and looped as `power_iteration` is.
 
     >>> import jax, jax.numpy as jnp
     >>> diagonal = jnp.array([1.0, -7.0, 3.0, 0.5, 6.0, -2.0])
-    >>> result = top_eigenpairs(lambda v: diagonal * v, jnp.zeros(6), jax.random.key(0), k=3)
+    >>> operator = Operator(lambda v: diagonal * v, jnp.zeros(6))
+    >>> result = top_eigenpairs(operator, jax.random.key(0), k=3)
     >>> [round(float(x), 3) for x in result.eigenvalues], result.converged
     ([-7.0, 6.0, 3.0], Array([ True,  True,  True], dtype=bool))
 
@@ -139,8 +142,8 @@ def top_eigenpairs(
     Appl. 2000; several start vectors as in Ruhe's band Lanczos (Bai et al., Templates for the solution of algebraic
     eigenvalue problems, section 4.6).
     """
-    _check.floating_tree("params", params)
-    dimension = _tree.size(params)
+    like = like_of("top_eigenpairs(operator=...)", operator)
+    dimension = _tree.size(like)
     _check.integer("top_eigenpairs(k=...)", k, low=1, high=dimension)
     _check.one_of("top_eigenpairs(which=...)", which, WHICH)
     _check.positive("top_eigenpairs(rtol=...)", rtol)
@@ -149,24 +152,23 @@ def top_eigenpairs(
         basis_size = max(2 * k, k + 60)
     else:
         _check.integer("top_eigenpairs(basis_size=...)", basis_size, low=min(k + 1, dimension))
-    num_starts = 1 if v0 is None else _check_starts(v0, params)
-    packing = _basis.Packing.of(params)
+    num_starts = 1 if v0 is None else _check_starts(v0, like)
+    packing = _basis.Packing.of(like)
     solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts, packing)
-    carry = _loop.run(solver, matvec, _start(solver, v0, key, rtol, max_matvecs))
-    ritz = carry.ritz
-    vectors = _ritz_vectors(packing, ritz, carry.space)
+    carry = _loop.run(solver, operator, _start(solver, v0, key, rtol, max_matvecs))
+    values, residuals = _marked(carry.ritz)
     return Eigenpairs(
-        eigenvalues=ritz.values,
-        eigenvectors=jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), vectors, params),
-        residuals=_relative(ritz.residual_norms, ritz.values),
-        converged=ritz.converged,
+        eigenvalues=values,
+        eigenvectors=_ritz_vectors(packing, carry.ritz, carry.space, like),
+        residuals=residuals,
+        converged=carry.ritz.converged,
         num_matvecs=carry.space.num_matvecs,
         asymmetry=carry.space.asymmetry,
     )
 
 
 def lanczos(
-    matvec: Callable[[PyTree], PyTree],
+    operator: Callable[[PyTree], PyTree],
     v0: PyTree,
     *,
     num_steps: int = 64,
@@ -180,8 +182,8 @@ def lanczos(
     gives that eigenvalue alone.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees shaped like `v0`; which loss, batch and mean
-        are the caller's.
+      operator: an `Operator`, or any function `vector -> vector`: symmetric and linear, H, on pytrees shaped like `v0`;
+        which loss, data and mean are the caller's.
       v0: start vector, pytree of floating-point arrays, not zero.
       num_steps: m, products to take at most; the dimension where that is smaller. Static.
       rtol: relative residual below which a Ritz pair counts as converged.
@@ -190,7 +192,7 @@ def lanczos(
       `Lanczos`, leading axis m = min(num_steps, dimension).
 
     Raises:
-      ValueError: `v0` zero or not finite, `num_steps` or `rtol` not positive, `matvec` not shape-preserving.
+      ArgumentError: `v0` zero or not finite, `num_steps` or `rtol` not positive, `operator` not shape-preserving.
       TypeError: a leaf of `v0` is not floating point.
 
     Cost: at most m products; m vectors in float32 or wider, and as many again during a step and for the result.
@@ -208,15 +210,15 @@ def lanczos(
     _check.positive("lanczos(rtol=...)", rtol)
     length = jax.jit(_tree.norm)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
-        raise ValueError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")
-    space = krylov_space(matvec, v0, num_steps)
+        raise ArgumentError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")
+    space = krylov_space(operator, v0, num_steps)
     ritz = ritz_pairs(space, rtol)
-    vectors = _ritz_vectors(_basis.Packing.of(v0), ritz, space)
+    values, residuals = _marked(ritz)
     return Lanczos(
-        eigenvalues=ritz.values,
-        eigenvectors=jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), vectors, v0),
+        eigenvalues=values,
+        eigenvectors=_ritz_vectors(_basis.Packing.of(v0), ritz, space, v0),
         components=ritz.components[0],
-        residuals=_relative(ritz.residual_norms, ritz.values),
+        residuals=residuals,
         converged=ritz.converged,
         num_matvecs=space.num_matvecs,
         asymmetry=space.asymmetry,
@@ -247,24 +249,28 @@ class Space(NamedTuple):
 
 
 class Ritz(NamedTuple):
-    """Ritz pairs: values (k,), components (m, k) on the multiplied rows, residual norms (k,), converged (k,)."""
+    """Ritz pairs: values (k,), components (m, k) on the multiplied rows, residual norms (k,), converged (k,).
+
+    is_set: (k,), False where there are fewer than k; all else is 0 and not converged there.
+    """
 
     values: jax.Array
     components: jax.Array
     residual_norms: jax.Array
     converged: jax.Array
+    is_set: jax.Array
 
 
-def krylov_space(matvec: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int) -> Space:
+def krylov_space(operator: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int) -> Space:
     """The Krylov space of `v0`, of at most `num_steps` dimensions and at most that of the whole space."""
     solver = _Krylov(min(num_steps, _tree.size(v0)), _basis.Packing.of(v0))
     # The empty space goes straight into the loop, so that nothing else holds its memory.
     start = jax.tree.map(lambda x: jnp.asarray(x)[None], v0)
-    return _loop.run(solver, matvec, _empty(solver.num_steps, solver.packing, start))
+    return _loop.run(solver, operator, _empty(solver.num_steps, solver.packing, start))
 
 
 def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest", first: Any = 0) -> Ritz:
-    """The k wanted Ritz pairs (default all, ascending) of the rows from `first` on; NaN where there are fewer."""
+    """The k wanted Ritz pairs (default all, ascending) of the rows from `first` on."""
     coefficients, j = space.coefficients, space.num_multiplied
     num_columns = coefficients.shape[1]
     k = num_columns if k is None else k
@@ -279,14 +285,14 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     rank = {"magnitude": -jnp.abs(values), "largest": -values, "smallest": values}[which]
     chosen = jnp.argsort(jnp.where(is_real, rank, jnp.inf))[:k]
     is_real = is_real[chosen]
-    values = jnp.where(is_real, values[chosen], jnp.nan)
+    values = jnp.where(is_real, values[chosen], 0)
     components = jnp.where(is_real, vectors[:, chosen], 0)
     padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
-    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * jnp.where(is_real, values, 0))
-    residual_norms = jnp.where(is_real, lengths + _left_out(space, components), jnp.nan)
+    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * values)
+    residual_norms = jnp.where(is_real, lengths + _left_out(space, components), 0)
     # A comparison with NaN is False.
     converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
-    return Ritz(values, components, residual_norms, converged)
+    return Ritz(values, components, residual_norms, converged, is_real)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +354,8 @@ class _TopEigenpairs:
         space, has_ended = _extend(carry.space, self.packing, product, self.num_starts, key_random)
         ritz = ritz_pairs(space, rtol, self.k, self.which)
         change = jnp.abs(ritz.values - carry.ritz.values)
-        is_stable = ((change <= rtol * jnp.abs(ritz.values)) | (change <= _rounding(space))).all()
+        is_same = (change <= rtol * jnp.abs(ritz.values)) | (change <= _rounding(space))
+        is_stable = (is_same & ritz.is_set & carry.ritz.is_set).all()
         was_invariant = carry.random_row >= 0
         outside = ritz_pairs(space, OUTSIDE_RTOL, 1, self.which, first=carry.random_row)
         is_explored = (j >= carry.random_row) & outside.converged.all()
@@ -411,12 +418,23 @@ def _start(solver: _TopEigenpairs, v0: PyTree | None, key: jax.Array, rtol: Any,
     )
 
 
+def _marked(ritz: Ritz) -> tuple[jax.Array, jax.Array]:
+    """Values and relative residuals, NaN in the places that are not set."""
+    residuals = relative(ritz.residual_norms, ritz.values)
+    return _tree.nan_where(~ritz.is_set, ritz.values), _tree.nan_where(~ritz.is_set, residuals)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _ritz_vectors(packing: _basis.Packing, ritz: Ritz, space: Space) -> PyTree:
+def _stacked(packing: _basis.Packing, ritz: Ritz, space: Space) -> PyTree:
     """The vectors y = Q s, stacked."""
     num_columns = space.coefficients.shape[1]
     rows = _basis.combine(ritz.components.T, jax.tree.map(lambda q: q[:num_columns], space.basis))
     return jax.vmap(packing.unpack)(rows)
+
+
+def _ritz_vectors(packing: _basis.Packing, ritz: Ritz, space: Space, like: PyTree) -> PyTree:
+    """The vectors, in the types of `like`."""
+    return jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), _stacked(packing, ritz, space), like)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -467,7 +485,7 @@ def _extend(
     """
     j = space.num_multiplied
     num_columns = space.coefficients.shape[1]
-    _check.matching_tree("matvec(v)", product, packing.unpack(_basis.row(space.basis, 0)), than="v")
+    _check.matching_tree("operator(v)", product, packing.unpack(_basis.row(space.basis, 0)), than="v")
     product = packing.pack(product)
     dtype = space.scale.dtype
     scale = jnp.maximum(space.scale, _tree.norm(product).astype(dtype))
@@ -530,16 +548,14 @@ def _added(space: Space, lengths: jax.Array) -> jax.Array:
     return jnp.where(most > _rounding(space), most, jax.vmap(_tree.norm, 1)(lengths))
 
 
-def _relative(residual_norms: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.where(residual_norms == 0, 0, residual_norms / jnp.abs(values))
-
-
-def _check_starts(v0: PyTree, params: PyTree) -> int:
-    """The number of start vectors; raises unless `v0` is like `params` with a new first axis."""
+def _check_starts(v0: PyTree, like: PyTree) -> int:
+    """The number of start vectors; raises unless `v0` is like `like` with a new first axis."""
     leaves = jax.tree.leaves(v0)
     num_starts = jnp.shape(leaves[0])[0] if leaves and jnp.ndim(leaves[0]) else 0
     if num_starts == 0:
-        raise ValueError("`top_eigenpairs(v0=...)` must have the start vectors along a new first axis of every leaf.")
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_starts, *jnp.shape(x)), jnp.result_type(x)), params)
-    _check.matching_tree("top_eigenpairs(v0=...)", v0, stacked, than="params with a new first axis")
+        raise ArgumentError(
+            "`top_eigenpairs(v0=...)` must have the start vectors along a new first axis of every leaf."
+        )
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_starts, *jnp.shape(x)), jnp.result_type(x)), like)
+    _check.matching_tree("top_eigenpairs(v0=...)", v0, stacked, than="like with a new first axis")
     return num_starts

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from hero_jax import _check, _loop, _tree
+from hero_jax.errors import ArgumentError
+
+__all__ = ["Eigenpair", "power_iteration"]
 
 PyTree = Any
 
 
-class EigenResult(NamedTuple):
+class Eigenpair(NamedTuple):
     """An approximate eigenpair and how good it is.
 
     eigenvalue: the Rayleigh quotient of `eigenvector`, sign kept; float32 or wider.
@@ -34,12 +37,12 @@ class EigenResult(NamedTuple):
 
 
 def power_iteration(
-    matvec: Callable[[PyTree], PyTree],
+    operator: Callable[[PyTree], PyTree],
     v0: PyTree,
     *,
     max_iters: int = 100,
     rtol: float = 1e-3,
-) -> EigenResult:
+) -> Eigenpair:
     """Finds the eigenvalue of largest magnitude by power iteration, sign kept.
 
         v <- H v / ||H v||,   lambda = v^T H v,   residual = ||H v - lambda v|| / |lambda|
@@ -47,27 +50,27 @@ def power_iteration(
     until residual <= rtol or `max_iters` products are spent.
 
     Args:
-      matvec: `vector -> vector`, a symmetric linear operator H on pytrees shaped like `v0`. What it means (which loss,
-        which batch, which mean, averaged over which devices) is the caller's choice.
+      operator: an `Operator`, or any function `vector -> vector`: symmetric and linear, H, on pytrees shaped like `v0`.
+        What it means (which loss, which data, which mean, averaged over which devices) is the caller's choice.
       v0: start vector, pytree of floating-point arrays, not zero; normally random, since a start without a component
         along the dominant eigenvector cannot find it.
       max_iters: most products to take. Static.
       rtol: relative residual at which to stop.
 
     Returns:
-      `EigenResult`. `converged` says that (eigenvalue, eigenvector) is an eigenpair to `rtol`: it cannot say that no
+      `Eigenpair`. `converged` says that (eigenvalue, eigenvector) is an eigenpair to `rtol`: it cannot say that no
       larger one exists. Eigenvalues of equal magnitude and opposite sign never converge, and are reported so, with the
       residual; the zero operator gives 0, converged. A NaN product stops the loop, not converged.
 
     Raises:
-      ValueError: `max_iters` or `rtol` not positive; `v0` zero or not finite; `matvec(v0)` shaped unlike `v0`.
+      ArgumentError: `max_iters` or `rtol` not positive; `v0` zero or not finite; `operator(v0)` shaped unlike `v0`.
       TypeError: a leaf of `v0` is not floating point.
 
     Cost: `num_matvecs` products, of about 2 gradients each beyond the gradient; memory of one product and two vectors.
     The iteration is compiled: inside a trace (`jax.jit`, `vmap`) the loop is on the device, outside one it runs on the
     host around one compiled iteration, since XLA:CPU is some forty times slower at convolutions inside a loop. A plain
-    function is compiled anew at every call; hand in `jax.tree_util.Partial(product, params, data)`, whose arrays are
-    arguments, and calls with the same `product` share one compilation.
+    function is compiled anew at every call; those of `hero_jax.curvature`, and any `jax.tree_util.Partial(product,
+    params, data)`, share one compilation over calls with the same `product`.
 
     >>> import jax.numpy as jnp
     >>> diagonal = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-5.0]])}
@@ -83,23 +86,23 @@ def power_iteration(
     _check.floating_tree("v0", v0)
     start, length = jax.jit(_tree.normalize)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
-        raise ValueError(f"`power_iteration(v0=...)` must be finite and not zero; its norm is {length}.")
+        raise ArgumentError(f"`power_iteration(v0=...)` must be finite and not zero; its norm is {length}.")
 
     start = _tree.cast_like(start, v0)
-    initial = EigenResult(
-        eigenvalue=jnp.full((), jnp.nan, length.dtype),
+    initial = Eigenpair(
+        eigenvalue=jnp.zeros((), length.dtype),
         eigenvector=start,
         residual=jnp.full((), jnp.inf, length.dtype),
         converged=jnp.zeros((), bool),
         num_matvecs=jnp.zeros((), jnp.int32),
     )
     limits = (jnp.asarray(rtol, length.dtype), jnp.asarray(max_iters, jnp.int32))
-    return _loop.run(_PowerIteration(), matvec, _Carry(start, initial, limits)).result
+    return _loop.run(_PowerIteration(), operator, _Carry(start, initial, limits)).result
 
 
 class _Carry(NamedTuple):
     v: PyTree
-    result: EigenResult
+    result: Eigenpair
     limits: tuple[jax.Array, jax.Array]
 
 
@@ -116,17 +119,22 @@ class _PowerIteration:
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         v, result, limits = carry
         rtol, _ = limits
-        _check.matching_tree("matvec(v0)", product, v, than="v0")
+        _check.matching_tree("operator(v0)", product, v, than="v0")
         # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
         eigenvalue = (_tree.dot(v, product) / _tree.dot(v, v)).astype(rtol.dtype)
         residual = relative_residual(v, product, eigenvalue).astype(rtol.dtype)
         unit, _ = _tree.normalize(product)
-        result = EigenResult(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
+        result = Eigenpair(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
         return _Carry(_tree.cast_like(unit, v), result, limits)
 
 
 def relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:
     """||H v - lambda v|| / |lambda| for a unit v, with 0 / 0 = 0: a vector that H maps to zero is an eigenvector."""
-    residual = _tree.norm(_tree.add(product, v, -eigenvalue))
+    return relative(_tree.norm(_tree.add(product, v, -eigenvalue)), eigenvalue)
+
+
+def relative(residual_norm: jax.Array, eigenvalue: jax.Array) -> jax.Array:
+    """||H v - lambda v|| / |lambda|, 0 where both vanish, infinite where lambda alone does."""
     magnitude = jnp.abs(eigenvalue)
-    return jnp.where(residual == 0, 0, residual / magnitude)
+    ratio = residual_norm / jnp.where(magnitude == 0, 1, magnitude)
+    return jnp.where(residual_norm == 0, 0, jnp.where(magnitude == 0, jnp.inf, ratio))
