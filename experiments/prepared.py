@@ -5,6 +5,7 @@ Small ones are decoded once and cached as plain arrays, large ones are streams.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -114,38 +115,96 @@ def find(name: str, data_dir: Path | None) -> Any:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is damaged or only a part; says what.
+      ValueError: it is in another format, damaged or only a part; says what.
     """
     import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
-    from google.protobuf import json_format
 
-    root = folder(data_dir)
+    root, about = folder(data_dir), DATASETS[name]
+    builder_name, _, config = about.name.partition("/")
     try:
-        builder = tfds.builder(DATASETS[name].name, data_dir=root, file_format="array_record")
-    except json_format.ParseError as error:
-        raise ValueError(
-            f"`data_dir` holds a damaged {name}: dataset_info.json in {root / DATASETS[name].name} cannot be read."
-        ) from error
-    path = Path(builder.data_path)
-    if not path.exists():
+        builder = tfds.builder_cls(builder_name)(data_dir=root, config=config or None)
+        path = Path(builder.data_path)
+        is_there = path.exists()
+    except Exception as error:  # whatever tensorflow-datasets raises on a description that is damaged
+        raise _damaged(name, f"dataset_info.json in {root / about.name} cannot be read ({one_line(error)})") from error
+    if not is_there:
         raise FileNotFoundError(
             f"`data_dir` must hold {name} prepared as array_record; nothing is at {path}. With a network and"
             f" TensorFlow, `python -m experiments.prepare {name} --data-dir {root}` prepares it."
         )
-    missing = {*DATASETS[name].splits} - {*builder.info.splits}
+    missing = {*about.splits} - {*builder.info.splits}
     if missing:
         raise ValueError(
             f"`data_dir` holds only a part of {name}, in {path}: no split {min(missing)!r} is known there."
         )
-    for split in DATASETS[name].splits:
-        info = builder.info.splits[split]
-        for file, size in zip(info.filepaths, info.shard_lengths, strict=True):
-            # The reader finds no images in a file that is cut off, and in none.
-            found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
-            if found != size:
-                raise ValueError(f"`data_dir` holds a damaged {name}: {file} has {found} of its {size} images.")
+    _take_array_record(name, builder)
+    _check_features(name, path / "features.json")
+    for split in about.splits:
+        _check_files(name, builder, split)
     return builder
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line that is not endless; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _damaged(name: str, what: str) -> ValueError:
+    return ValueError(f"`data_dir` holds a damaged {name}: {what}.")
+
+
+def _take_array_record(name: str, builder: Any) -> None:
+    """Makes a builder read array_record, which may be one of several formats in its folder; raises if it is none."""
+    from tensorflow_datasets.core.file_adapters import FileFormat
+
+    info = builder.info
+    # A builder of known code has those beside the first in its proto alone.
+    formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
+    if FileFormat.ARRAY_RECORD.value not in formats:
+        raise ValueError(
+            f"`data_dir` must hold {name} prepared as array_record; by its dataset_info.json, what is in"
+            f" {builder.data_path} is {' and '.join(sorted(formats))}. With a network and"
+            f" TensorFlow, `python -m experiments.prepare {name} --data-dir ANOTHER_FOLDER` prepares it."
+        )
+    if info.file_format != FileFormat.ARRAY_RECORD:
+        info.set_file_format(FileFormat.ARRAY_RECORD, override=True, override_if_initialized=True)
+
+
+def _check_features(name: str, path: Path) -> None:
+    """Raises where features.json is damaged or tells of other classes; tensorflow-datasets goes by its own code."""
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(name, f"{path} cannot be read ({one_line(error)})") from error
+    try:
+        classes = int(found["featuresDict"]["features"]["label"]["classLabel"]["numClasses"])
+    except (KeyError, TypeError, ValueError):  # older versions of tensorflow-datasets wrote it in another form
+        return
+    if classes != DATASETS[name].num_classes:
+        raise _damaged(name, f"{path} tells of {classes} classes, not of {DATASETS[name].num_classes}")
+
+
+def _check_files(name: str, builder: Any, split: str) -> None:
+    """Raises unless every file of a split has as many images as the description says."""
+    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
+
+    info = builder.info.splits[split]
+    description = f"dataset_info.json in {builder.data_path}"
+    try:
+        files = list(zip(info.filepaths, info.shard_lengths, strict=True))
+    except Exception as error:  # a template of the files' names that tensorflow-datasets cannot fill in
+        raise _damaged(name, f"{description} names no files of split {split!r} ({one_line(error)})") from error
+    if min(info.shard_lengths, default=0) < 1:
+        lengths = f"its shardLengths are {info.shard_lengths}"
+        raise _damaged(name, f"{description} must give split {split!r} files with images; {lengths}")
+    for file, size in files:
+        # The reader finds no images in a file that is cut off, and in none.
+        found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
+        if found != size:
+            raise _damaged(name, f"{file} has {found} of its {size} images")
 
 
 def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split | Stream, Split | Stream]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,3 +180,116 @@ class TestDamagedFolder:
         (folder / "dataset_info.json").write_text('{"name": ')
         with pytest.raises(ValueError, match=r"`data_dir` holds a damaged cifar10: dataset_info.json in .* cannot be"):
             data.load("cifar10", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            (b"\xff\xfe{}", "'utf-8' codec can't decode byte 0xff"),
+            (b"[" * 100_000, "recursion"),
+            (b"{}", "do not match"),
+            ({"version": "3.0.1"}, r"do not match\. Builder version: 3\.0\.2\. Proto version: 3\.0\.1"),
+            ({"fileFormat": "array"}, "'array' is not a valid FileFormat"),
+            ({"more": 1}, 'no field named "more"'),
+            ({"splits": [{"name": "test", "shardLengths": "6"}]}, "Failed to parse shardLengths"),
+        ],
+    )
+    def test_description_that_cannot_be_used(self, folder, tmp_path, damage, reason):
+        file = folder / "dataset_info.json"
+        file.write_bytes(damage if isinstance(damage, bytes) else json.dumps(described(folder) | damage).encode())
+        error = refused("cifar10", tmp_path)
+        assert re.match(r"`data_dir` holds a damaged cifar10: dataset_info\.json in .* cannot be read \(", error)
+        assert re.search(reason, error)
+        assert len(error) < 500
+
+    def test_folder_that_cannot_be_looked_into(self, tmp_path):
+        assert re.search(
+            r"dataset_info\.json in .* cannot be read \(.*too long", refused("cifar10", tmp_path / ("x" * 300))
+        )
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    @pytest.mark.parametrize("lengths", [None, [], ["0"], ["-6"], ["6", "0"]])
+    def test_split_without_lengths(self, folder, tmp_path, split, lengths):
+        info = described(folder)
+        entry = next(entry for entry in info["splits"] if entry["name"] == split)
+        del entry["shardLengths"]
+        if lengths is not None:
+            entry["shardLengths"] = lengths
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        assert re.fullmatch(
+            rf"`data_dir` holds a damaged cifar10: dataset_info\.json in .*/3\.0\.2 must give split '{split}'"
+            rf" files with images; its shardLengths are \[{', '.join(lengths or [])}\]\.",
+            refused("cifar10", tmp_path),
+        )
+
+    def test_more_files_than_there_are(self, folder, tmp_path):
+        info = described(folder)
+        info["splits"][1]["shardLengths"] = ["4", "2"]
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        assert refused("cifar10", tmp_path).endswith("cifar10-test.array_record-00000-of-00002 has 0 of its 4 images.")
+
+    def test_names_of_files_that_cannot_be_made(self, folder, tmp_path):
+        info = described(folder)
+        info["splits"][0]["filepathTemplate"] = "{WHAT}"
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        assert re.match(r"`data_dir` .*/3\.0\.2 names no files of split 'train' \(", refused("cifar10", tmp_path))
+
+    @pytest.mark.parametrize("damage", [b"{", b"\xff\xfe{}", b"[" * 100_000])
+    def test_features_that_cannot_be_read(self, folder, tmp_path, damage):
+        (folder / "features.json").write_bytes(damage)
+        pattern = r"`data_dir` holds a damaged cifar10: .*/3\.0\.2/features\.json cannot be read \(.*\)\."
+        assert re.fullmatch(pattern, refused("cifar10", tmp_path))
+
+    def test_features_of_other_classes(self, folder, tmp_path):
+        label = {"classLabel": {"numClasses": "100"}}
+        (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": {"label": label}}}))
+        assert refused("cifar10", tmp_path).endswith("features.json tells of 100 classes, not of 10.")
+
+    @pytest.mark.parametrize("content", [[], {"type": "FeaturesDict"}, {"featuresDict": {"features": {"label": 1}}}])
+    def test_features_in_another_form_are_left_to_tensorflow_datasets(self, folder, tmp_path, content):
+        (folder / "features.json").write_text(json.dumps(content))
+        assert prepared.find("cifar10", tmp_path).info.splits["train"].num_examples == 6
+
+
+class TestOtherFormats:
+    @pytest.fixture
+    def folder(self, tmp_path, cache):
+        rows = [cifar_row("train", i) for i in range(6)]
+        return write_prepared(tmp_path, "cifar10", "3.0.2", {"train": rows, "test": rows})
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({"fileFormat": "tfrecord"}, "tfrecord"),
+            ({"fileFormat": None}, "tfrecord"),
+            ({"fileFormat": "tfrecord", "alternativeFileFormats": ["riegeli"]}, "riegeli and tfrecord"),
+        ],
+    )
+    def test_is_named_with_what_to_run(self, folder, tmp_path, change, found):
+        (folder / "dataset_info.json").write_text(json.dumps(described(folder) | change))
+        error = refused("cifar10", tmp_path)
+        assert error == (
+            "`data_dir` must hold cifar10 prepared as array_record; by its dataset_info.json, what is in"
+            f" {folder} is {found}. With a network and TensorFlow, `python -m experiments.prepare cifar10 --data-dir"
+            " ANOTHER_FOLDER` prepares it."
+        )
+
+    def test_array_record_beside_another_is_read(self, folder, tmp_path):
+        change = {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+        (folder / "dataset_info.json").write_text(json.dumps(described(folder) | change))
+        dataset = data.load("cifar10", tmp_path)
+        np.testing.assert_array_equal(dataset.train.images[4], pixels("train", 4))
+        np.testing.assert_array_equal(dataset.test.labels, np.arange(6))
+
+
+def described(folder):
+    """What dataset_info.json says."""
+    return json.loads((folder / "dataset_info.json").read_text())
+
+
+def refused(name, root):
+    """The error of a data set that cannot be loaded: one line that begins as the command line wants it."""
+    with pytest.raises(ValueError, match=r"^`data_dir` ") as caught:
+        data.load(name, root)
+    error = str(caught.value)
+    assert "\n" not in error
+    return error
