@@ -5,8 +5,8 @@ Small ones are decoded once and cached as plain arrays, large ones are streams.
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from experiments import cli, runs
 from experiments.streams import Pixels, Split, Stream
+from hero_jax import _check
 
 # Height and width of the images of a stream.
 STREAM_SIDE = 224
+# Images that are read at once when a split is decoded.
+CHUNK = 500
 
 # Called with (done, total) while something long goes on.
 Report = Callable[[int, int], None]
@@ -213,7 +217,7 @@ def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split
     if about.is_large:
         train, test = (_stream(builder, about, split) for split in about.splits)
     else:
-        train, test = (_decoded(builder, split, report) for split in about.splits)
+        train, test = (_decoded(name, builder, split, report) for split in about.splits)
     return train, test
 
 
@@ -229,36 +233,107 @@ def _next_within(superclasses: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(of[s][(of[s].index(c) + 1) % len(of[s])] for c, s in enumerate(superclasses))
 
 
+class _Rows:
+    """The rows of a split, {"image": an encoded image, "label": int}, each checked as it is read, by any thread.
+
+    tensorflow-datasets itself casts labels: 3.7 and b"3" would become 3.
+    """
+
+    def __init__(self, builder: Any, split: str, num_classes: int) -> None:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+        self._num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row i.
+
+        Raises:
+          ValueError: it is not what it must be; says what.
+        """
+        return self.parsed(self._records[i])
+
+    def records(self, indices: range) -> list[bytes] | None:
+        """The bytes of these rows, faster than one by one; None where one of them cannot be read."""
+        try:
+            return self._records.__getitems__(list(indices))
+        except Exception:  # whatever the reader raises, without telling which
+            return None
+
+    def parsed(self, record: bytes) -> dict[str, Any]:
+        """The row of these bytes; errors are those of `rows[i]`."""
+        features = self._parse(record).features.feature
+        image, label = _only(features, "image", "bytes_list"), _only(features, "label", "int64_list")
+        if not 0 <= label < self._num_classes:
+            raise ValueError(f"its label {label} is not in 0..{self._num_classes - 1}")
+        return {"image": image, "label": label}
+
+
+def _only(features: Any, key: str, kind: str) -> Any:
+    """The one value of a feature of a tf.train.Example; kind is the type of list that it must be."""
+    # A key that is not there gives a feature of no kind.
+    found = features[key].WhichOneof("kind")
+    values = () if found is None else getattr(features[key], found).value
+    if len(values) != 1:
+        raise ValueError(f"it has {len(values) or 'no'} {key}{'s' * bool(values)}")
+    if found != kind:
+        wanted = {"bytes_list": "encoded", "int64_list": "an integer"}[kind]
+        raise ValueError(f"its {key} {_check.brief(values[0])} is not {wanted}")
+    return values[0]
+
+
+def _pixels(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decodes an image that must have this shape and 8 bits a channel."""
+    mode = {1: "L", 3: "RGB"}[shape[-1]]
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        raise ValueError("its image is of no known format") from None
+    with image:
+        if (image.height, image.width, image.mode) != (*shape[:2], mode):
+            raise ValueError(
+                f"its image is {image.height} x {image.width} of mode {image.mode}, not {shape[0]} x {shape[1]} of"
+                f" mode {mode}"
+            )
+        # Pillow makes 8 bits of any number of them; a PNG file tells it in byte 24.
+        if image.format == "PNG" and encoded[24] != 8:
+            raise ValueError(f"its image has {encoded[24]} bits a channel, not 8")
+        return np.asarray(image).reshape(shape)
+
+
 def _stream(builder: Any, about: Prepared, split: str) -> Stream:
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    indices, shift = np.arange(len(source)), np.zeros(len(source), np.int32)
-    return Stream(source, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
+    rows = _Rows(builder, split, about.num_classes)
+    indices, shift = np.arange(len(rows)), np.zeros(len(rows), np.int32)
+    return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
 
 
-def _decoded(builder: Any, split: str, report: Report | None) -> Split:
+def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Split:
     """A split of a prepared data set, from the cache or decoded into it."""
-    source = builder.as_data_source(split)
+    rows, shape = _Rows(builder, split, DATASETS[name].num_classes), builder.info.features["image"].shape
     # The size in bytes of the source tells another preparation of the same version apart.
     num_bytes = int(builder.info.splits[split].num_bytes)
-    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
-    cached = _read_cache(cache, len(source))
+    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(rows)}-{num_bytes}.npz"
+    cached = _read_cache(cache, len(rows))
     if cached is not None:
         return cached
-    images, labels = [], []
-    chunk = 500
-    # tensorflow-datasets logs that OpenCV would decode faster; this happens once.
-    absl_level = logging.getLogger("absl").level
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for start in range(0, len(source), chunk):
-        for example in source.__getitems__(list(range(start, min(start + chunk, len(source))))):
-            images.append(example["image"])
-            labels.append(example["label"])
+    decoded = Split(np.empty((len(rows), *shape), np.uint8), np.empty(len(rows), np.int32))
+    for start in range(0, len(rows), CHUNK):
+        indices = range(start, min(start + CHUNK, len(rows)))
+        records = rows.records(indices)
+        for i in indices:
+            try:
+                row = rows[i] if records is None else rows.parsed(records[i - start])
+                decoded.images[i], decoded.labels[i] = _pixels(row["image"], shape), row["label"]
+            except Exception as error:  # whatever a damaged record or image raises
+                place = f"record {i} of split {split!r} in {builder.data_path}"
+                raise _damaged(name, f"{place} cannot be read ({one_line(error)})") from error
         if report is not None:
-            report(len(images), len(source))
-    logging.getLogger("absl").setLevel(absl_level)
-    decoded = Split(np.stack(images), np.asarray(labels, np.int32))
+            report(indices.stop, len(rows))
     _write_cache(cache, decoded)
     return decoded
 

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments import data, prepared
+from experiments import cli, data, prepared
 
 SIZES = {"train": 30, "test": 12}
 
@@ -28,7 +30,10 @@ def encoded(image):
 
 
 def write_prepared(root, name, version, splits):
-    """Writes a data set as tensorflow-datasets prepares it (array_record): rows of {feature: bytes or int} a split."""
+    """Writes a data set as tensorflow-datasets prepares it (array_record).
+
+    A row is {feature: bytes, int, float or a list of one of them}, or the bytes of the whole record.
+    """
     folder = root / name / version
     folder.mkdir(parents=True)
     about = []
@@ -36,11 +41,7 @@ def write_prepared(root, name, version, splits):
         path = folder / f"{name.split('/')[0]}-{split}.array_record-00000-of-00001"
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         for row in rows:
-            example = tf_example_pb2.Example()
-            for key, value in row.items():
-                feature = example.features.feature[key]
-                (feature.int64_list if isinstance(value, int) else feature.bytes_list).value.append(value)
-            writer.write(example.SerializeToString())
+            writer.write(row if isinstance(row, bytes) else serialized(row))
         writer.close()
         about.append(
             {
@@ -55,6 +56,16 @@ def write_prepared(root, name, version, splits):
         info["configName"] = name.split("/")[1]
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
+
+
+def serialized(row):
+    """A tf.train.Example."""
+    example = tf_example_pb2.Example()
+    for key, value in row.items():
+        feature, values = example.features.feature[key], value if isinstance(value, list) else [value]
+        kinds = {int: feature.int64_list, float: feature.float_list, bytes: feature.bytes_list}
+        kinds[type(values[0]) if values else int].value.extend(values)
+    return example.SerializeToString()
 
 
 def cifar_row(split, i, **more):
@@ -293,3 +304,112 @@ def refused(name, root):
     error = str(caught.value)
     assert "\n" not in error
     return error
+
+
+def png(values, depth):
+    """A PNG file (H, W, channels) of `depth` bits a channel, 8 or 16; Pillow writes no more than 8 for colors."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, depth, {1: 0, 3: 2}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(f">u{depth // 8}").tobytes() for line in values)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def saved(image, mode):
+    file = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+WHOLE = encoded(pixels("train", 4))
+RECORDS = {
+    "truncated image": ({"image": WHOLE[: len(WHOLE) // 2]}, r".*truncated.*"),
+    "image of no format": ({"image": b"not an image"}, r"its image is of no known format"),
+    "empty image": ({"image": b""}, r"its image is of no known format"),
+    "no image": ({"image": None}, r"it has no image"),
+    "image of numbers": ({"image": 3}, r"its image 3 is not encoded"),
+    "two images": ({"image": [WHOLE, WHOLE]}, r"it has 2 images"),
+    "smaller": (
+        {"image": encoded(pixels("train", 4, (28, 30, 3)))},
+        r"its image is 28 x 30 of mode RGB, not 32 x 32 .*",
+    ),
+    "gray": ({"image": saved(pixels("train", 4), "L")}, r"its image is 32 x 32 of mode L, not 32 x 32 of mode RGB"),
+    "alpha": ({"image": saved(pixels("train", 4), "RGBA")}, r"its image is 32 x 32 of mode RGBA, not .*"),
+    "palette": ({"image": saved(pixels("train", 4), "P")}, r"its image is 32 x 32 of mode P, not .*"),
+    "16 bits": ({"image": png(pixels("train", 4).astype(int), 16)}, r"its image has 16 bits a channel, not 8"),
+    "no label": ({"label": None}, r"it has no label"),
+    "empty label": ({"label": []}, r"it has no label"),
+    "two labels": ({"label": [3, 4]}, r"it has 2 labels"),
+    "text": ({"label": b"cat"}, r"its label b'cat' is not an integer"),
+    "text of a number": ({"label": b"3"}, r"its label b'3' is not an integer"),
+    "float": ({"label": 3.75}, r"its label 3.75 is not an integer"),
+    "too large": ({"label": 10}, r"its label 10 is not in 0..9"),
+    "negative": ({"label": -1}, r"its label -1 is not in 0..9"),
+    "no example": (b"\xff\xff", r".*[Ee]rror.*"),
+    "empty": (b"", r"it has no image"),
+}
+
+
+class TestDamagedRecord:
+    @staticmethod
+    def write(root, damage, i=4, name="cifar10", version="3.0.2", splits=("train", "test")):
+        """A data set with damage to row i of the second split."""
+        rows = [cifar_row("train", i) for i in range(7)]
+        damaged = (
+            {key: value for key, value in (rows[i] | damage).items() if value is not None}
+            if isinstance(damage, dict)
+            else damage
+        )
+        return write_prepared(root, name, version, {splits[0]: rows, splits[1]: [*rows[:i], damaged, *rows[i + 1 :]]})
+
+    @pytest.mark.parametrize("chunk", [500, 3])
+    @pytest.mark.parametrize("kind", RECORDS)
+    def test_is_named(self, tmp_path, cache, monkeypatch, kind, chunk):
+        monkeypatch.setattr(prepared, "CHUNK", chunk)
+        damage, reason = RECORDS[kind]
+        folder = self.write(tmp_path, damage)
+        assert re.fullmatch(
+            rf"`data_dir` holds a damaged cifar10: record 4 of split 'test' in {folder} cannot be read \({reason}\)\.",
+            refused("cifar10", tmp_path),
+        )
+        # Not the second time either.
+        assert not list(cache.glob("*test*"))
+
+    @pytest.mark.parametrize("chunk", [500, 3])
+    def test_flipped_bit(self, tmp_path, cache, monkeypatch, chunk):
+        monkeypatch.setattr(prepared, "CHUNK", chunk)
+        file = next(self.write(tmp_path, {}).glob("*test*"))
+        content = bytearray(file.read_bytes())
+        content[content.index(WHOLE[1000:1100])] ^= 1
+        file.write_bytes(content)
+        assert re.search(
+            r"record 4 of split 'test' in .* cannot be read \(.*hash mismatch", refused("cifar10", tmp_path)
+        )
+
+    def test_8_bits_and_labels_at_the_ends_are_taken(self, tmp_path, cache, monkeypatch):
+        monkeypatch.setattr(prepared, "CHUNK", 3)
+        self.write(tmp_path, {"image": png(pixels("train", 9), 8), "label": 9})
+        dataset = data.load("cifar10", tmp_path)
+        np.testing.assert_array_equal(dataset.test.labels, [0, 1, 2, 3, 9, 5, 6])
+        expected = [pixels("train", 9 if i == 4 else i) for i in range(7)]
+        np.testing.assert_array_equal(dataset.test.images, expected)
+
+    def test_gray_image_of_16_bits(self, tmp_path, cache):
+        rows = [{"image": encoded(pixels("train", i, (28, 28, 1))), "label": i} for i in range(3)]
+        rows[1]["image"] = png(pixels("train", 1, (28, 28, 1)).astype(int), 16)
+        write_prepared(tmp_path, "fashion_mnist", "3.0.1", {"train": rows, "test": rows[:1]})
+        assert re.search(
+            r"record 1 of split 'train' in .* \(its image is 28 x 28 of mode I", refused("fashion_mnist", tmp_path)
+        )
+
+    @pytest.mark.parametrize("kind", ["image of no format", "no image", "no label", "text", "too large", "negative"])
+    def test_of_a_stream_is_named_when_it_is_read(self, tmp_path, kind):
+        damage, reason = RECORDS[kind]
+        self.write(tmp_path, damage, 4, "imagenette/320px-v2", "1.0.0", ("train", "validation"))
+        test = data.load("imagenette", tmp_path).test
+        assert test.rows(np.array([3, 5])).labels.tolist() == [3, 5]
+        reason = "cannot identify image file" if kind == "image of no format" else reason
+        with pytest.raises(cli.Failed, match=rf"^Image 4 of imagenette/320px-v2/1.0.0 validation cannot .*\({reason}"):
+            test.rows(np.array([3, 4]))
