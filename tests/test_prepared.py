@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import struct
 import zlib
 
@@ -131,6 +133,86 @@ class TestCifar10:
                 match=r"`data_dir` must hold cifar10 .* `python -m experiments.prepare cifar10 --data",
             ):
                 data.load("cifar10", folder)
+
+
+class TestCacheIsOfItsFolder:
+    """The cache belongs to what is in the files, not to the name and sizes of a data set."""
+
+    @staticmethod
+    def write(root, shift):
+        """cifar10 with the label (i + shift) mod 10: every file has the same name and size."""
+        rows = [cifar_row("train", i, label=(i + shift) % 10) for i in range(12)]
+        return write_prepared(root, "cifar10", "3.0.2", {"train": rows, "test": rows})
+
+    def test_two_folders_that_differ_in_their_labels(self, tmp_path, cache):
+        sizes = [
+            [file.stat().st_size for file in sorted(self.write(tmp_path / f"{shift}", shift).iterdir())]
+            for shift in (0, 3)
+        ]
+        assert sizes[0] == sizes[1]
+        for shift in (0, 3, 0):
+            dataset = data.load("cifar10", tmp_path / f"{shift}")
+            for split in (dataset.train, dataset.test):
+                np.testing.assert_array_equal(split.labels, (np.arange(12) + shift) % 10)
+
+    def test_file_changed_in_place_with_its_size_and_times_kept(self, tmp_path, cache):
+        file = next(self.write(tmp_path / "here", 0).glob("*train*"))
+        before = file.stat()
+        data.load("cifar10", tmp_path / "here")
+        other = next(self.write(tmp_path / "other", 3).glob("*train*"))
+        with file.open("r+b") as target:
+            target.write(other.read_bytes())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        dataset = data.load("cifar10", tmp_path / "here")
+        np.testing.assert_array_equal(dataset.train.labels, (np.arange(12) + 3) % 10)
+        np.testing.assert_array_equal(dataset.test.labels, np.arange(12) % 10)
+
+    def test_a_copy_elsewhere_is_not_decoded_again(self, tmp_path, cache):
+        shutil.copytree(self.write(tmp_path / "here", 0), tmp_path / "copy" / "cifar10" / "3.0.2")
+        data.load("cifar10", tmp_path / "here")
+        calls = []
+        dataset = data.load("cifar10", tmp_path / "copy", lambda done, total: calls.append(done))
+        assert not calls
+        np.testing.assert_array_equal(dataset.train.labels, np.arange(12) % 10)
+
+    def test_cache_of_an_earlier_version_is_left_alone(self, tmp_path, cache):
+        folder = self.write(tmp_path, 0)
+        cache.mkdir()
+        for split in ("train", "test"):
+            size = next(folder.glob(f"*{split}*")).stat().st_size
+            images, labels = np.zeros((12, 32, 32, 3), np.uint8), np.full(12, 7, np.int32)
+            np.savez(cache / f"cifar10-3.0.2-{split}-12-{size}.npz", images=images, labels=labels)
+        np.testing.assert_array_equal(data.load("cifar10", tmp_path).train.labels, np.arange(12) % 10)
+        assert len(list(cache.iterdir())) == 4
+
+    @pytest.mark.parametrize(
+        ("images", "labels", "reason"),
+        [
+            (np.zeros((12, 32, 32, 1), np.uint8), np.zeros(12, np.int32), r"it holds images \(12, 32, 32, 1\)"),
+            (np.zeros((11, 32, 32, 3), np.uint8), np.zeros(11, np.int32), r"it holds images \(11, 32, 32, 3\)"),
+            (np.zeros((12, 32, 32, 3), np.uint8), np.zeros((12, 1), np.int32), r"and labels \(12, 1\)"),
+            (np.zeros((12, 32, 32, 3), np.float32), np.zeros(12, np.int32), "it holds float32 images"),
+            (np.zeros((12, 32, 32, 3), np.uint8), np.zeros(12, np.float32), "and float32 labels"),
+        ],
+    )
+    def test_cache_of_another_shape_or_type(self, tmp_path, cache, images, labels, reason):
+        self.write(tmp_path, 0)
+        data.load("cifar10", tmp_path)
+        np.savez(next(cache.glob("*train*")), images=images, labels=labels)
+        with pytest.warns(UserWarning, match=rf"The cached images at .*train.* are damaged \(.*{reason}"):
+            dataset = data.load("cifar10", tmp_path)
+        np.testing.assert_array_equal(dataset.train.labels, np.arange(12) % 10)
+
+    def test_file_that_changes_while_it_is_read_is_not_cached(self, tmp_path, cache):
+        file = next(self.write(tmp_path, 0).glob("*train*"))
+
+        def change(done, total):
+            file.write_bytes(file.read_bytes() + b"more")
+
+        with pytest.raises(ValueError, match=r"^`data_dir` holds a damaged cifar10: split 'train' in .* changed while"):
+            data.load("cifar10", tmp_path, change)
+        assert not cache.exists()
 
 
 class TestOtherSets:
