@@ -49,7 +49,7 @@ def load(name: str, data_dir: Path | None = None, report: prepared.Report | None
     Raises:
       ValueError: unknown name (suggests the nearest).
       FileNotFoundError: the data set is not prepared there; says which command prepares it.
-      ValueError: what is there is damaged or only a part; says what.
+      ValueError: what is there is in another format, damaged or only a part; says what, and in which record.
     """
     _check.one_of("dataset", name, DATASETS)
     if name == "digits":

@@ -59,7 +59,7 @@ def prepare(name: str, root: Path) -> None:
     try:
         builder.download_and_prepare()
     except Exception as error:  # of the network, the disk, or a changed archive
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = prepared.one_line(error)
         raise cli.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
 
 

@@ -5,20 +5,26 @@ Small ones are decoded once and cached as plain arrays, large ones are streams.
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import io
+import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from experiments import cli, runs
 from experiments.streams import Pixels, Split, Stream
+from hero_jax import _check
 
 # Height and width of the images of a stream.
 STREAM_SIDE = 224
+# Images that are read at once when a split is decoded.
+CHUNK = 500
 
 # Called with (done, total) while something long goes on.
 Report = Callable[[int, int], None]
@@ -114,38 +120,96 @@ def find(name: str, data_dir: Path | None) -> Any:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is damaged or only a part; says what.
+      ValueError: it is in another format, damaged or only a part; says what.
     """
     import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
-    from google.protobuf import json_format
 
-    root = folder(data_dir)
+    root, about = folder(data_dir), DATASETS[name]
+    builder_name, _, config = about.name.partition("/")
     try:
-        builder = tfds.builder(DATASETS[name].name, data_dir=root, file_format="array_record")
-    except json_format.ParseError as error:
-        raise ValueError(
-            f"`data_dir` holds a damaged {name}: dataset_info.json in {root / DATASETS[name].name} cannot be read."
-        ) from error
-    path = Path(builder.data_path)
-    if not path.exists():
+        builder = tfds.builder_cls(builder_name)(data_dir=root, config=config or None)
+        path = Path(builder.data_path)
+        is_there = path.exists()
+    except Exception as error:  # whatever tensorflow-datasets raises on a description that is damaged
+        raise _damaged(name, f"dataset_info.json in {root / about.name} cannot be read ({one_line(error)})") from error
+    if not is_there:
         raise FileNotFoundError(
             f"`data_dir` must hold {name} prepared as array_record; nothing is at {path}. With a network and"
             f" TensorFlow, `python -m experiments.prepare {name} --data-dir {root}` prepares it."
         )
-    missing = {*DATASETS[name].splits} - {*builder.info.splits}
+    missing = {*about.splits} - {*builder.info.splits}
     if missing:
         raise ValueError(
             f"`data_dir` holds only a part of {name}, in {path}: no split {min(missing)!r} is known there."
         )
-    for split in DATASETS[name].splits:
-        info = builder.info.splits[split]
-        for file, size in zip(info.filepaths, info.shard_lengths, strict=True):
-            # The reader finds no images in a file that is cut off, and in none.
-            found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
-            if found != size:
-                raise ValueError(f"`data_dir` holds a damaged {name}: {file} has {found} of its {size} images.")
+    _take_array_record(name, builder)
+    _check_features(name, path / "features.json")
+    for split in about.splits:
+        _check_files(name, builder, split)
     return builder
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line that is not endless; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _damaged(name: str, what: str) -> ValueError:
+    return ValueError(f"`data_dir` holds a damaged {name}: {what}.")
+
+
+def _take_array_record(name: str, builder: Any) -> None:
+    """Makes a builder read array_record, which may be one of several formats in its folder; raises if it is none."""
+    from tensorflow_datasets.core.file_adapters import FileFormat
+
+    info = builder.info
+    # A builder of known code has those beside the first in its proto alone.
+    formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
+    if FileFormat.ARRAY_RECORD.value not in formats:
+        raise ValueError(
+            f"`data_dir` must hold {name} prepared as array_record; by its dataset_info.json, what is in"
+            f" {builder.data_path} is {' and '.join(sorted(formats))}. With a network and"
+            f" TensorFlow, `python -m experiments.prepare {name} --data-dir ANOTHER_FOLDER` prepares it."
+        )
+    if info.file_format != FileFormat.ARRAY_RECORD:
+        info.set_file_format(FileFormat.ARRAY_RECORD, override=True, override_if_initialized=True)
+
+
+def _check_features(name: str, path: Path) -> None:
+    """Raises where features.json is damaged or tells of other classes; tensorflow-datasets goes by its own code."""
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(name, f"{path} cannot be read ({one_line(error)})") from error
+    try:
+        classes = int(found["featuresDict"]["features"]["label"]["classLabel"]["numClasses"])
+    except (KeyError, TypeError, ValueError):  # older versions of tensorflow-datasets wrote it in another form
+        return
+    if classes != DATASETS[name].num_classes:
+        raise _damaged(name, f"{path} tells of {classes} classes, not of {DATASETS[name].num_classes}")
+
+
+def _check_files(name: str, builder: Any, split: str) -> None:
+    """Raises unless every file of a split has as many images as the description says."""
+    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
+
+    info = builder.info.splits[split]
+    description = f"dataset_info.json in {builder.data_path}"
+    try:
+        files = list(zip(info.filepaths, info.shard_lengths, strict=True))
+    except Exception as error:  # a template of the files' names that tensorflow-datasets cannot fill in
+        raise _damaged(name, f"{description} names no files of split {split!r} ({one_line(error)})") from error
+    if min(info.shard_lengths, default=0) < 1:
+        lengths = f"its shardLengths are {info.shard_lengths}"
+        raise _damaged(name, f"{description} must give split {split!r} files with images; {lengths}")
+    for file, size in files:
+        # The reader finds no images in a file that is cut off, and in none.
+        found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
+        if found != size:
+            raise _damaged(name, f"{file} has {found} of its {size} images")
 
 
 def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split | Stream, Split | Stream]:
@@ -154,7 +218,7 @@ def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split
     if about.is_large:
         train, test = (_stream(builder, about, split) for split in about.splits)
     else:
-        train, test = (_decoded(builder, split, report) for split in about.splits)
+        train, test = (_decoded(name, builder, split, report) for split in about.splits)
     return train, test
 
 
@@ -170,49 +234,136 @@ def _next_within(superclasses: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(of[s][(of[s].index(c) + 1) % len(of[s])] for c, s in enumerate(superclasses))
 
 
+class _Rows:
+    """The rows of a split, {"image": an encoded image, "label": int}, each checked as it is read, by any thread.
+
+    tensorflow-datasets itself casts labels: 3.7 and b"3" would become 3.
+    """
+
+    def __init__(self, builder: Any, split: str, num_classes: int) -> None:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+        self._num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row i.
+
+        Raises:
+          ValueError: it is not what it must be; says what.
+        """
+        return self.parsed(self._records[i])
+
+    def records(self, indices: range) -> list[bytes] | None:
+        """The bytes of these rows, faster than one by one; None where one of them cannot be read."""
+        try:
+            return self._records.__getitems__(list(indices))
+        except Exception:  # whatever the reader raises, without telling which
+            return None
+
+    def parsed(self, record: bytes) -> dict[str, Any]:
+        """The row of these bytes; errors are those of `rows[i]`."""
+        features = self._parse(record).features.feature
+        image, label = _only(features, "image", "bytes_list"), _only(features, "label", "int64_list")
+        if not 0 <= label < self._num_classes:
+            raise ValueError(f"its label {label} is not in 0..{self._num_classes - 1}")
+        return {"image": image, "label": label}
+
+
+def _only(features: Any, key: str, kind: str) -> Any:
+    """The one value of a feature of a tf.train.Example; kind is the type of list that it must be."""
+    # A key that is not there gives a feature of no kind.
+    found = features[key].WhichOneof("kind")
+    values = () if found is None else getattr(features[key], found).value
+    if len(values) != 1:
+        raise ValueError(f"it has {len(values) or 'no'} {key}{'s' * bool(values)}")
+    if found != kind:
+        wanted = {"bytes_list": "encoded", "int64_list": "an integer"}[kind]
+        raise ValueError(f"its {key} {_check.brief(values[0])} is not {wanted}")
+    return values[0]
+
+
+def _pixels(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decodes an image that must have this shape and 8 bits a channel."""
+    mode = {1: "L", 3: "RGB"}[shape[-1]]
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        raise ValueError("its image is of no known format") from None
+    with image:
+        if (image.height, image.width, image.mode) != (*shape[:2], mode):
+            raise ValueError(
+                f"its image is {image.height} x {image.width} of mode {image.mode}, not {shape[0]} x {shape[1]} of"
+                f" mode {mode}"
+            )
+        # Pillow makes 8 bits of any number of them; a PNG file tells it in byte 24.
+        if image.format == "PNG" and encoded[24] != 8:
+            raise ValueError(f"its image has {encoded[24]} bits a channel, not 8")
+        return np.asarray(image).reshape(shape)
+
+
 def _stream(builder: Any, about: Prepared, split: str) -> Stream:
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    indices, shift = np.arange(len(source)), np.zeros(len(source), np.int32)
-    return Stream(source, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
+    rows = _Rows(builder, split, about.num_classes)
+    indices, shift = np.arange(len(rows)), np.zeros(len(rows), np.int32)
+    return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
 
 
-def _decoded(builder: Any, split: str, report: Report | None) -> Split:
+def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Split:
     """A split of a prepared data set, from the cache or decoded into it."""
-    source = builder.as_data_source(split)
-    # The size in bytes of the source tells another preparation of the same version apart.
-    num_bytes = int(builder.info.splits[split].num_bytes)
-    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{len(source)}-{num_bytes}.npz"
-    cached = _read_cache(cache, len(source))
+    rows, shape = _Rows(builder, split, DATASETS[name].num_classes), builder.info.features["image"].shape
+    files = builder.info.splits[split].filepaths
+    content = _content(files)
+    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{content}.npz"
+    cached = _read_cache(cache, (len(rows), *shape))
     if cached is not None:
         return cached
-    images, labels = [], []
-    chunk = 500
-    # tensorflow-datasets logs that OpenCV would decode faster; this happens once.
-    absl_level = logging.getLogger("absl").level
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for start in range(0, len(source), chunk):
-        for example in source.__getitems__(list(range(start, min(start + chunk, len(source))))):
-            images.append(example["image"])
-            labels.append(example["label"])
+    decoded = Split(np.empty((len(rows), *shape), np.uint8), np.empty(len(rows), np.int32))
+    for start in range(0, len(rows), CHUNK):
+        indices = range(start, min(start + CHUNK, len(rows)))
+        records = rows.records(indices)
+        for i in indices:
+            try:
+                row = rows[i] if records is None else rows.parsed(records[i - start])
+                decoded.images[i], decoded.labels[i] = _pixels(row["image"], shape), row["label"]
+            except Exception as error:  # whatever a damaged record or image raises
+                place = f"record {i} of split {split!r} in {builder.data_path}"
+                raise _damaged(name, f"{place} cannot be read ({one_line(error)})") from error
         if report is not None:
-            report(len(images), len(source))
-    logging.getLogger("absl").setLevel(absl_level)
-    decoded = Split(np.stack(images), np.asarray(labels, np.int32))
+            report(indices.stop, len(rows))
+    if _content(files) != content:
+        raise _damaged(name, f"split {split!r} in {builder.data_path} changed while it was read")
     _write_cache(cache, decoded)
     return decoded
 
 
-def _read_cache(path: Path, size: int) -> Split | None:
-    """The cached arrays, or None where there are none or they are damaged (which is said)."""
+def _content(files: Iterable[Any]) -> str:
+    """Tells files apart by what is in them: sizes and times would take a copy that kept its times for the same.
+
+    It takes a hundredth of the time of decoding them.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        with Path(path).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(path: Path, shape: tuple[int, ...]) -> Split | None:
+    """The cached images, of this shape (N, H, W, C), and labels; None where there are none or damaged ones (said)."""
     if not path.exists():
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             split = Split(arrays["images"], arrays["labels"])
-        if len(split.images) != size or len(split.labels) != size:
-            raise ValueError(f"it holds {len(split.images)} images and {len(split.labels)} labels, not {size}")
+        if split.images.shape != shape or split.labels.shape != shape[:1]:
+            raise ValueError(f"it holds images {split.images.shape} and labels {split.labels.shape}, not {shape}")
+        if (split.images.dtype, split.labels.dtype) != (np.uint8, np.int32):
+            raise ValueError(f"it holds {split.images.dtype} images and {split.labels.dtype} labels")
     except Exception as error:  # whatever a damaged zip file raises
         warnings.warn(f"The cached images at {path} are damaged ({error}); decoding them again.", stacklevel=2)
         return None

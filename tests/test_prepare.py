@@ -41,6 +41,19 @@ def test_what_is_damaged_is_not_prepared_again(tmp_path, with_tensorflow):
     assert file.stat().st_size == 1000
 
 
+def test_what_is_in_another_format_is_not_prepared_there(tmp_path, with_tensorflow):
+    rows = [cifar_row("train", i) for i in range(6)]
+    folder = write_prepared(tmp_path, "cifar10", "3.0.2", {"train": rows, "test": rows})
+    file = folder / "dataset_info.json"
+    file.write_text(file.read_text().replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"^`data_dir` must hold cifar10 prepared as array_record; .* is tfrecord\. With"
+    ):
+        prepare.main("cifar10", tmp_path)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_tensorflow_itself_is_not_needed_to_write(tmp_path, with_tensorflow, monkeypatch, capsys, cache_folder):
     """tensorflow-datasets' own machinery, on rows that are made here in place of those in the archive."""
 
