@@ -15,6 +15,8 @@ import optax
 from hero_jax import _check, _tree
 from hero_jax.errors import ArgumentError
 
+__all__ = ["Spread", "aggregate", "classifier"]
+
 if TYPE_CHECKING:
     from hero_jax.quantize import QuantizedScore
 

@@ -15,6 +15,8 @@ from hero_jax import _check
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, paths_of
 
+__all__ = ["Allocation", "allocate_bits", "bits_tree"]
+
 PyTree = Any
 
 # Costs that differ by less than this, relative to what the cheapest allocation costs beyond every layer's least, tie.

@@ -16,6 +16,8 @@ from hero_jax.errors import ArgumentError
 from hero_jax.quantize import weights
 from hero_jax.quantize.spec import QuantSpec, paths_of
 
+__all__ = ["QuantizedScore", "quantize_and_evaluate"]
+
 PyTree = Any
 
 
