@@ -148,24 +148,35 @@ def problem(arguments: Arguments, dtype: str, batch_size: int) -> Problem:
     return Problem(gradient_function(model), variables["params"], variables.get("batch_stats", {}), images, labels)
 
 
-def compile_step(
-    given: Problem, tx: optax.GradientTransformationExtraArgs
-) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A step that returns its seconds when called, and what its compilation says: flops, temporary MiB, seconds."""
+def training_step(
+    grad_fn: Callable[..., tuple[PyTree, PyTree]], tx: optax.GradientTransformationExtraArgs
+) -> tuple[Callable[[PyTree], PyTree], Any]:
+    """`init: params -> optimizer state` and the jitted `step(state, images, labels) -> state`, which donates its state.
+
+    A state is (params, batch_stats, optimizer state); `grad_fn` is that of `Problem`.
+    """
     chain = optax.chain(tx, optax.add_decayed_weights(5e-4), optax.sgd(1e-3, momentum=0.9))
-    batch = (given.images, given.labels)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: tuple[PyTree, PyTree, PyTree], images: jax.Array, labels: jax.Array):
         params, batch_stats, opt_state = state
-        grads, new_stats = given.grad_fn(params, batch_stats, images, labels)
+        grads, new_stats = grad_fn(params, batch_stats, images, labels)
         updates, opt_state = chain.update(
-            grads, opt_state, params, grad_fn=lambda p: given.grad_fn(p, batch_stats, images, labels)[0]
+            grads, opt_state, params, grad_fn=lambda p: grad_fn(p, batch_stats, images, labels)[0]
         )
         return optax.apply_updates(params, updates), new_stats, opt_state
 
+    return chain.init, step
+
+
+def compile_step(
+    given: Problem, tx: optax.GradientTransformationExtraArgs
+) -> tuple[Callable[[], float], dict[str, Any]]:
+    """A step that returns its seconds when called, and what its compilation says: flops, temporary MiB, seconds."""
+    init, step = training_step(given.grad_fn, tx)
+    batch = (given.images, given.labels)
     # Every method gets buffers of its own: the step donates them.
-    state = jax.tree.map(jnp.copy, (given.params, given.batch_stats, chain.init(given.params)))
+    state = jax.tree.map(jnp.copy, (given.params, given.batch_stats, init(given.params)))
     started = time.perf_counter()
     compiled: Any = step.lower(state, *batch).compile()
     seconds = time.perf_counter() - started

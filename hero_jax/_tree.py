@@ -13,17 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hero_jax import _pool
+
 PyTree = Any
+
+
+def wide_type(*xs: Any) -> Any:
+    """The type of sums of arrays, or of shapes: float64 where one has it, float32 otherwise."""
+    # Not by promotion, which `jax_numpy_dtype_promotion="strict"` refuses.
+    return jnp.dtype(jnp.float64 if any(jnp.result_type(x) == jnp.float64 for x in xs) else jnp.float32)
 
 
 def wide(x: jax.typing.ArrayLike) -> jax.Array:
     """`x` in float32 or wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_type(x))
 
 
 def add(a: PyTree, b: PyTree, scale: jax.typing.ArrayLike = 1.0) -> PyTree:
@@ -48,22 +55,36 @@ def scale_like(factor: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arr
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """`sum_i <a_i, b_i>` over all leaves, a wide scalar."""
-    products = jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
+    return _pool.pooled(_dot, a, b)
+
+
+def _dot(a: PyTree, b: PyTree) -> jax.Array:
+    products = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b))
+    dtype = wide_type(*products)
+    return sum((x.astype(dtype) for x in products), start=jnp.zeros((), dtype))
 
 
 def largest(tree: PyTree) -> jax.Array:
     """The largest magnitude of any entry, a wide scalar; 0 for no entry, NaN where an entry is."""
+    return _pool.pooled(_largest, tree)
+
+
+def _largest(tree: PyTree) -> jax.Array:
     maxima = [jnp.max(jnp.abs(wide(x)), initial=0) for x in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.maximum, maxima, jnp.zeros((), jnp.float32))
+    dtype = wide_type(*maxima)
+    return functools.reduce(jnp.maximum, (x.astype(dtype) for x in maxima), jnp.zeros((), dtype))
 
 
 def norm(tree: PyTree) -> jax.Array:
     """`sqrt(sum_i ||tree_i||^2)` over all leaves, a wide scalar; scaled, so that no square over- or underflows."""
-    peak = largest(tree)
+    return _pool.pooled(_norm, tree)
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    peak = _largest(tree)
     peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     scaled = jax.tree.map(lambda x: wide(x) / scale_like(peak, x), tree)
-    return peak * jnp.sqrt(dot(scaled, scaled))
+    return peak * jnp.sqrt(_dot(scaled, scaled))
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, jax.Array]:
@@ -79,10 +100,9 @@ def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
 
 
 def nan_where(is_missing: jax.Array, x: jax.Array) -> jax.Array:
-    """NaN where `is_missing`, `x` elsewhere; outside a trace made on the host, where `jax_debug_nans` does not look."""
-    if is_traced((is_missing, x)):
+    """NaN where `is_missing`, `x` elsewhere: a mark in a result, which `jax_debug_nans` is not to take for an accident."""
+    with jax.debug_nans(False):
         return jnp.where(is_missing, jnp.nan, x)
-    return jnp.asarray(np.where(is_missing, np.nan, x).astype(x.dtype))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -112,9 +132,9 @@ def random_signs(key: jax.Array, like: PyTree) -> PyTree:
 def _random(sample: Any, key: jax.Array, like: PyTree) -> PyTree:
     # One draw for all leaves: a generator a leaf would take minutes to compile for a deep network.
     leaves, structure = jax.tree.flatten(like)
-    dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves]
+    dtypes = [wide_type(x) for x in leaves]
     sizes = [math.prod(jnp.shape(x)) for x in leaves]
-    flat = sample(key, (sum(sizes),), functools.reduce(jnp.promote_types, dtypes))
+    flat = sample(key, (sum(sizes),), wide_type(*leaves))
     parts = [flat[end - n : end] for n, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
     drawn = [x.reshape(jnp.shape(y)).astype(dtype) for x, y, dtype in zip(parts, leaves, dtypes, strict=True)]
     return structure.unflatten([place(x, sharding_of(y)) for x, y in zip(drawn, leaves, strict=True)])

@@ -447,7 +447,7 @@ class _Noise:
 
     def argument(self, carry: _NoiseState) -> PyTree:
         probe, is_second = jnp.divmod(carry.num_evals - 1, 2)
-        sign = jnp.where(carry.num_evals == 0, 0, 1 - 2 * is_second)
+        sign = jnp.where(carry.num_evals == 0, 0, 1 - 2 * is_second).astype(carry.sigma.dtype)
         noise = _tree.random_normal(jax.random.fold_in(carry.key, jnp.maximum(probe, 0)), carry.params)
         if self.adaptive:
             noise = jax.tree.map(lambda z, w: jnp.abs(_tree.wide(w)) * z, noise, carry.params)
@@ -467,7 +467,7 @@ class _Noise:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quiet(num_probes: int, params: PyTree, sigma: Any, key: jax.Array) -> _NoiseState:
-    dtype = functools.reduce(jnp.promote_types, [jnp.result_type(x) for x in jax.tree.leaves(params)], jnp.float32)
+    dtype = _tree.wide_type(*jax.tree.leaves(params))
     return _NoiseState(
         params=params,
         sigma=jnp.asarray(sigma, dtype),

@@ -39,7 +39,7 @@ class Packing:
         """The packing for vectors like `params`, wide."""
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jnp.shape(x) for x in leaves)
-        dtypes = tuple(jnp.promote_types(jnp.result_type(x), jnp.float32) for x in leaves)
+        dtypes = tuple(map(_tree.wide_type, leaves))
         return cls(structure, shapes, dtypes, tuple(map(_tree.sharding_of, leaves)))
 
     @property
@@ -56,7 +56,7 @@ class Packing:
         """A basis with no vector set."""
         if self.is_flat:
             return jnp.zeros(
-                (num_rows, sum(map(math.prod, self.shapes))), functools.reduce(jnp.promote_types, self.dtypes)
+                (num_rows, sum(map(math.prod, self.shapes))), _tree.wide_type(*self.dtypes)
             )
         leaves = zip(self.shapes, self.dtypes, self.shardings, strict=True)
         return [_tree.place(jnp.zeros((num_rows, *shape), dtype), s, new_axes=1) for shape, dtype, s in leaves]
@@ -66,7 +66,7 @@ class Packing:
         leaves = [x.astype(dtype) for x, dtype in zip(jax.tree.leaves(tree), self.dtypes, strict=True)]
         if not self.is_flat:
             return leaves
-        dtype = functools.reduce(jnp.promote_types, self.dtypes)
+        dtype = _tree.wide_type(*self.dtypes)
         return jnp.concatenate([x.astype(dtype).ravel() for x in leaves])
 
     def unpack(self, packed: PyTree) -> PyTree:

@@ -150,10 +150,10 @@ def _signs(key: jax.Array, packing: _basis.Packing) -> PyTree:
 
 def _cell_masses(edges: jax.Array, nodes: jax.Array, weights: jax.Array, width: jax.Array) -> jax.Array:
     """The mass between neighbouring edges of Gaussians around the nodes, (num_points,)."""
-    below = (edges[:-1, None] - nodes) / width
-    above = (edges[1:, None] - nodes) / width
+    below = (edges[:-1, None] - nodes[None, :]) / width
+    above = (edges[1:, None] - nodes[None, :]) / width
     # On the right of a node, 1 - small - (1 - smaller) has no digit left: mirror it.
     is_right = below > 0
     lower, upper = jnp.where(is_right, -above, below), jnp.where(is_right, -below, above)
     mass = jax.scipy.special.ndtr(upper) - jax.scipy.special.ndtr(lower)
-    return jnp.sum(weights * mass, axis=1)
+    return jnp.sum(weights[None, :] * mass, axis=1)

@@ -362,7 +362,7 @@ class _Average:
         sample = self.statistic(z, jax.tree.map(lambda x: _tree.wide(x) / _tree.scale_like(unit, x), product))
         # Welford: sums of squares would cancel.
         deviation = _tree.subtract(sample, mean)
-        mean = jax.tree.map(lambda m, d: m + d / (taken + 1), mean, deviation)
+        mean = jax.tree.map(lambda m, d: m + d / (taken + 1).astype(d.dtype), mean, deviation)
         squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), squares, deviation, sample, mean)
         return carry._replace(moments=_Running(mean, squares, taken + 1), unit=unit)
 
@@ -391,7 +391,7 @@ def _average(
     """The mean of `statistic(z, H z / unit)` over probes orthogonal to `basis`, plus `offset` / unit; and the unit."""
     packing = _basis.Packing.of(operator.like)
     zero = _zero(statistic, packing)
-    dtype = jnp.result_type(*jax.tree.leaves(zero))
+    dtype = _tree.wide_type(*jax.tree.leaves(zero))
     offset = jnp.asarray(offset, dtype)
     limits = (jnp.asarray(NO_RTOL if rtol is None else rtol, dtype), jnp.asarray(num_probes, jnp.int32))
     solver = _Average(statistic, packing)

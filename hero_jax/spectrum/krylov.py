@@ -275,7 +275,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     num_columns = coefficients.shape[1]
     k = num_columns if k is None else k
     is_set = (jnp.arange(num_columns) < j) & (jnp.arange(num_columns) >= first)
-    projected = jnp.where(is_set[:, None] & is_set, coefficients[:num_columns], 0)
+    projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
     # Rows not set yet get an eigenvalue of their own, far from all others, so that they mix with none.
     bound = jnp.max(jnp.sum(jnp.abs(projected), 1))
     far = jnp.where(bound > 0, 4 * bound, 1)
@@ -288,7 +288,7 @@ def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smal
     values = jnp.where(is_real, values[chosen], 0)
     components = jnp.where(is_real, vectors[:, chosen], 0)
     padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
-    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * values)
+    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * values[None, :])
     residual_norms = jnp.where(is_real, lengths + _left_out(space, components), 0)
     # A comparison with NaN is False.
     converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
@@ -384,7 +384,7 @@ class _TopEigenpairs:
             _product(space.coefficients[m:], kept.components)
         )
         # Of H y, the part in the old span but not along y is what asymmetry and rounding leave.
-        left_out = _product(space.coefficients[:m], kept.components) - kept.components * kept.values
+        left_out = _product(space.coefficients[:m], kept.components) - kept.components * kept.values[None, :]
         lengths = jnp.stack([jax.vmap(_tree.norm, 1)(left_out), _left_out(space, kept.components)])
         defects = _added(space, lengths)
         space = space._replace(
@@ -505,7 +505,7 @@ def _extend(
     coefficients = space.coefficients.at[:, j].set(column.astype(dtype).at[new].set(length))
     basis = _basis.with_row(space.basis, new, unit)
     is_set = jnp.arange(num_columns) <= j
-    projected = jnp.where(is_set[:, None] & is_set, coefficients[:num_columns], 0)
+    projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
     size = _tree.norm(projected)
     asymmetry = _tree.norm(projected - projected.T) / jnp.where(size > 0, size, 1)
     next_row = _basis.row(basis, jnp.minimum(j + 1, num_columns + num_starts - 1))
