@@ -97,7 +97,8 @@ def hero(
     Cost: as listed, counting g, which the caller computes; under `jit`, by XLA's count of operations. Temporary memory
     of ResNet20 at batch 64, in gradients: 2.5, 4.8, 5.2 and 3.0 in the order above; 1 for gamma = 0.
 
-    `grad_fn` must be differentiable forwards: losses with `custom_vjp` are, host callbacks are not. 16-bit parameters
+    `grad_fn` must be differentiable: host callbacks are not; a `custom_vjp` is, and where its backward function has one
+    too, products take two reverse passes in place of one forward. 16-bit parameters
     round w + e; where rho is below their resolution nothing is perturbed, which `metrics.perturbation_norm` shows: keep
     float32 parameters and cast them inside the loss. Model state stays with the caller: `grad_fn` closes over BatchNorm
     statistics and drops the updated ones. `optax.MultiSteps` around it is wrong (the perturbed gradient would see the

@@ -321,6 +321,20 @@ class TestClassifier:
             assert row.flipped == np.mean(wanted["predictions"] != expected(w, inputs, labels)["predictions"])
         assert rows[2].flipped > 0
 
+    @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8])
+    @pytest.mark.parametrize("place", [0, 5, 9])
+    @pytest.mark.parametrize("label", [-1, 4, 100])
+    def test_label_that_is_no_class_is_refused_by_value_and_place(self, label, place, dtype):
+        """Cross-entropy takes -1 for the last class, silently. The last batch is filled up with copies of its end."""
+        w, inputs, labels = problem(10)
+        labels = labels.astype(dtype)
+        if label == -1 and dtype == np.uint8:
+            label = 255
+        labels[place] = label
+        assert np.asarray(w).shape[1] == 4
+        with pytest.raises(ValueError, match=rf"`labels` must be in 0..3; at {place} it is {label}\."):
+            classifier(linear, batch_size=4)(w, inputs, labels)
+
     @pytest.mark.parametrize(
         ("call", "kind", "message"),
         [
@@ -335,6 +349,11 @@ class TestClassifier:
                 lambda: classifier(linear)(np.ones((6, 4)), np.ones((0, 6)), np.ones(0, int)),
                 ValueError,
                 "must be as many, and some; got 0 and 0",
+            ),
+            (
+                lambda: classifier(linear)(np.ones((6, 4)), np.ones((2, 6)), np.ones(2)),
+                TypeError,
+                "`labels` must be integers; got float",
             ),
         ],
     )

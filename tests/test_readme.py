@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import curvature, precision, step_cost, throughput
+from benchmarks import compiled, curvature, precision, step_cost, throughput
 from benchmarks import quantize as sweep
 from experiments import compare, hessian, landscape, prepare, quantize, report, reproduce, search, train
 
@@ -25,6 +25,7 @@ MAINS = {
     "experiments.report": report.main,
     "experiments.reproduce": reproduce.main,
     "experiments.search": search.main,
+    "benchmarks.compiled": compiled.main,
     "benchmarks.curvature": curvature.main,
     "benchmarks.precision": precision.main,
     "benchmarks.quantize": sweep.main,
