@@ -415,6 +415,16 @@ class TestKernelsThatOthersChange:
         variables = prepared(Outer(), x)
         assert set(linen.input_grams(Outer().apply, variables, [x])) == {"kernel", "other/kernel"}
 
+    def test_boxes_around_parameters(self):
+        init = nn.with_partitioning(nn.initializers.normal(), ("inputs", "outputs"))
+        net, x = Before(nn.Dense(5, kernel_init=init)), images((11, 4))
+        variables = net.init(jax.random.key(1), x)
+        folded = linen.fold_batch_norm(variables, linen.batch_norm_pairs(net.apply, variables, x))
+        assert jax.tree.structure(folded) == jax.tree.structure(variables)
+        assert (folded["params"]["layer"]["kernel"].value != variables["params"]["layer"]["kernel"].value).any()
+        np.testing.assert_allclose(net.apply(folded, x), net.apply(variables, x), rtol=1e-4, atol=1e-5)
+        assert set(linen.input_grams(net.apply, variables, [x])) == {"layer/kernel"}
+
     def test_shapes_are_enough_to_find_pairs(self):
         net, x = Wrapped(nn.WeightNorm), images((11, 5))
         shapes = jax.eval_shape(net.init, jax.random.key(0), x)

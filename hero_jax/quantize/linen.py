@@ -233,7 +233,8 @@ def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> Py
             )
         for key in (kernel, bias):
             if key in params:
-                params[key] = (params[key] * factor).astype(params[key].dtype)
+                along = factor.reshape((1,) * (params[key].ndim - 1) + factor.shape)
+                params[key] = (params[key] * along).astype(params[key].dtype)
         if f"{norm}/scale" in params:
             params[f"{norm}/scale"] = jnp.ones_like(params[f"{norm}/scale"])
         stats[f"{norm}/mean"] = stats[f"{norm}/mean"] * factor
@@ -419,7 +420,7 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> C
                     f"`input_grams(apply_fn=...)` must have no {_name(module)} with a mask; {path!r} has one. Multiply"
                     " the kernel by it and leave it out."
                 )
-            kernel = module.variables["params"]["kernel"]
+            kernel = nn.meta.unbox(module.variables["params"]["kernel"])
             groups = getattr(module, "feature_group_count", 1)
             axes = kernel.shape[: kernel.ndim - _num_output_axes(module)]
             size = math.prod(axes)
