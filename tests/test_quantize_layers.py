@@ -140,7 +140,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Embed(6, 8, name="positions")(jnp.arange(x.shape[1])) + x
+        x = nn.Embed(6, 8, name="positions")(jnp.arange(x.shape[1]))[None] + x
         y = nn.MultiHeadDotProductAttention(2, qkv_features=6, name="attention")(nn.LayerNorm(name="norm")(x))
         return nn.Einsum((8, 3), "ntd,dk->ntk", name="einsum")(x + y)
 
@@ -201,6 +201,27 @@ class TestAttention:
         # A mean over heads as well would leave these.
         moved = bias - variables["params"]["attention"]["query"]["bias"]
         assert np.abs(moved - moved.mean(0)).max() > 0.01
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("jax_numpy_rank_promotion", "raise"), ("jax_debug_nans", True), ("jax_disable_jit", True)],
+    )
+    def test_under_the_checks_of_jax(self, block, option, value):
+        apply, variables, x = block
+        before = getattr(jax.config, option)
+        jax.config.update(option, value)
+        try:
+            grams = linen.input_grams(apply, variables, [x])
+            rounded = rounding.optimized(variables["params"], 3, grams, num_sweeps=1)
+            corrected = linen.bias_correction(apply, variables, [x])(rounded)
+            ranges = linen.activation_ranges(apply, variables, [x])
+            found = linen.quantized_activations(apply, ranges, 8)(variables | corrected, x)
+            net, x = Before(nn.Dense(5)), images((11, 4))
+            alone = prepared(net, x)
+            linen.fold_batch_norm(alone, linen.batch_norm_pairs(net.apply, alone, x))
+        finally:
+            jax.config.update(option, before)
+        assert np.isfinite(found).all()
 
     def test_results_are_pytrees_and_say_what_they_lack(self, block):
         apply, variables, x = block

@@ -181,7 +181,7 @@ def _descend(
         change = jnp.where((gram[i, i] > 0) & (step[i] > 0), -pull[i] / (gram[i, i] * step[i]), 0)
         new = jnp.where(codes[i] + change > (low[i] + high[i]) / 2, high[i], low[i])
         new = jnp.where(change == 0, codes[i], new)
-        pull = pull + gram[:, i, None] * ((new - codes[i]) * step[i])
+        pull = pull + gram[:, i, None] * ((new - codes[i]) * step[i])[None]
         return codes.at[i].set(new), pull
 
     def sweep(_: Any, codes: jax.Array) -> jax.Array:
