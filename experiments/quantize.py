@@ -115,20 +115,27 @@ def evaluate(
     trainer, batches = network.trainer, network.calibration
     variables = network.variables
     forward = trainer.forward
-    pairs = linen.batch_norm_pairs(forward, variables, batches[0]) if parts else {}
+    pairs = linen.batch_norm_pairs(forward, variables, batches[0]) if parts else linen.Calibration({}, {})
     if not pairs and not {"fold", "batch-norm"}.isdisjoint(parts):
         raise ValueError(f"`steps` has {step!r}, but the network has no BatchNorm after a layer.")
+    left_out: dict[str, str] = {}
     if "fold" in parts:
+        left_out |= pairs.left_out
         variables = linen.fold_batch_norm(variables, pairs)
     quantizer, classify = None, network.classify
     if "rounding" in parts:
         grams = linen.input_grams(forward, variables, batches)
+        left_out |= grams.left_out
         quantizer = lambda params, bits: _optimized(params, bits, grams, spec)  # noqa: E731
     correct = linen.bias_correction(forward, variables, batches, pairs) if "bias" in parts else None
+    left_out |= correct.left_out if correct else {}
     if "activations" in parts:
         ranges = linen.activation_ranges(forward, variables, batches)
+        left_out |= ranges.left_out
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
         classify = classifier(forward, batch_size=trainers.EVAL_BATCH)
+    for path, why in left_out.items():
+        cli.console.print(f"{spec.name}, {step}: {path} has no calibration: {why}.")
     test = network.dataset.test.first(config.images)
 
     def eval_fn(params: PyTree) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def dense(matrix):
 
 def solve(matrix, seed=0, **options):
     return spectrum.spectral_density(
-        dense(matrix), jnp.zeros(len(matrix)), jax.random.key(seed), **{**OPTIONS, **options}
+        problems.operator(dense(matrix), jnp.zeros(len(matrix))), jax.random.key(seed), **{**OPTIONS, **options}
     )
 
 
@@ -197,7 +197,7 @@ def test_spectrum_that_is_narrow_for_its_distance_from_zero(spread, bandwidth):
     diagonal = 1 + spread * jnp.linspace(0, 1, 200)
     operator = jax.tree_util.Partial(jnp.multiply, diagonal)
     options = {"num_probes": 2, "num_steps": 16, "bandwidth": bandwidth}
-    result = spectrum.spectral_density(operator, diagonal, jax.random.key(0), **options)
+    result = spectrum.spectral_density(problems.operator(operator, diagonal), jax.random.key(0), **options)
     assert np.isfinite(result.density).all()
     assert np.isfinite(result.sem).all()
     if bandwidth is None:
@@ -222,10 +222,8 @@ def test_nan_product_is_nan_everywhere(broken):
         calls.append(1)
         return matrix @ v * (jnp.nan if len(calls) == broken else 1.0)
 
-    operator = curvature.HostOperator(host_product)
-    result = spectrum.spectral_density(
-        operator, jnp.zeros(N), jax.random.key(0), num_probes=3, num_steps=4, num_points=60
-    )
+    operator = curvature.HostOperator(host_product, jnp.zeros(N))
+    result = spectrum.spectral_density(operator, jax.random.key(0), num_probes=3, num_steps=4, num_points=60)
     assert np.isnan(result.asymmetry)
     assert np.isnan(result.density).all()
     assert np.isnan(result.sem).all()
@@ -242,7 +240,7 @@ def test_jit_and_keys(x64):
 
     @jax.jit
     def run(matrix, key):
-        return spectrum.spectral_density(lambda v: matrix @ v, jnp.zeros(N), key, **options)
+        return spectrum.spectral_density(problems.operator(lambda v: matrix @ v, jnp.zeros(N)), key, **options)
 
     host = solve(matrix, **options)
     device = run(matrix, jax.random.key(0))
@@ -269,7 +267,9 @@ def test_tree_in_bfloat16():
     def matvec(v):
         return jax.tree.map(lambda x, s: (s * x).astype(jnp.bfloat16), v, {"a": 2.0, "b": None, "c": -1.0})
 
-    result = spectrum.spectral_density(matvec, params, jax.random.key(0), num_probes=2, num_steps=4, num_points=60)
+    result = spectrum.spectral_density(
+        problems.operator(matvec, params), jax.random.key(0), num_probes=2, num_steps=4, num_points=60
+    )
     assert result.density.dtype == jnp.float32
     np.testing.assert_allclose(result.nodes[:, :2], [[-1.0, 2.0]] * 2, rtol=1e-2)
     np.testing.assert_allclose(result.weights[:, :2], [[1 / 13, 12 / 13]] * 2, rtol=1e-2)
@@ -284,12 +284,20 @@ def test_tree_in_bfloat16():
         ({"num_points": 1}, ValueError, r"`spectral_density\(num_points=...\)` must be an integer >= 2; got 1"),
         ({"bandwidth": 0.0}, ValueError, r"`spectral_density\(bandwidth=...\)` must be positive and finite; got 0.0"),
         ({"bandwidth": "wide"}, TypeError, r"`spectral_density\(bandwidth=...\)` must be a real scalar; got 'wide'"),
-        ({"params": jnp.arange(3)}, TypeError, "`params` must have floating-point leaves"),
-        ({"params": jnp.zeros((3, 0))}, ValueError, "`params` must have at least one entry; got only empty leaves"),
-        ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v\)` must have the shapes of `v`; .* it is \(2,\)"),
+        ({"operator": lambda v: v}, TypeError, r"`spectral_density\(operator=...\)` must be an Operator"),
+        ({"like": jnp.arange(3)}, TypeError, r"`Operator\(like=...\)` must have floating-point leaves"),
+        (
+            {"like": jnp.zeros((3, 0))},
+            ValueError,
+            r"`spectral_density\(operator=...\).like` must have at least one entry; got only empty leaves",
+        ),
+        ({"matvec": lambda v: v[:2]}, ValueError, r"`operator\(v\)` must have the shapes of `v`; .* it is \(2,\)"),
     ],
 )
 def test_errors(arguments, kind, message):
-    arguments = {"matvec": lambda v: v, "params": jnp.ones(3), "key": jax.random.key(0), **arguments}
+    def call(matvec=lambda v: v, like=jnp.ones(3), **options):
+        operator = problems.operator(matvec, like)
+        return spectrum.spectral_density(**{"operator": operator, "key": jax.random.key(0), **options})
+
     with pytest.raises(kind, match=message):
-        spectrum.spectral_density(**arguments)
+        call(**arguments)

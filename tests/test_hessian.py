@@ -85,10 +85,10 @@ def test_test_split_is_another_matrix(run, measured, tmp_path):
 def test_every_product_is_reported(run):
     with progress.bar() as display:
         _, trainer, variables, dataset = trainers.load(run, None, display)
-    matvec, example = trainer.hessian(variables, data.Split(*(x[:50] for x in dataset.train)))
+    operator = trainer.hessian(variables, data.Split(*(x[:50] for x in dataset.train)))
     calls = []
     config = HessianConfig(eigenvalues=1, probes=3, density_probes=2, density_steps=4)
-    result = hessian.measure(config, matvec, example, lambda *call: calls.append(call))
+    result = hessian.measure(config, operator, lambda *call: calls.append(call))
     assert calls.count(("trace and norm", 3, 3)) == 1
     assert [done for what, done, _ in calls if what == "density"] == [*range(1, 9), 8]
     assert sum(what == "eigenvalues" for what, _, _ in calls) == result["products"] + 1

@@ -48,7 +48,9 @@ def wanted(eigenvalues, which, k=K):
 
 def solve(matrix, seed=0, **options):
     options = {"k": K, "rtol": 1e-8, **options}
-    return spectrum.top_eigenpairs(dense(matrix), jnp.zeros(len(matrix)), jax.random.key(seed), **options)
+    return spectrum.top_eigenpairs(
+        problems.operator(dense(matrix), jnp.zeros(len(matrix))), jax.random.key(seed), **options
+    )
 
 
 def random_starts(count, n=N, seed=7):
@@ -157,7 +159,7 @@ def test_one_pair_from_an_eigenvector_in_many_dimensions():
     start = jnp.zeros((1, 2000)).at[0, 0].set(1.0)
     operator = jax.tree_util.Partial(lambda d, v: d * v, diagonal)
     for seed in range(3):
-        result = spectrum.top_eigenpairs(operator, diagonal, jax.random.key(seed), k=1, v0=start)
+        result = spectrum.top_eigenpairs(problems.operator(operator, diagonal), jax.random.key(seed), k=1, v0=start)
         np.testing.assert_allclose(result.eigenvalues, [5.0], rtol=1e-5)
         assert result.converged.all()
 
@@ -206,10 +208,10 @@ def test_most_products_are_respected_and_counted(x64):
         calls.append(1)
         return matrix @ v
 
-    operator = curvature.HostOperator(host_product)
+    operator = curvature.HostOperator(host_product, jnp.zeros(N))
     for most in (1, 2, 7):
         calls.clear()
-        result = spectrum.top_eigenpairs(operator, jnp.zeros(N), jax.random.key(0), k=K, max_matvecs=most, rtol=1e-8)
+        result = spectrum.top_eigenpairs(operator, jax.random.key(0), k=K, max_matvecs=most, rtol=1e-8)
         assert result.num_matvecs == len(calls) == most
         assert not result.converged.all()
         # Pairs that do not exist yet say so.
@@ -227,8 +229,8 @@ def test_counted_over_restarts(x64):
         calls.append(1)
         return matrix @ v
 
-    operator = curvature.HostOperator(host_product)
-    result = spectrum.top_eigenpairs(operator, jnp.zeros(N), jax.random.key(0), k=K, basis_size=5, rtol=1e-8)
+    operator = curvature.HostOperator(host_product, jnp.zeros(N))
+    result = spectrum.top_eigenpairs(operator, jax.random.key(0), k=K, basis_size=5, rtol=1e-8)
     assert result.num_matvecs == len(calls) > N
 
 
@@ -252,8 +254,8 @@ def test_nan_product_stops_and_is_flagged(x64, broken_from):
         calls.append(1)
         return matrix @ v * (jnp.nan if len(calls) > broken_from else 1)
 
-    operator = curvature.HostOperator(host_product)
-    result = spectrum.top_eigenpairs(operator, jnp.zeros(N), jax.random.key(0), k=K)
+    operator = curvature.HostOperator(host_product, jnp.zeros(N))
+    result = spectrum.top_eigenpairs(operator, jax.random.key(0), k=K)
     assert result.num_matvecs == len(calls) == broken_from + 1
     assert not result.converged.any()
     assert not (result.residuals <= 1).any()
@@ -296,8 +298,8 @@ def test_operator_that_changes_from_call_to_call(x64):
         calls.append(1)
         return (1 + 0.3 * (len(calls) % 2)) * (matrix @ v)
 
-    operator = curvature.HostOperator(host_product)
-    result = spectrum.top_eigenpairs(operator, jnp.zeros(N), jax.random.key(0), k=K, max_matvecs=100)
+    operator = curvature.HostOperator(host_product, jnp.zeros(N))
+    result = spectrum.top_eigenpairs(operator, jax.random.key(0), k=K, max_matvecs=100)
     assert result.asymmetry > 0.02
     assert not result.converged.all()
 
@@ -325,7 +327,7 @@ def test_types():
     matrix, _ = problems.symmetric(SPECTRA["mixed"], dtype=np.float32)
     params = tree_problem(dtype)
     operator = tree_operator(matrix, params)
-    result = spectrum.top_eigenpairs(operator, params, jax.random.key(0), k=K, rtol=rtol)
+    result = spectrum.top_eigenpairs(problems.operator(operator, params), jax.random.key(0), k=K, rtol=rtol)
     krylov = spectrum.lanczos(operator, params, num_steps=5)
     assert jax.tree.structure(krylov.eigenvectors) == jax.tree.structure(params)
     assert {x.dtype for x in jax.tree.leaves((result.eigenvectors, krylov.eigenvectors))} == {jnp.dtype(dtype)}
@@ -359,7 +361,9 @@ def test_vmap_under_jit_equals_the_loop_on_the_host(x64):
     keys = jax.random.split(jax.random.key(0))
 
     def run(matrix, key):
-        return spectrum.top_eigenpairs(lambda v: matrix @ v, jnp.zeros(N), key, k=K, basis_size=5, rtol=1e-6)
+        return spectrum.top_eigenpairs(
+            problems.operator(lambda v: matrix @ v, jnp.zeros(N)), key, k=K, basis_size=5, rtol=1e-6
+        )
 
     alone = [run(*arguments) for arguments in zip(matrices, keys, strict=True)]
     assert alone[0].num_matvecs != alone[1].num_matvecs
@@ -379,7 +383,7 @@ def test_operator_that_averages_over_devices(x64, check_vma):
         def operator(v):
             return jax.lax.pmean(matrix[0] @ v, "data")
 
-        return spectrum.top_eigenpairs(operator, jnp.zeros(N), key, **options)
+        return spectrum.top_eigenpairs(problems.operator(operator, jnp.zeros(N)), key, **options)
 
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec(), check_vma=check_vma)
     assert_same(jax.jit(mapped)(matrices, jax.random.key(0)), solve(matrices.mean(0), **options))
@@ -395,7 +399,9 @@ def test_partial_is_compiled_once_over_all_calls():
     for name in ("mixed", "decay", "tie"):
         matrix = jnp.asarray(problems.symmetric(SPECTRA[name])[0], jnp.float32)
         operator = jax.tree_util.Partial(traced_product, matrix)
-        result = spectrum.top_eigenpairs(operator, jnp.zeros(N), jax.random.key(0), k=K, basis_size=5)
+        result = spectrum.top_eigenpairs(
+            problems.operator(operator, jnp.zeros(N)), jax.random.key(0), k=K, basis_size=5
+        )
         expected = wanted(SPECTRA[name], "magnitude")
         np.testing.assert_allclose(np.abs(result.eigenvalues), np.abs(expected), rtol=1e-3)
     assert len(traces) == 1
@@ -416,7 +422,7 @@ def test_hessian_of_a_network_on_a_tree_with_a_scalar_and_without_some_leaves(x6
     mask = {"kernel": True, "bias": True, "norm": False}
     operator = curvature.hessian_operator(loss_fn, params, (x, y), mask=mask)
     kept = curvature.restrict(params, mask)
-    result = spectrum.top_eigenpairs(operator, kept, jax.random.key(0), k=K, rtol=1e-6)
+    result = spectrum.top_eigenpairs(operator, jax.random.key(0), k=K, rtol=1e-6)
 
     def dense_hessian(kept):
         return reference.dense_hessian(lambda p: loss_fn({**p, "norm": params["norm"]}, (x, y)), kept)
@@ -549,15 +555,19 @@ def test_lanczos_under_jit_and_vmap(x64):
         ({"v0": jnp.ones((2, 4))}, ValueError, r"`top_eigenpairs\(v0=...\)` must have the shapes of .*\(2, 4\)"),
         ({"v0": jnp.ones(())}, ValueError, r"`top_eigenpairs\(v0=...\)` must have the start vectors along a new first"),
         ({"v0": {"a": jnp.ones((1, 3))}}, ValueError, r"`top_eigenpairs\(v0=...\)` must have the structure of"),
-        ({"params": jnp.arange(3)}, TypeError, "`params` must have floating-point leaves"),
-        ({"params": {}}, ValueError, "`params` must have at least one array"),
-        ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v\)` must have the shapes of `v`; .* it is \(2,\)"),
+        ({"operator": lambda v: v}, TypeError, r"`top_eigenpairs\(operator=...\)` must be an Operator"),
+        ({"like": jnp.arange(3)}, TypeError, r"`Operator\(like=...\)` must have floating-point leaves"),
+        ({"like": {}}, ValueError, r"`Operator\(like=...\)` must have at least one array"),
+        ({"matvec": lambda v: v[:2]}, ValueError, r"`operator\(v\)` must have the shapes of `v`; .* it is \(2,\)"),
     ],
 )
 def test_errors(arguments, kind, message):
-    arguments = {"matvec": lambda v: v, "params": jnp.ones(3), "key": jax.random.key(0), "k": 2, **arguments}
+    def call(matvec=lambda v: v, like=jnp.ones(3), **options):
+        operator = problems.operator(matvec, like)
+        return spectrum.top_eigenpairs(**{"operator": operator, "key": jax.random.key(0), "k": 2, **options})
+
     with pytest.raises(kind, match=message):
-        spectrum.top_eigenpairs(**arguments)
+        call(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -570,11 +580,11 @@ def test_errors(arguments, kind, message):
         ({"v0": jnp.array([1.0, jnp.inf])}, ValueError, r"`lanczos\(v0=...\)` must be finite and not zero"),
         ({"v0": jnp.arange(3)}, TypeError, "`v0` must have floating-point leaves"),
         ({"v0": {}}, ValueError, "`v0` must have at least one array"),
-        ({"matvec": lambda v: (v, v)}, ValueError, r"`matvec\(v\)` must have the structure of `v`"),
+        ({"operator": lambda v: (v, v)}, ValueError, r"`operator\(v\)` must have the structure of `v`"),
     ],
 )
 def test_errors_of_lanczos(arguments, kind, message):
-    arguments = {"matvec": lambda v: v, "v0": jnp.ones(3), **arguments}
+    arguments = {"operator": lambda v: v, "v0": jnp.ones(3), **arguments}
     with pytest.raises(kind, match=message):
         spectrum.lanczos(**arguments)
 
@@ -588,6 +598,6 @@ def test_start_vectors_that_are_no_use_are_replaced(x64):
 
 
 def test_host_operator_is_refused_inside_a_trace():
-    operator = curvature.HostOperator(lambda v: v)
+    operator = curvature.HostOperator(lambda v: v, jnp.zeros(3))
     with pytest.raises(TypeError, match="A `HostOperator` runs on the host and cannot be traced"):
-        jax.jit(lambda key: spectrum.top_eigenpairs(operator, jnp.zeros(3), key, k=1))(jax.random.key(0))
+        jax.jit(lambda key: spectrum.top_eigenpairs(operator, key, k=1))(jax.random.key(0))

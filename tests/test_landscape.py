@@ -354,21 +354,21 @@ W = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
             r"`line\(steps=...\)` must be finite; got inf",
         ),
         (lambda: landscape.line(jnp.sum, W, W, ["0"]), TypeError, r"`line\(steps=...\)` must be real numbers"),
-        (lambda: landscape.line(lambda w: w["b"], W, W, [0]), TypeError, r"`loss_fn\(...\)` must be a real scalar"),
+        (lambda: landscape.line(lambda w: w["b"], W, W, [0]), TypeError, r"`eval_fn\(...\)` must be a real scalar"),
         (
             lambda: landscape.line(lambda w: {"x": w["b"]}, W, W, [0]),
             TypeError,
-            r"`loss_fn\(...\)\['x'\]` must be a real scalar; got an array of shape \(3,\)",
+            r"`eval_fn\(...\)\['x'\]` must be a real scalar; got an array of shape \(3,\)",
         ),
         (
             lambda: landscape.line(lambda w: {}, W, W, [0]),
             ValueError,
-            r"`line\(loss_fn=...\)` must return at least one",
+            r"`line\(eval_fn=...\)` must return at least one",
         ),
         (
             lambda: landscape.line(lambda w: {"x": 1.0} if w["b"][0] == 1 else {"y": 1.0}, W, W, [0, 1]),
             ValueError,
-            r"`loss_fn\(...\)` must have the structure of `its first value`; it has its first value\['y'\]",
+            r"`eval_fn\(...\)` must have the structure of `its first value`; it has its first value\['y'\]",
         ),
         (
             lambda: landscape.barrier([0, 1], [1.0]),

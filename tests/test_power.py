@@ -201,10 +201,10 @@ def test_types(dtype, rtol):
         ({"v0": jnp.array([1.0, jnp.nan])}, ValueError, r"must be finite and not zero; its norm is nan"),
         ({"v0": jnp.arange(3)}, TypeError, "`v0` must have floating-point leaves"),
         ({"v0": {}}, ValueError, "`v0` must have at least one array"),
-        ({"matvec": lambda v: v[:2]}, ValueError, r"`matvec\(v0\)` must have the shapes of `v0`; .* it is \(2,\)"),
+        ({"operator": lambda v: v[:2]}, ValueError, r"`operator\(v0\)` must have the shapes of `v0`; .* it is \(2,\)"),
     ],
 )
 def test_errors(arguments, kind, message):
-    arguments = {"matvec": lambda v: v, "v0": jnp.ones(3), **arguments}
+    arguments = {"operator": lambda v: v, "v0": jnp.ones(3), **arguments}
     with pytest.raises(kind, match=message):
         spectrum.power_iteration(**arguments)

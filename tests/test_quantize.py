@@ -1,5 +1,6 @@
 """The quantizer: grids by hand, a loop in NumPy and qwix as oracles, identities, invariances, edges and errors."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -19,6 +20,7 @@ from hero_jax.quantize import (
     fake_quantize,
     named,
     quantize,
+    quantize_and_evaluate,
     rounding_noise,
 )
 
@@ -634,6 +636,100 @@ class TestLeaves:
             np.testing.assert_allclose(result["vector"], whole[:, 0], rtol=1e-6)
 
 
+class TestStacked:
+    """Layers of a scan, as if each were quantized alone."""
+
+    LAYERS = {  # noqa: RUF012
+        "kernel": weights((3, 6, 4)) * jnp.array([1.0, 10.0, 0.1])[:, None, None],
+        "heads": weights((3, 2, 6, 4), 1) + 0.2,
+        "bias": weights((3, 4), 2),
+    }
+    HEAD = weights((4, 2), 3)
+    PARAMS = {"layers": LAYERS, "head": HEAD}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        "spec", [*kinds(rules=("max",)), *(s for s in PAIRS if s.range_rule != "max")], ids=name_of
+    )
+    def test_equals_each_layer_alone_bit_for_bit(self, spec):
+        # The search of the "mse" rule takes seconds to compile.
+        layers = self.LAYERS if spec.range_rule == "max" else {"kernel": self.LAYERS["kernel"]}
+        params, stacked = {"layers": layers, "head": self.HEAD}, dataclasses.replace(spec, stacked=("layers/*",))
+        together, codes = (function(params, 3, stacked) for function in (fake_quantize, quantize))
+        jax.tree.map(np.testing.assert_array_equal, dequantize(codes), together)
+        for i in range(3):
+            layer = jax.tree.map(lambda x, i=i: x[i], layers)
+            found = jax.tree.map(lambda x, i=i: x[i], codes["layers"])
+            jax.tree.map(np.testing.assert_array_equal, found, quantize(layer, 3, spec))
+        np.testing.assert_array_equal(together["head"], fake_quantize(self.HEAD, 3, spec))
+        # Biases, (L, O), are no kernels.
+        assert spec.range_rule != "max" or together["layers"]["bias"] is self.LAYERS["bias"]
+
+    @pytest.mark.parametrize(
+        ("spec", "kernel", "heads", "bias"),
+        [
+            (QuantSpec("tensor"), (3, 1, 1), (3, 1, 1, 1), (3, 1)),
+            (QuantSpec("channel"), (3, 1, 4), (3, 1, 1, 4), (3, 1)),
+            (QuantSpec("group", group_size=2), (3, 3, 4), (3, 2, 3, 4), (3, 1)),
+        ],
+        ids=str,
+    )
+    def test_shapes_of_scales(self, spec, kernel, heads, bias):
+        spec = dataclasses.replace(spec, stacked=("layers/*",), leaves=("layers/*",))
+        codes = quantize(self.PARAMS, 3, spec)["layers"]
+        assert {name: q.scale.shape for name, q in codes.items()} == {"kernel": kernel, "heads": heads, "bias": bias}
+
+    def test_each_layer_has_the_signal_to_noise_ratio_of_its_own(self):
+        kernel = {"layers": {"kernel": self.LAYERS["kernel"]}}
+
+        def ratios(spec):
+            w, w_hat = (x["layers"]["kernel"] for x in (kernel, fake_quantize(kernel, 4, spec)))
+            return 10 * np.log10(np.sum(w**2, (1, 2)) / np.sum((w_hat - w) ** 2, (1, 2)))
+
+        # Scales that layers share are those of the largest.
+        shared = ratios(QuantSpec())
+        assert shared[0] < 5
+        assert shared[2] < 1
+        alone = ratios(QuantSpec(stacked=("*",)))
+        expected = [
+            10 * np.log10(np.sum(w**2) / np.sum((fake_quantize(w, 4) - w) ** 2)) for w in kernel["layers"]["kernel"]
+        ]
+        np.testing.assert_allclose(alone, expected, rtol=1e-5)
+        assert (alone > 18).all()
+
+    def test_under_jit_and_in_the_noise(self):
+        spec = QuantSpec("tensor", stacked=("layers/*",))
+        compiled = jax.jit(lambda bits: fake_quantize(self.PARAMS, bits, spec))(4)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), compiled, fake_quantize(self.PARAMS, 4, spec)
+        )
+        u = rounding_noise(jax.random.key(0), self.PARAMS, 4, spec)["layers"]["kernel"]
+        scale = quantize(self.PARAMS, 4, spec)["layers"]["kernel"].scale[:, 0, 0]
+        largest = np.abs(u).max((1, 2))
+        assert (largest <= scale / 2).all()
+        assert (largest > 0.8 * scale / 2).all()
+
+    def test_sizes_count_the_scales_of_every_layer(self):
+        sizes = {}
+        for name, spec in (("shared", QuantSpec()), ("own", QuantSpec(stacked=("layers/*",)))):
+            params = {"layers": {"kernel": self.LAYERS["kernel"]}}
+            q = quantize(params, 4, spec)
+            sizes[name] = quantize_and_evaluate(lambda p: 0.0, params, (4,), spec)[1].stored_bytes
+            assert sizes[name] == 3 * 6 * 4 / 2 + 4 * q["layers"]["kernel"].scale.size
+        assert sizes["own"] - sizes["shared"] == 2 * 4 * 4
+
+    def test_stacks_without_layers_and_of_scalars(self):
+        params = {"none": jnp.zeros((0, 4, 2)), "empty": jnp.zeros((3, 0, 2)), "scalars": jnp.array([-2.3, 0.7])}
+        for spec in (QuantSpec("tensor"), QuantSpec(), QuantSpec("group", "full", symmetric=False, group_size=2)):
+            q = quantize(params, 4, dataclasses.replace(spec, stacked=("*",)), mask=True)
+            assert {name: x.shape for name, x in dequantize(q).items()} == {n: x.shape for n, x in params.items()}
+            assert q["scalars"].scale.shape == (2,)
+            np.testing.assert_allclose(dequantize(q)["scalars"], params["scalars"], rtol=0.08)
+        with pytest.raises(
+            ValueError, match=r"`QuantSpec\(stacked=...\)` .* first axis counts layers; 'x' has no axis"
+        ):
+            fake_quantize({"x": jnp.float32(1), "w": weights()}, 4, QuantSpec(stacked=("x",)))
+
+
 class TestNames:
     @pytest.mark.parametrize("spec", kinds(group_size=32), ids=name_of)
     def test_round_trip(self, spec):
@@ -655,6 +751,7 @@ class TestNames:
     def test_are_unique(self):
         specs = [*kinds(), *kinds(group_size=3)[-12:], *(QuantSpec(leaves=x) for x in (("a",), ("a", "b"), ("b", "a")))]
         specs += [QuantSpec(overrides=(("a", 8),)), QuantSpec(overrides=(("a", None),)), QuantSpec(leaves=("a,b",))]
+        specs += [QuantSpec(stacked=("a",)), QuantSpec(stacked=("a", "b")), QuantSpec(stacked=("a,b",))]
         assert len({s.name for s in specs}) == len(specs)
 
     def test_presets(self):
@@ -866,6 +963,8 @@ class TestContracts:
         ),
         ({"leaves": "conv/*"}, TypeError, r"\(leaves=...\)` must be a tuple of patterns; got 'conv/\*'"),
         ({"leaves": (1,)}, TypeError, r"\(leaves=...\)` must be a tuple of patterns; got \(1,\)"),
+        ({"stacked": "layers/*"}, TypeError, r"\(stacked=...\)` must be a tuple of patterns; got 'layers/\*'"),
+        ({"stacked": (("layers/*", 1),)}, TypeError, r"\(stacked=...\)` must be a tuple of patterns; got \(\("),
         ({"overrides": {"a": 8}}, TypeError, r"\(overrides=...\)` must be a tuple of pairs .*; got \{'a': 8\}"),
         ({"overrides": ("a", 8)}, TypeError, r"\(overrides=...\)` must be a tuple of pairs .*; got 'a'"),
         ({"overrides": ((1, 8),)}, TypeError, r"must be a tuple of pairs .*; got \(1, 8\)"),
@@ -907,6 +1006,13 @@ def tree():
         (
             4,
             {"spec": QuantSpec("group", group_size=4)},
+            ValueError,
+            r"must divide .*; got 4 for 'conv/kernel' of shape \(3, 3, 6, 4\)",
+        ),
+        (4, {"spec": QuantSpec(stacked=("layers/*",))}, ValueError, r"stacked=.* matches no leaf: 'layers/\*'; of 3"),
+        (
+            4,
+            {"spec": QuantSpec("group", group_size=4, stacked=("conv/kernel",))},
             ValueError,
             r"must divide .*; got 4 for 'conv/kernel' of shape \(3, 3, 6, 4\)",
         ),

@@ -1,5 +1,6 @@
 """Quantized weights on disk and as qwix arrays: exact round trips, sizes, damage, interruptions, contradictions."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -152,6 +153,28 @@ class TestRoundTrip:
         assert loaded.name == "group2-asymmetric-p99.5+only['*kernel']+head/*@7+stem/*@full"
         assert tree["head"]["kernel"].bits == 7
         assert_identical(tree, q)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+    def test_stacked_layers(self, path, spec):
+        spec = dataclasses.replace(spec, stacked=("layers/*",))
+        tree = {"layers": {"kernel": weights((3, 4, 5)), "bias": weights((3, 5), 1)}, "head": weights((6, 3), 2)}
+        q = quantize(tree, 3, spec)
+        save(path, q, spec)
+        found, loaded = load(path)
+        assert loaded == spec
+        assert_identical(found, q)
+        scales = {"tensor": (3, 1, 1), "channel": (3, 1, 5), "group": (3, 2, 5)}[spec.granularity]
+        assert found["layers"]["kernel"].scale.shape == scales
+        tensors = sum(x.nbytes for x in contents(path)[0].values())
+        assert tensors == sizes(tree, plan_of("test", tree, 3, spec, None), spec)["stored_bytes"]
+        assert_identical(from_qwix(to_qwix(q), "float32"), q)
+        kernel = qwix.dequantize(to_qwix(q)["layers"]["kernel"])
+        assert_identical(kernel, dequantize(q)["layers"]["kernel"])
+
+    def test_a_specification_without_stacks_is_as_before(self, saved):
+        # So that files of before are read, and files of now by a version of before.
+        assert "stacked" not in json.loads(contents(saved)[1]["spec"])
+        assert load(saved)[1] == UNEVEN
 
     def test_structure(self, path):
         tree = {"b": {"none": {}, "x": jnp.ones(2)}, "a": jnp.zeros(1), "é ü/".strip("/"): jnp.ones(3)}

@@ -1,5 +1,6 @@
 """Steps that see a Linen network run, and optimised rounding: identities, independent formulas, brute force."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -306,17 +307,81 @@ class TestOptimizedRounding:
         errors = [float(jnp.linalg.norm(apply(variables | {"params": p}, x) - exact)) for p in (near, found)]
         assert errors[1] < errors[0]
 
+    @pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("tensor"), SPECS[3]], ids=lambda s: s.name)
+    def test_stacked_layers_are_as_if_alone(self, spec):
+        w = {"kernel": normal(0, (3, 8, 5)) * jnp.array([1.0, 10.0, 0.1])[:, None, None]}
+        grams = jnp.stack([random_gram(i, 8) for i in range(3)])
+        stacked = dataclasses.replace(spec, stacked=("kernel",))
+        together = rounding.quantized(w, 3, {"kernel": grams}, stacked)["kernel"]
+        for i in range(3):
+            alone = rounding.quantized({"kernel": w["kernel"][i]}, 3, {"kernel": grams[i]}, spec)["kernel"]
+            np.testing.assert_array_equal(together.codes[i], alone.codes)
+            np.testing.assert_array_equal(together.scale[i], alone.scale)
+        near = quantize(w, 3, stacked)["kernel"]
+        np.testing.assert_array_equal(together.scale, near.scale)
+        assert (together.codes != near.codes).any((1, 2)).all()
+
+    @pytest.mark.parametrize(("shape", "axes"), [((6, 2, 4), 1), ((2, 3, 4), 2), ((2, 2, 5, 3), 2)])
+    def test_the_size_of_the_matrix_tells_the_inputs_of_a_kernel(self, shape, axes):
+        w, inputs = normal(0, shape), int(np.prod(shape[:axes]))
+        gram = random_gram(1, inputs)
+        found = rounding.optimized({"kernel": w}, 3, {"kernel": gram})["kernel"]
+        near = fake_quantize(w, 3)
+        # The change of the outputs, multiplied out. Each output alone is a kernel of its own.
+        errors = []
+        for w_hat in (near, found):
+            change = np.asarray(w_hat - w, np.float64).reshape(inputs, -1)
+            errors.append(np.sum(change * (np.asarray(gram[0], np.float64) @ change)))
+            np.testing.assert_allclose(rounding.output_error(w, w_hat, gram), errors[-1], rtol=1e-4)
+        assert errors[1] < 0.9 * errors[0]
+        scale = quantize(w, 3).scale.reshape(shape[-1])
+        flat = found.reshape(inputs, -1)
+        for o in (0, flat.shape[1] - 1):
+            column = w.reshape(inputs, -1)[:, o : o + 1]
+            position = np.asarray(column / scale[o % shape[-1]])
+            codes = np.asarray(flat[:, o : o + 1] / scale[o % shape[-1]])
+            assert (np.abs(codes - position) < 1.001).all()
+        # A change of one weight alone improves none of them.
+        best = errors[1]
+        for index in np.ndindex(*shape):
+            step, q = float(scale[index[-1]]), float(w[index]) / float(scale[index[-1]])
+            other = np.asarray(found, np.float64)
+            other[index] = step * (np.floor(q) + np.ceil(q)) - other[index]
+            change = (other - np.asarray(w, np.float64)).reshape(inputs, -1)
+            if abs(q) <= 3:
+                assert np.sum(change * (np.asarray(gram[0], np.float64) @ change)) >= best * (1 - 1e-5)
+
     @pytest.mark.parametrize(
         ("grams", "message"),
         [
             ({"other": jnp.eye(3)[None]}, "must have a path that is quantized"),
             ({"kernel": jnp.eye(3)}, r"must be \(groups, K, K\) with K = 4 .* got \(3, 3\)"),
             ({"kernel": jnp.ones((2, 4, 4))}, "groups that divide the output channels"),
+            ({"kernel": jnp.ones((0, 4, 4))}, "groups that divide the output channels"),
         ],
     )
     def test_errors(self, grams, message):
         with pytest.raises(ValueError, match=message):
             rounding.optimized({"kernel": jnp.ones((4, 3))}, 3, grams)
+
+    @pytest.mark.parametrize(
+        ("shape", "gram", "spec", "message"),
+        [
+            (
+                (2, 3, 4),
+                (1, 4, 4),
+                QuantSpec(),
+                r"must be \(groups, K, K\) with K = 6 or 2 and groups .* got \(1, 4, 4\)",
+            ),
+            # Groups are of the last axis: with one axis of inputs of two there are none.
+            ((2, 4, 4), (2, 2, 2), QuantSpec(), r"with K = 8 or 2 and groups .* got \(2, 2, 2\)"),
+            ((2, 4, 3), (1, 4, 4), QuantSpec(stacked=("kernel",)), r"must be \(2, groups, K, K\) with K = 4 and"),
+            ((2, 4, 3), (3, 1, 4, 4), QuantSpec(stacked=("kernel",)), r"must be \(2, groups, K, K\) .* \(3, 1, 4, 4\)"),
+        ],
+    )
+    def test_matrices_that_do_not_fit(self, shape, gram, spec, message):
+        with pytest.raises(ValueError, match=message):
+            rounding.optimized({"kernel": jnp.ones(shape)}, 3, {"kernel": jnp.ones(gram)}, spec)
 
 
 def _step(q, shape):

@@ -47,7 +47,7 @@ class TestSensitivities:
     def test_the_hessian_form_is_the_increase_at_a_minimum(self, bits):
         params, diagonal = tree(0), tree(1, "random")
         loss_fn, matvec = quadratic(params, diagonal)
-        rows = sensitivity.sensitivities(loss_fn, params, bits, sums(diagonal), matvec=matvec)
+        rows = sensitivity.sensitivities(loss_fn, params, bits, sums(diagonal), operator=matvec)
         assert [row.layer for row in rows] == KERNELS
         for row in rows:
             np.testing.assert_allclose(row.by_hessian, row.increase, rtol=1e-9)
@@ -58,7 +58,7 @@ class TestSensitivities:
         params, minimum, diagonal = tree(0), tree(5), tree(1, "random")
         loss_fn, matvec = quadratic(minimum, diagonal)
         quantized, gradient = fake_quantize(params, 2), jax.grad(loss_fn)(params)
-        for row in sensitivity.sensitivities(loss_fn, params, 2, sums(diagonal), matvec=matvec):
+        for row in sensitivity.sensitivities(loss_fn, params, 2, sums(diagonal), operator=matvec):
             layer = row.layer.split("/")[0]
             error = quantized[layer]["kernel"] - params[layer]["kernel"]
             first_order = jnp.vdot(gradient[layer]["kernel"], error)
@@ -68,7 +68,7 @@ class TestSensitivities:
     def test_the_trace_form_is_exact_for_multiples_of_the_identity(self):
         params, diagonal = tree(0), same_in_a_leaf(CURVATURES)
         loss_fn, matvec = quadratic(params, diagonal)
-        rows = sensitivity.sensitivities(loss_fn, params, 3, sums(diagonal), matvec=matvec)
+        rows = sensitivity.sensitivities(loss_fn, params, 3, sums(diagonal), operator=matvec)
         assert [row.size for row in rows] == [12, 15, 12]
         for row in rows:
             np.testing.assert_allclose(row.by_trace, row.increase, rtol=1e-9)
@@ -104,9 +104,9 @@ class TestSensitivities:
             return jnp.mean(batch) * sum(jnp.sum(w**2) for w in jax.tree.leaves(p)) ** 2 / 4
 
         operator = curvature.hessian_operator(loss_fn, params, jnp.ones((3, 1)))
-        traces = spectrum.layer_traces(operator, params, jax.random.key(0), num_probes=3).mean
+        traces = spectrum.layer_traces(operator, jax.random.key(0), num_probes=3).mean
         quantized = fake_quantize(params, 2)
-        rows = sensitivity.sensitivities(lambda p: loss_fn(p, jnp.ones(1)), params, 2, traces, matvec=operator)
+        rows = sensitivity.sensitivities(lambda p: loss_fn(p, jnp.ones(1)), params, 2, traces, operator=operator)
         square = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
         for row in rows:
             layer = row.layer.split("/")[0]
@@ -142,7 +142,7 @@ class TestSensitivityOptions:
             traced.append(0)
             return v
 
-        rows = sensitivity.sensitivities(lambda p: 0.0, tree(0), 2, sums(tree(0)), matvec=matvec)
+        rows = sensitivity.sensitivities(lambda p: 0.0, tree(0), 2, sums(tree(0)), operator=matvec)
         assert len(traced) == 1
         np.testing.assert_allclose([r.by_hessian for r in rows], [r.error_energy / 2 for r in rows], rtol=1e-6)
 
@@ -150,18 +150,18 @@ class TestSensitivityOptions:
         params = tree(0)
         params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
         params["conv"]["bias"] = jnp.full(4, jnp.inf)
-        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, sums(tree(0)), matvec=lambda v: v)
+        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, sums(tree(0)), operator=lambda v: v)
         assert [math.isnan(row.error_energy) for row in rows] == [False, True, False]
         assert [math.isnan(row.by_hessian) for row in rows] == [False, True, False]
 
     def test_an_empty_leaf(self):
         params = {"a": jnp.ones((2, 2)) * 0.3, "b": jnp.zeros((0, 2))}
-        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, {"a": 1.0, "b": 0.0}, matvec=lambda v: v)
+        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, {"a": 1.0, "b": 0.0}, operator=lambda v: v)
         assert rows[1][1:] == (0, 2, 0.0, 0.0, 0.0, 0.0)
 
     def test_bfloat16(self):
         params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree(0))
-        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, sums(params), matvec=lambda v: v)
+        rows = sensitivity.sensitivities(lambda p: 0.0, params, 2, sums(params), operator=lambda v: v)
         np.testing.assert_allclose([r.by_hessian for r in rows], [r.error_energy / 2 for r in rows], rtol=1e-6)
         assert rows[0].error_energy > 0
 
@@ -184,10 +184,12 @@ class TestSensitivityOptions:
             call(lambda p: 0.0, params, 2, params)
         with pytest.raises(TypeError, match=r"traces=...\)\['conv/bias'\]` must be a real scalar; got 1j"):
             call(lambda p: 0.0, params, 2, jax.tree.map(lambda _: 1j, traces))
-        with pytest.raises(TypeError, match=r"loss_fn\(params\)` must be a real scalar; got an array of shape \(2,\)"):
+        with pytest.raises(
+            TypeError, match=r"mean_loss\(params\)` must be a real scalar; got an array of shape \(2,\)"
+        ):
             call(lambda p: jnp.ones(2), params, 2, traces)
-        with pytest.raises(ValueError, match=r"matvec\(v\)` must have the structure of `v`"):
-            call(lambda p: 0.0, params, 2, traces, matvec=lambda v: v["conv"])
+        with pytest.raises(ValueError, match=r"operator\(v\)` must have the structure of `v`"):
+            call(lambda p: 0.0, params, 2, traces, operator=lambda v: v["conv"])
         with pytest.raises(ValueError, match=r"sensitivities\(mask=...\)"):
             call(lambda p: 0.0, params, 2, traces, mask={"conv": True})
 

@@ -144,7 +144,7 @@ class TestKernelsNotUsedAsTheyAre:
 
     def test_a_subclass_is_refused_and_not_folded(self):
         apply, variables, x = self.network(functools.partial(Standardized, 4, (3, 3)))
-        message = "must call nn.Conv and nn.Dense themselves; 'layer' is a Standardized"
+        message = "must have layers that use their kernels as they are; 'layer' is a Standardized"
         with pytest.raises(ValueError, match=message):
             linen.input_grams(apply, variables, [x])
         with pytest.raises(ValueError, match=message):

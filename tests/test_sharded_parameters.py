@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hero_jax import curvature, sharpness, spectrum
+from hero_jax import Examples, MeanLoss, curvature, sharpness, spectrum
 from tests import problems
 
 KEY = jax.random.key(3)
@@ -35,13 +35,13 @@ def split(tree, mesh):
 
 def solve(params, batch, microbatch_size=None):
     """What solvers that draw, keep and average vectors say."""
-    matvec = curvature.hessian_operator(loss_fn, params, batch, microbatch_size=microbatch_size)
+    operator = curvature.hessian_operator(loss_fn, params, Examples(batch, microbatch_size=microbatch_size))
     return {
-        "top": spectrum.top_eigenpairs(matvec, params, KEY, k=2, rtol=1e-4),
-        "sketch": spectrum.trace(matvec, params, KEY, num_probes=3, sketch_size=2),
-        "diagonal": spectrum.diagonal(matvec, params, KEY, num_probes=3),
-        "density": spectrum.spectral_density(matvec, params, KEY, num_probes=2, num_steps=4, num_points=30),
-        "worst": sharpness.worst_case(loss_fn, params, batch, key=KEY, rho=0.1, num_steps=2),
+        "top": spectrum.top_eigenpairs(operator, KEY, k=2, rtol=1e-4),
+        "sketch": spectrum.trace(operator, KEY, num_probes=3, sketch_size=2),
+        "diagonal": spectrum.diagonal(operator, KEY, num_probes=3),
+        "density": spectrum.spectral_density(operator, KEY, num_probes=2, num_steps=4, num_points=30),
+        "worst": sharpness.worst_case(MeanLoss(loss_fn, batch), params, KEY, rho=0.1, num_steps=2),
     }
 
 
@@ -75,10 +75,10 @@ def test_vectors_are_split_as_the_parameters_are():
         return product(vector)
 
     product = jax.jit(lambda vector: curvature.hvp(loss_fn, params, vector, batch))
-    matvec = curvature.HostOperator(host_product)
-    top = spectrum.top_eigenpairs(matvec, params, KEY, k=2, max_matvecs=3, basis_size=3)
-    spectrum.trace(matvec, params, KEY, num_probes=2, sketch_size=2)
-    diagonal = spectrum.diagonal(matvec, params, KEY, num_probes=2)
+    operator = curvature.HostOperator(host_product, params)
+    top = spectrum.top_eigenpairs(operator, KEY, k=2, max_matvecs=3, basis_size=3)
+    spectrum.trace(operator, KEY, num_probes=2, sketch_size=2)
+    diagonal = spectrum.diagonal(operator, KEY, num_probes=2)
     assert len(seen) == 3 + 4 + 2 + 2
     for vector in [*seen, diagonal.mean, diagonal.sem, jax.tree.map(lambda x: x[0], top.eigenvectors)]:
         for x in jax.tree.leaves(vector):

@@ -3,7 +3,8 @@
     code = clip(round(w / scale + zero_point), lowest, highest),     w_hat = scale * (code - zero_point)
 
 `QuantSpec` has the table of grids. Scales and zero points have as many axes as the leaf, each of a length that divides
-the leaf's: (1, ..., 1, O) by channel, (..., I / n, O) by group, ones by tensor.
+the leaf's: (1, ..., 1, O) by channel, (..., I / n, O) by group, ones by tensor; for a stack of L layers, L of these
+along the first axis.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 MSE_STEP, MSE_LAST = 80, 100
 
 
-def check_groups(path: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+def check_groups(path: str, shape: tuple[int, ...], spec: QuantSpec, is_stacked: bool) -> None:
     """Raises ValueError unless the groups of `spec` divide the input channels of a leaf."""
-    n = spec.group_size
-    if n is not None and len(shape) >= 2 and math.prod(shape) and shape[-2] > n and shape[-2] % n:
+    n, layer = spec.group_size, shape[1:] if is_stacked else shape
+    if n is not None and len(layer) >= 2 and math.prod(layer) and layer[-2] > n and layer[-2] % n:
         raise ValueError(
             f"`QuantSpec(group_size=...)` must divide the input channels of every leaf, or exceed them; got {n} for"
             f" {path!r} of shape {shape}."
@@ -48,8 +49,15 @@ def levels(bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.
     return half if spec.grid == "full" else half - 0.5, -half, half - 1
 
 
-def fit(w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+def fit(
+    w: jax.Array, bits: jax.typing.ArrayLike, spec: QuantSpec, is_stacked: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Scale (float32) and zero point (an integer as float32) of a leaf."""
+    if is_stacked:
+        # Layer by layer: one operation on all of them, or a loop of XLA, would round quotients in another way.
+        empty = jnp.zeros(scale_shape(w.shape, spec, is_stacked), jnp.float32)
+        layers = [fit(layer, bits, spec) for layer in w]
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers) if layers else (empty, empty)
     view, axes = _groups(_tree.wide(w), spec)
     reduce = functools.partial(jnp.max, axis=axes, keepdims=True, initial=0.0)
     if spec.range_rule == "percentile" and w.size:
@@ -167,8 +175,10 @@ def _groups(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, tuple[int, ...]]:
     return w.reshape(*w.shape[:-2], groups, size, w.shape[-1]), (w.ndim - 1,)
 
 
-def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], spec: QuantSpec, is_stacked: bool = False) -> tuple[int, ...]:
     """The shape of the scales of a leaf."""
+    if is_stacked:
+        return (shape[0], *scale_shape(shape[1:], spec))
     if len(shape) < 2 or spec.granularity == "tensor":
         return (1,) * len(shape)
     if spec.granularity == "channel":

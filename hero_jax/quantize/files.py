@@ -88,7 +88,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
             if name in tensors or name == "__metadata__":
                 raise ValueError(f"`save(tree=...)` must give each tensor a name of its own; {name!r} is taken.")
         tensors |= parts
-    fields = json.dumps(dataclasses.asdict(spec), default=lambda x: x.item())
+    # A field that is younger than the format is written where it says something: older readers do not know it.
+    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name != "stacked" or value}
+    fields = json.dumps(fields, default=lambda x: x.item())
     metadata = {"format": FORMAT, "version": VERSION, "spec": fields, "leaves": json.dumps(leaves)}
     metadata["sha256"] = _digest(tensors, metadata)
     _write(Path(path), safetensors.save(tensors, metadata))
@@ -249,7 +251,8 @@ def _decode(data: bytes, safetensors: Any) -> tuple[PyTree, QuantSpec]:
             raise ValueError(f"{name!r} has {tensors[name].dtype}, which needs jax_enable_x64")
     fields, leaves = json.loads(metadata["spec"]), json.loads(metadata["leaves"])
     pairs = tuple((pattern, bits) for pattern, bits in fields["overrides"])
-    spec = QuantSpec(**{**fields, "leaves": tuple(fields["leaves"]), "overrides": pairs})
+    patterns = {name: tuple(fields.get(name, ())) for name in ("leaves", "stacked")}
+    spec = QuantSpec(**{**fields, **patterns, "overrides": pairs})
     tree = {}
     for where, entry in leaves.items():
         *folders, last = where.split("/")

@@ -1,22 +1,30 @@
 """Steps that have to see a Linen network run: activations, batch normalisation, biases, the inputs of its layers.
 
 Each takes `apply_fn(variables, inputs)`, evaluation mode, with variables {"params": ..., "batch_stats": ...}, and looks
-at the `nn.Conv` and `nn.Dense` modules that it calls. It must not be compiled, and its layers not be inside `jax.jit`,
-`nn.scan` or `nn.remat`: that is refused. None of the steps is done unless asked for. Needs flax.
+at its layers: the `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` and `nn.DenseGeneral` modules that it calls, those of an
+attention included. It must not be compiled, and its layers not be inside `jax.jit`, `nn.scan` or `nn.remat`: that is
+refused. So are layers that do not use their kernel as it is: subclasses, and layers that `nn.WeightNorm`,
+`nn.SpectralNorm` or another `nn.map_variables` gives another kernel. None of the steps is done unless asked for. Needs
+flax.
+
+Every result says in `left_out` which leaves with two or more axes it does not cover, and why.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import tracers
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
 from hero_jax import _check, _tree
 from hero_jax.quantize import _grid
@@ -27,8 +35,44 @@ Apply = Callable[[PyTree, Any], Any]
 Interceptor = Callable[[nn.Module, str, Any, Any], Any]
 
 _ACTIVATIONS = QuantSpec("tensor", "full", symmetric=False)
-# Layers that use their kernel as it is; a subclass may standardise it.
-_PLAIN = (nn.Conv, nn.Dense)
+# Layers whose outputs are linear in their kernel, which they use as it is; a subclass may standardise it.
+_LINEAR = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+# Layers whose outputs are rounded.
+_LAYERS = (*_LINEAR, nn.ConvLocal, nn.Einsum)
+# Fields that put another arithmetic in place of a layer's own.
+_ARITHMETIC = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+_INSIDE = "is inside jit, nn.scan or nn.remat, where what happens to it would stay"
+_NO_BATCH = "`batches` must hold at least one batch; got none."
+_UNKNOWN = "not the kernel of a layer that was seen"
+T = TypeVar("T")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Calibration(dict[str, T], Generic[T]):
+    """What was measured: a dict by path. A pytree.
+
+    left_out: by path of a leaf with two or more axes that is not covered, why; of `batch_norm_pairs`, by path of a
+      kernel with a BatchNorm after it.
+
+    >>> Calibration({"head/kernel": 1}, {"embed/embedding": "not the kernel of a layer that was seen"})
+    Calibration({'head/kernel': 1}, left_out={'embed/embedding': 'not the kernel of a layer that was seen'})
+    """
+
+    def __init__(self, results: Mapping[str, T], left_out: Mapping[str, str]) -> None:
+        super().__init__(results)
+        self.left_out = dict(left_out)
+
+    def __repr__(self) -> str:
+        return f"Calibration({super().__repr__()}, left_out={self.left_out})"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        names = sorted(self)
+        children = [(jax.tree_util.DictKey(name), self[name]) for name in names]
+        return children, (tuple(names), tuple(self.left_out.items()))
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Calibration[Any]:
+        return cls(dict(zip(static[0], children, strict=True)), dict(static[1]))
 
 
 class BatchNormPair(NamedTuple):
@@ -38,10 +82,26 @@ class BatchNormPair(NamedTuple):
     epsilon: float
 
 
+@dataclasses.dataclass(frozen=True)
+class BiasCorrection:
+    """What `bias_correction` makes: a function, `quantized params -> variables`.
+
+    left_out: by path of a leaf with two or more axes whose error stays, why.
+    """
+
+    correct: Callable[[PyTree], PyTree] = dataclasses.field(repr=False)
+    left_out: dict[str, str]
+
+    def __call__(self, quantized: PyTree) -> PyTree:
+        return self.correct(quantized)
+
+
 def activation_ranges(
     apply_fn: Apply, variables: PyTree, batches: Iterable[Any]
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Measures the range of every Conv and Dense output over calibration batches.
+) -> Calibration[tuple[jax.Array, jax.Array]]:
+    """Measures the range of every layer's outputs over calibration batches.
+
+    The layers are those above, subclasses included, with ConvLocal and Einsum.
 
     Args:
       apply_fn, variables: the network; see the top of this module.
@@ -51,7 +111,7 @@ def activation_ranges(
       By path of the module, (lowest, highest) of its outputs, 0 included.
 
     Raises:
-      ValueError: no batches, or the network calls no Conv and no Dense.
+      ValueError: no batches, or the network calls no layer.
 
     Cost: one forward pass of the batches.
 
@@ -74,13 +134,16 @@ def activation_ranges(
     def merge(a: Any, b: Any) -> Any:
         return {path: (jnp.minimum(a[path][0], b[path][0]), jnp.maximum(a[path][1], b[path][1])) for path in a}
 
-    return functools.reduce(merge, _over(batches, functools.partial(measure, variables)))
+    ranges = functools.reduce(merge, _over(batches, functools.partial(measure, variables)))
+    params = _flat(variables.get("params", {}))
+    covered = {_join(path, name) for path in ranges for name in ("kernel", "bias")}
+    return Calibration(ranges, _left_out(params, covered, {}))
 
 
 def quantized_activations(
     apply_fn: Apply, ranges: Mapping[str, tuple[jax.Array, jax.Array]], bits: jax.typing.ArrayLike
 ) -> Apply:
-    """Makes the network that rounds the outputs of its Conv and Dense modules to 2^bits levels of a static range.
+    """Makes the network that rounds the outputs of its layers to 2^bits levels of a static range.
 
         y_hat = scale * (clip(round(y / scale + z), -L, L - 1) - z),   scale = (hi - lo) / (2^bits - 1)
 
@@ -107,46 +170,36 @@ def quantized_activations(
     return lambda variables, inputs: _watched(apply_fn, rounded, variables, inputs)
 
 
-def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> dict[str, BatchNormPair]:
-    """Finds the Conv and Dense modules whose output is, as it is, the input of a BatchNorm.
+def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> Calibration[BatchNormPair]:
+    """Finds the layers whose output is, as it is, the input of a BatchNorm.
 
     Args:
-      apply_fn, variables: the network.
-      inputs: one batch, or its shapes (`jax.ShapeDtypeStruct`); nothing is computed.
+      apply_fn, variables: the network; of the variables only shapes and types count.
+      inputs: one batch, or its shapes (`jax.ShapeDtypeStruct`); the network is not computed.
 
     Returns:
-      By path of the module, the BatchNorm; without modules and BatchNorms that are called more than once, and without
-      subclasses of Conv and Dense, which may not use their kernel as it is. A module whose output goes to a BatchNorm
-      and elsewhere is not told apart: folding would change that network.
+      By path of the module, the BatchNorm; without modules and BatchNorms that are called more than once, layers that
+      do not use their kernel as it is, and those inside `jax.jit` or `nn.remat`. `left_out` names them. A module whose
+      output goes to a BatchNorm and elsewhere is not told apart: folding would change that network.
+
+    Cost: one trace of the network.
     """
-    _check_plain(apply_fn)
-    found: list[tuple[str, BatchNormPair]] = []
-    calls: list[str] = []
-    outputs: list[tuple[Any, str]] = []
-
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, path = context.module, "/".join(context.module.path)
-        if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm | nn.Conv | nn.Dense):
-            return next_fun(*args, **kwargs)
-        calls.append(path)
-        if isinstance(module, nn.BatchNorm):
-            before = [name for output, name in outputs if output is _inputs(args, kwargs)]
-            found.extend((name, BatchNormPair(path, module.epsilon)) for name in before)
-        result = next_fun(*args, **kwargs)
-        if type(module) in _PLAIN:
-            outputs.append((result, path))
-        return result
-
-    with nn.intercept_methods(intercept):
-        # A function of its own: jax remembers what it traced and would not call the network a second time.
-        jax.eval_shape(lambda *arguments: apply_fn(*arguments), variables, inputs)
-    return {name: pair for name, pair in found if calls.count(name) == calls.count(pair.path) == 1}
+    seen = _look(apply_fn, variables, inputs)
+    pairs, left_out = {}, {}
+    for path, pair, why in seen.followed:
+        many = [name for name in (path, pair.path) if seen.calls.count(name) > 1]
+        why = why or (f"{many[0]!r} is called more than once" if many else "")
+        if why:
+            left_out[_join(path, "kernel")] = why
+        else:
+            pairs[path] = pair
+    return Calibration(pairs, left_out)
 
 
 def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> PyTree:
     """Moves the factor of each BatchNorm into the kernel before it; the network in evaluation mode stays the same.
 
-        kernel <- kernel * s,  bias <- bias * s,  s = scale / sqrt(var + epsilon)  for each output channel
+        kernel <- kernel * s,  bias <- bias * s,  s = scale / sqrt(var + epsilon)  for each entry of their last axis
         BatchNorm: scale <- 1, mean <- mean * s, var <- 1 - epsilon, its bias stays
 
     What is left of the BatchNorm is a shift, so that the tree keeps its structure and any `apply_fn` its code.
@@ -168,23 +221,26 @@ def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> Py
     for path, (norm, epsilon) in pairs.items():
         if norms.count(norm) > 1:
             raise ValueError(f"`fold_batch_norm(pairs=...)` must not name a BatchNorm twice; it does {norm!r}.")
-        for tree, key in ((params, f"{path}/kernel"), (stats, f"{norm}/mean"), (stats, f"{norm}/var")):
+        kernel, bias = _join(path, "kernel"), _join(path, "bias")
+        for tree, key in ((params, kernel), (stats, f"{norm}/mean"), (stats, f"{norm}/var")):
             if key not in tree:
                 raise ValueError(f"`fold_batch_norm(pairs=...)` must name modules of the network; it has no {key!r}.")
         factor = params.get(f"{norm}/scale", 1) / jnp.sqrt(stats[f"{norm}/var"] + epsilon)
-        if factor.shape != params[f"{path}/kernel"].shape[-1:]:
+        if factor.shape != params[kernel].shape[-1:]:
             raise ValueError(
                 f"`fold_batch_norm(pairs=...)` must name layers that are not stacked; {norm!r} has statistics of shape"
                 f" {factor.shape}."
             )
-        for key in (f"{path}/kernel", f"{path}/bias"):
+        for key in (kernel, bias):
             if key in params:
-                params[key] = (params[key] * factor).astype(params[key].dtype)
+                along = factor.reshape((1,) * (params[key].ndim - 1) + factor.shape)
+                params[key] = (params[key] * along).astype(params[key].dtype)
         if f"{norm}/scale" in params:
             params[f"{norm}/scale"] = jnp.ones_like(params[f"{norm}/scale"])
         stats[f"{norm}/mean"] = stats[f"{norm}/mean"] * factor
         stats[f"{norm}/var"] = jnp.full_like(stats[f"{norm}/var"], 1 - epsilon)
-    return variables | {"params": unflatten_dict(params, sep="/"), "batch_stats": unflatten_dict(stats, sep="/")}
+    new = {"params": params, "batch_stats": stats}
+    return {**variables, **{name: _replaced(variables[name], new[name]) for name in new if name in variables}}
 
 
 def reestimate_batch_stats(
@@ -197,7 +253,8 @@ def reestimate_batch_stats(
     Args:
       update_fn: `(batch_stats, inputs) -> batch_stats` after one batch in training mode, with the weights as they are
         now: BatchNorm moves its statistics s to m s + (1 - m) batch statistic, whatever m. Give it compiled.
-      batch_stats: the running statistics, for their structure.
+      batch_stats: the running statistics. Those of BatchNorm, a `mean` with a `var`, count for their structure only;
+        others, such as those of `nn.SpectralNorm`, stay as they are.
       batches: inputs, a few hundred examples in all; n_b is the length of their first axis.
 
     Returns:
@@ -211,29 +268,35 @@ def reestimate_batch_stats(
     Source: Sun, Cao, Yang and Dong, Hybrid 8-bit floating point training, NeurIPS 2019 (re-tuning BatchNorm
     statistics); Finkelstein et al., Fighting quantization bias with bias, 2019.
     """
-    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+    given = _flat(batch_stats)
+    norms = {key: key.removesuffix("mean") + "var" for key in given if key.rpartition("/")[2] == "mean"}
+    norms = {mean: var for mean, var in norms.items() if var in given}
+    keys = [key for pair in norms.items() for key in pair]
+
+    def update(stats: dict[str, jax.Array], inputs: Any) -> dict[str, jax.Array]:
+        moved = _flat(update_fn(_replaced(batch_stats, given | stats), inputs))
+        return {key: moved[key] for key in keys}
+
+    zeros = {key: jnp.zeros_like(given[key]) for key in keys}
     parts, sizes, keep = [], [], None
     for inputs in batches:
-        moved = update_fn(zeros, inputs)  # (1 - m) batch statistic
+        moved = update(zeros, inputs)  # (1 - m) batch statistic
         if keep is None:
             # From statistics as large as what is added to them, so that nothing cancels.
-            start = jax.tree.map(lambda x: jnp.abs(x) + 1, moved)
-            keep = jax.tree.map(lambda x, y, s: (x - y) / s, update_fn(start, inputs), moved, start)  # m
-            if any(bool((m >= 1).any()) for m in jax.tree.leaves(keep)):
+            start = {key: jnp.abs(x) + 1 for key, x in moved.items()}
+            again = update(start, inputs)
+            keep = {key: (again[key] - moved[key]) / start[key] for key in keys}  # m
+            if any(bool((m >= 1).any()) for m in keep.values()):
                 raise ValueError("`update_fn` must move the statistics; in evaluation mode BatchNorm keeps them.")
-        parts.append(jax.tree.map(lambda x, m: x / (1 - m), moved, keep))
+        parts.append({key: moved[key] / (1 - keep[key]) for key in keys})
         sizes.append(jax.tree.leaves(inputs)[0].shape[0])
     if not parts:
         raise ValueError("`reestimate_batch_stats(batches=...)` must have at least one batch; got none.")
     fractions = [n / sum(sizes) for n in sizes]
-    flat = [_flat(part) for part in parts]
-    result = {}
-    for key in flat[0]:
-        result[key] = sum(f * part[key] for f, part in zip(fractions, flat, strict=True))
-    for key in [key for key in result if key.endswith("/var") or key == "var"]:
-        mean = key.removesuffix("var") + "mean"
-        result[key] += sum(f * (part[mean] - result[mean]) ** 2 for f, part in zip(fractions, flat, strict=True))
-    return unflatten_dict(result, sep="/")
+    result = {key: sum(f * part[key] for f, part in zip(fractions, parts, strict=True)) for key in keys}
+    for mean, var in norms.items():
+        result[var] += sum(f * (part[mean] - result[mean]) ** 2 for f, part in zip(fractions, parts, strict=True))
+    return _replaced(batch_stats, given | result)
 
 
 def bias_correction(
@@ -241,11 +304,14 @@ def bias_correction(
     variables: PyTree,
     batches: Sequence[Any],
     pairs: Mapping[str, BatchNormPair] | None = None,
-) -> Callable[[PyTree], PyTree]:
+) -> BiasCorrection:
     """Makes a function that takes the mean error which rounding a kernel makes in a layer's outputs out of its bias.
 
-        shift = E[f(W_hat, x) - f(W, x)]  for each output channel, x the inputs at full precision
+        shift = E[f(W_hat, x) - f(W, x)]  for each entry of the bias, x the inputs at full precision
         bias <- bias - shift,   or, where the layer has none and a BatchNorm follows,   mean <- mean + shift
+
+    The bias is that of `variables`: the (heads, head_dim) biases of an attention, which are rounded by default, lose
+    their own error too.
 
     Args:
       apply_fn, variables: the network at full precision.
@@ -254,10 +320,10 @@ def bias_correction(
 
     Returns:
       `quantized params -> variables`, with these params and corrected biases or means. Layers with neither a bias nor a
-      pair stay as they are.
+      pair stay as they are; `left_out` names them.
 
     Raises:
-      ValueError: no batches, no Conv or Dense, one that is a subclass, or nothing that could be corrected.
+      ValueError: no batches, no layer, one that does not use its kernel as it is, or nothing that could be corrected.
 
     Cost: two forward passes of the batches for each call, which compile once.
 
@@ -265,43 +331,60 @@ def bias_correction(
     4.2, with the inputs of the network at full precision for all layers at once.
     """
     params = _flat(variables["params"])
+    if not len(batches):
+        raise ValueError(_NO_BATCH)
+    seen = _look(apply_fn, variables, batches[0])
+    layers = seen.layers
+    _refuse(layers)
+    biases = {path: _join(path, "bias") for path in layers if _join(path, "bias") in params}
+    means = {path: f"{pair.path}/mean" for path, pair in (pairs or {}).items() if path in layers and path not in biases}
+    kernels = {path: _join(path, "kernel") for path in layers if path in biases or path in means}
+    bare = {_join(path, "kernel"): "its layer has no bias, and no BatchNorm in `pairs`" for path in layers}
+    others = {_join(path, "kernel"): why for path, why in seen.others.items()}
+    left_out = _left_out(params, {*biases.values(), *kernels.values()}, bare | others)
 
     @jax.jit
     def measure(variables: PyTree, change: dict[str, jax.Array], inputs: Any) -> dict[str, jax.Array]:
         seen = {}
 
         def watch(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
-            error = _linear(module, change[_join(path, "kernel")], inputs)
+            if path not in kernels:
+                return outputs
+            error = _linear(module, change[kernels[path]], inputs)
+            kept = _bias_axes(module, error.ndim)
+            shift = error.sum(axis=tuple(i for i in range(error.ndim) if i not in kept))
             total, count = seen.get(path, (0, 0))
-            seen[path] = total + error.sum(axis=tuple(range(error.ndim - 1))), count + error[..., 0].size
+            seen[path] = total + shift, count + error.size // shift.size
             return outputs
 
         _watched(apply_fn, watch, variables, inputs)
         return {path: total / count for path, (total, count) in seen.items()}
 
     def correct(quantized: PyTree) -> PyTree:
-        new = _flat(quantized)
-        stats = _flat(variables.get("batch_stats", {}))
-        change = {key: _tree.wide(new[key]) - _tree.wide(params[key]) for key in params if key.endswith("kernel")}
-        shifts = _mean_over(batches, functools.partial(measure, variables, change))
-        is_corrected = False
-        for path, shift in shifts.items():
-            bias, mean = _join(path, "bias"), f"{pairs[path].path}/mean" if pairs and path in pairs else None
-            if bias in new:
-                new[bias] = (new[bias] - shift).astype(new[bias].dtype)
-            elif mean is not None:
-                stats[mean] = (stats[mean] + shift).astype(stats[mean].dtype)
-            is_corrected |= bias in new or mean is not None
-        if not is_corrected:
+        if not kernels:
             raise ValueError("`bias_correction(pairs=...)` must name a BatchNorm: no Conv or Dense has its own bias.")
-        corrected = variables | {"params": unflatten_dict(new, sep="/")}
-        return corrected | ({"batch_stats": unflatten_dict(stats, sep="/")} if stats else {})
+        new, stats = _flat(quantized), _flat(variables.get("batch_stats", {}))
+        change = {key: _tree.wide(new[key]) - _tree.wide(params[key]) for key in kernels.values()}
+        shifts = _mean_over(batches, functools.partial(measure, variables, change))
+        for path, shift in shifts.items():
+            if path in biases:
+                key = biases[path]
+                new[key] = (params[key] - shift).astype(new[key].dtype)
+            else:
+                key = means[path]
+                stats[key] = (stats[key] + shift).astype(stats[key].dtype)
+        trees = {"params": _replaced(quantized, new)}
+        if stats:
+            trees["batch_stats"] = _replaced(variables["batch_stats"], stats)
+        return {**variables, **trees}
 
-    return correct
+    return BiasCorrection(correct, left_out)
 
 
-def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> dict[str, jax.Array]:
-    """Measures G = E[x x^T] of the inputs of every Conv and Dense, for `rounding.optimized`.
+def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> Calibration[jax.Array]:
+    """Measures G = E[x x^T] of the inputs of every layer, for `rounding.optimized`.
+
+        y = W^T x  at each position, hence  E ||(W_hat - W)^T x||^2 = tr((W_hat - W)^T G (W_hat - W))
 
     Args:
       apply_fn, variables: the network at full precision.
@@ -309,31 +392,41 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
 
     Returns:
       By path of the kernel, (g, K, K): the mean over examples and positions; K is the number of inputs of one output,
-      in the order of the kernel's axes, g the number of groups of a grouped convolution.
+      in the order of the kernel's first axes, g the number of groups of a grouped convolution. x of a ConvTranspose has
+      zeros where no input reaches. `left_out` names the leaves without: those of no layer, a ConvTranspose with
+      `transpose_kernel`, a DenseGeneral with `batch_dims`.
 
     Raises:
-      ValueError: no batches, no Conv and no Dense, a Conv with a mask, or one that is a subclass.
+      ValueError: no batches, no layer, a convolution with a mask, or a layer that does not use its kernel as it is.
 
     Cost: a forward pass with K outputs in place of each layer's own, and K^2 multiplications for each position.
     """
+
+    first, batches = _peeked(batches)
+    _refuse(_look(apply_fn, variables, first).layers)
+    without: dict[str, str] = {}
 
     @jax.jit
     def measure(variables: PyTree, inputs: Any) -> dict[str, jax.Array]:
         seen = {}
 
         def watch(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
+            if why := _no_gram(module):
+                without[_join(path, "kernel")] = why
+                return outputs
             if getattr(module, "mask", None) is not None:
                 # It would mask the kernel that copies; and each output has inputs, and a matrix, of its own.
                 raise ValueError(
-                    f"`input_grams(apply_fn=...)` must have no nn.Conv with a mask; {path!r} has one. Multiply the"
-                    " kernel by it and leave it out."
+                    f"`input_grams(apply_fn=...)` must have no {_name(module)} with a mask; {path!r} has one. Multiply"
+                    " the kernel by it and leave it out."
                 )
-            kernel = module.variables["params"]["kernel"]
+            kernel = nn.meta.unbox(module.variables["params"]["kernel"])
             groups = getattr(module, "feature_group_count", 1)
-            size = math.prod(kernel.shape[:-1])
+            axes = kernel.shape[: kernel.ndim - _num_output_axes(module)]
+            size = math.prod(axes)
             # A kernel that copies: its outputs are the inputs of each position.
-            copies = jnp.tile(jnp.eye(size).reshape(*kernel.shape[:-1], size), groups)
-            x = _linear(module, copies, inputs).reshape(-1, groups, size)
+            copies = jnp.tile(jnp.eye(size).reshape(*axes, size), groups)
+            x = _linear(module, copies, inputs, features=groups * size).reshape(-1, groups, size)
             total, count = seen.get(path, (0, 0))
             seen[path] = total + jnp.einsum("ngk,ngj->gkj", x, x, precision="highest"), count + x.shape[0]
             return outputs
@@ -341,7 +434,8 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> d
         _watched(apply_fn, watch, variables, inputs)
         return {_join(path, "kernel"): total / count for path, (total, count) in seen.items()}
 
-    return _mean_over(batches, functools.partial(measure, variables))
+    grams = _mean_over(batches, functools.partial(measure, variables))
+    return Calibration(grams, _left_out(_flat(variables["params"]), set(grams), without))
 
 
 def _check_plain(apply_fn: Apply) -> None:
@@ -349,23 +443,178 @@ def _check_plain(apply_fn: Apply) -> None:
         raise TypeError("`apply_fn` must not be compiled, so that its modules are seen; give the function inside.")
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
-    return dict(flatten_dict(tree, sep="/"))
+class _Seen(NamedTuple):
+    """What a network calls.
+
+    layers: by path, why a layer does not use its kernel as it is, or may not; "" where it does.
+    others: by path, that a layer is not supported.
+    followed: of each layer with a BatchNorm after it, the path, the BatchNorm, and why it cannot be folded, or "".
+    calls: the paths of layers and BatchNorms, one for each call.
+    """
+
+    layers: dict[str, str]
+    others: dict[str, str]
+    followed: list[tuple[str, BatchNormPair, str]]
+    calls: list[str]
 
 
-def _linear(module: nn.Module, kernel: jax.Array, inputs: Any) -> jax.Array:
-    """What a Conv or Dense without bias and with another kernel makes of the inputs, wide."""
-    if type(module) not in _PLAIN:
-        raise ValueError(
-            f"`apply_fn` must call nn.Conv and nn.Dense themselves; {'/'.join(module.path)!r} is a"
-            f" {type(module).__name__}, which may not use its kernel as it is."
+def _look(apply_fn: Apply, variables: PyTree, inputs: Any) -> _Seen:
+    """Traces the network once, on variables of the same shapes: other numbers, which no module returns by chance."""
+    _check_plain(apply_fn)
+    rng = np.random.default_rng(0)
+
+    def draw(x: Any, shape: jax.ShapeDtypeStruct, first_sign: int) -> Any:
+        if not jnp.issubdtype(shape.dtype, jnp.floating):
+            return x
+        size = np.exp2(12 * rng.random(math.prod(shape.shape), np.float32) - 6)
+        size[::2] *= first_sign
+        return jnp.asarray(size.reshape(shape.shape), shape.dtype)
+
+    shapes, drawn = jax.eval_shape(lambda: variables), {}
+    for name, tree in variables.items():
+        # Weights of both signs and many sizes: a module may clip them, or take their magnitude. A variance is positive.
+        drawn[name] = jax.tree.map(
+            functools.partial(draw, first_sign=-1 if name == "params" else 1), tree, shapes[name]
         )
-    other: Any = module.clone(parent=None, name=None, features=kernel.shape[-1], use_bias=False, dtype=None)  # pyright: ignore
+    given = {name: _flat(drawn.get(name, {})) for name in ("params", "batch_stats")}
+    seen = _Seen({}, {}, [], [])
+
+    def traced(inputs: Any) -> Any:
+        trace, outputs = tracers.current_trace(), []
+
+        def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module, path = context.module, "/".join(context.module.path)
+            is_norm = isinstance(module, nn.BatchNorm)
+            if context.method_name != "__call__" or not (is_norm or isinstance(module, _LAYERS)):
+                return next_fun(*args, **kwargs)
+            seen.calls.append(path)
+            why = _INSIDE if tracers.current_trace() != trace else _why_not(module, given)
+            if is_norm:
+                x, pair = _inputs(args, kwargs), BatchNormPair(path, module.epsilon)
+                if not why and (np.atleast_1d(module.axis) % x.ndim).tolist() != [x.ndim - 1]:
+                    why = "has another axis than the last"
+                why = why and f"its BatchNorm {path!r} {why}"
+                seen.followed.extend((name, pair, its or why) for output, name, its in outputs if output is x)
+                return next_fun(*args, **kwargs)
+            if isinstance(module, _LINEAR):
+                seen.layers[path] = seen.layers.get(path) or why
+            else:
+                why = seen.others[path] = f"{_name(module)} is not supported"
+            result = next_fun(*args, **kwargs)
+            outputs.append((result, path, why or _is_transposed(module)))
+            return result
+
+        # What is made of the variables alone is computed, so that it can be compared.
+        with nn.intercept_methods(intercept), jax.ensure_compile_time_eval():
+            return apply_fn(drawn, inputs)
+
+    # A NaN from made-up numbers says nothing.
+    with jax.debug_nans(False), jax.debug_infs(False):
+        jax.eval_shape(traced, inputs)
+    return seen
+
+
+def _why_not(module: Any, given: dict[str, dict[str, Any]]) -> str:
+    """Why a layer or BatchNorm does not use its variables as they are given, or may not; "" where it does."""
+    if type(module) not in (*_LAYERS, nn.BatchNorm):
+        return f"is a {type(module).__name__}, which may not use its parameters as they are"
+    for name in _ARITHMETIC:
+        own = getattr(module, name, None)
+        if own not in (getattr(type(module), name, None), jax.lax.dot_general, jax.lax.conv_general_dilated):
+            return f"has a {name} of its own, which may not use its parameters as they are"
+    names = {"params": ("kernel", "bias", "scale"), "batch_stats": ("mean", "var")}
+    for collection, flat in given.items():
+        # The scope may be that of another module as well (nn.share_scope), and have more in it.
+        own = nn.meta.unbox(module.variables.get(collection, {}))
+        for name in (name for name in names[collection] if name in own):
+            value, key = own[name], _join("/".join(module.path), name)
+            # A network may be computed in another type than that of its variables.
+            if key not in flat or isinstance(value, Tracer) or not _are_equal(value, flat[key]):
+                return f"has another {name!r} than `variables`: nn.WeightNorm, nn.SpectralNorm or the like changes it"
+    return ""
+
+
+def _are_equal(x: jax.Array, y: jax.Array) -> bool:
+    return x.shape == y.shape and bool(np.array_equal(np.asarray(x), np.asarray(y).astype(x.dtype)))
+
+
+def _refuse(layers: Mapping[str, str]) -> None:
+    """Raises ValueError at a layer that does not use its kernel as it is, or that happens elsewhere."""
+    for path, why in layers.items():
+        if why:
+            rule = "call its layers itself" if why == _INSIDE else "have layers that use their kernels as they are"
+            raise ValueError(f"`apply_fn` must {rule}; {path!r} {why}.")
+
+
+def _left_out(params: Mapping[str, Any], covered: set[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """The leaves with two or more axes that are not covered, and why."""
+    wide = [path for path, x in params.items() if jnp.ndim(x) >= 2 and path not in covered]
+    return {path: reasons.get(path, _UNKNOWN) for path in wide}
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their path, a name for `_replaced`; never taken apart, since a key may have a "/" in it."""
+    leaves = [(_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+    flat = dict(leaves)
+    if len(flat) != len(leaves):
+        twice = next(path for path, _ in leaves if [name for name, _ in leaves].count(path) > 1)
+        raise ValueError(f"`variables` must have paths that differ; two are {twice!r}.")
+    return flat
+
+
+def _replaced(tree: PyTree, flat: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves, by path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[_path(path)], tree)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    # A box around a leaf (nn.Partitioned) has a key of another kind.
+    return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def _name(module: nn.Module) -> str:
+    return f"nn.{type(module).__name__}"
+
+
+def _num_output_axes(module: Any) -> int:
+    """How many of a kernel's last axes count its outputs."""
+    features = module.features if isinstance(module, nn.DenseGeneral) else ()
+    return len(features) if isinstance(features, Sequence) and features else 1
+
+
+def _bias_axes(module: Any, ndim: int) -> set[int]:
+    """The axes of the outputs that a bias has."""
+    if not module.use_bias or not isinstance(module, nn.DenseGeneral):
+        return {ndim - 1}
+    return {*range(_num_batch_axes(module)), *range(ndim - _num_output_axes(module), ndim)}
+
+
+def _num_batch_axes(module: nn.DenseGeneral) -> int:
+    return len(module.batch_dims) if isinstance(module.batch_dims, Sequence) else 1
+
+
+def _is_transposed(module: Any) -> str:
+    """That the last axis of a kernel does not count outputs, or ""."""
+    is_so = isinstance(module, nn.ConvTranspose) and module.transpose_kernel
+    return "nn.ConvTranspose with transpose_kernel: its last axis counts inputs" if is_so else ""
+
+
+def _no_gram(module: Any) -> str:
+    """Why no single matrix of inputs belongs to a layer's kernel, or ""."""
+    if isinstance(module, nn.DenseGeneral) and _num_batch_axes(module):
+        return "nn.DenseGeneral with batch_dims: each has inputs of its own"
+    return _is_transposed(module) if isinstance(module, _LINEAR) else f"{_name(module)} is not supported"
+
+
+def _linear(module: nn.Module, kernel: jax.Array, inputs: Any, **changes: Any) -> jax.Array:
+    """What a layer without bias and with another kernel makes of the inputs, wide."""
+    changes |= {"preferred_element_type": None} if isinstance(module, nn.ConvTranspose) else {}
+    other: Any = module.clone(parent=None, name=None, use_bias=False, dtype=None, **changes)  # pyright: ignore
     return other.apply({"params": {"kernel": kernel}}, _tree.wide(inputs))
 
 
 def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any) -> Any:
-    """`apply_fn(variables, inputs)`, each Conv and Dense giving `watch(module, path, inputs, outputs)` instead."""
+    """`apply_fn(variables, inputs)`, each layer giving `watch(module, path, inputs, outputs)` instead."""
     _check_plain(apply_fn)
     seen, is_watching, trace = 0, False, tracers.current_trace()
 
@@ -373,13 +622,10 @@ def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any
         nonlocal seen, is_watching
         module, path = context.module, "/".join(context.module.path)
         # What `watch` calls is not watched.
-        if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or is_watching:
+        if context.method_name != "__call__" or not isinstance(module, _LAYERS) or is_watching:
             return next_fun(*args, **kwargs)
         if tracers.current_trace() != trace:
-            raise ValueError(
-                f"`apply_fn` must call its layers itself; {path!r} is inside jit, nn.scan or nn.remat, where what"
-                " happens to it would stay."
-            )
+            _refuse({path: _INSIDE})
         outputs = next_fun(*args, **kwargs)
         seen, is_watching = seen + 1, True
         try:
@@ -395,7 +641,7 @@ def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any
 
 
 def _inputs(args: Any, kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else kwargs["x" if "x" in kwargs else "inputs"]
 
 
 def _join(path: str, name: str) -> str:
@@ -406,8 +652,16 @@ def _join(path: str, name: str) -> str:
 def _over(batches: Iterable[Any], function: Callable[[Any], Any]) -> list[Any]:
     results = [function(inputs) for inputs in batches]
     if not results:
-        raise ValueError("`batches` must hold at least one batch; got none.")
+        raise ValueError(_NO_BATCH)
     return results
+
+
+def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and all of them."""
+    rest = iter(batches)
+    for first in rest:
+        return first, itertools.chain([first], rest)
+    raise ValueError(_NO_BATCH)
 
 
 def _mean_over(batches: Iterable[Any], function: Callable[[Any], PyTree]) -> PyTree:
@@ -418,5 +672,5 @@ def _mean_over(batches: Iterable[Any], function: Callable[[Any], PyTree]) -> PyT
         part = _tree.scale(size, function(inputs))
         total, count = part if total is None else _tree.add(total, part), count + size
     if total is None:
-        raise ValueError("`batches` must hold at least one batch; got none.")
+        raise ValueError(_NO_BATCH)
     return _tree.scale(1 / count, total)

@@ -4,11 +4,14 @@ Of a layer y = W^T x with inputs x from a few batches, the mean squared error of
 
     E ||(W_hat - W)^T x||^2 = tr((W_hat - W)^T G (W_hat - W)),      G = E[x x^T]   (K x K, K inputs of a weight column)
 
-so that the inputs are needed once, for G. Rounding to nearest minimises it for G = I only.
+so that the inputs are needed once, for G. Rounding to nearest minimises it for G = I only. The K inputs are the first
+axes of a kernel: all but the last of most; in an attention the first of (inputs, heads, head_dim) and the first two of
+(heads, head_dim, outputs). K itself says how many axes they are.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 
 from hero_jax import _check, _tree
 from hero_jax.quantize import _grid, weights
-from hero_jax.quantize.spec import QuantSpec, paths_of
+from hero_jax.quantize.spec import QuantSpec, paths_of, stacked_leaves
 
 PyTree = Any
 
@@ -44,7 +47,8 @@ def optimized(
       params, bits, spec, mask: as in `fake_quantize`; `bits` may be traced.
       grams: by path of a kernel ("conv/kernel"), G of shape (g, K, K): the mean of x x^T over examples and positions
         for each of the g groups of output channels (1 unless the convolution is grouped), x in the order of the
-        kernel's axes but the last. `linen.input_grams` measures them. Leaves without one are rounded to nearest.
+        kernel's first axes, whose product is K. For leaves that `spec.stacked` names, (L, g, K, K). Leaves without one
+        are rounded to nearest. `linen.input_grams` measures them, except of stacks.
       num_sweeps: passes over the weights.
 
     Returns:
@@ -71,10 +75,10 @@ def optimized(
     _check.integer("optimized(num_sweeps=...)", num_sweeps, low=1)
     plan = weights.plan_of("optimized", params, bits, spec, mask)
 
-    def leaf(w: jax.Array, entry: tuple[Any, jax.Array | None]) -> jax.Array:
-        return _grid.decode(*_codes(w, *entry, spec, num_sweeps)).astype(w.dtype)
+    def leaf(w: jax.Array, entry: tuple[Any, jax.Array | None], is_stacked: bool) -> jax.Array:
+        return _grid.decode(*_codes(w, *entry, spec, is_stacked, num_sweeps)).astype(w.dtype)
 
-    return weights.map_selected(leaf, params, _with_grams("optimized", params, plan, grams))
+    return weights.map_selected(leaf, params, _with_grams("optimized", params, plan, grams, spec), spec)
 
 
 def quantized(
@@ -112,17 +116,17 @@ def quantized(
     _check.integer("quantized(num_sweeps=...)", num_sweeps, low=1)
     plan = weights.static("quantized", weights.plan_of("quantized", params, bits, spec, mask), "optimized")
 
-    def leaf(w: jax.Array, entry: tuple[int, jax.Array | None]) -> weights.QuantizedArray:
-        return weights.packed(w, entry[0], spec, *_codes(w, *entry, spec, num_sweeps))
+    def leaf(w: jax.Array, entry: tuple[int, jax.Array | None], is_stacked: bool) -> weights.QuantizedArray:
+        return weights.packed(w, entry[0], spec, *_codes(w, *entry, spec, is_stacked, num_sweeps))
 
-    return weights.map_selected(leaf, params, _with_grams("quantized", params, plan, grams))
+    return weights.map_selected(leaf, params, _with_grams("quantized", params, plan, grams, spec), spec)
 
 
 def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
     """The objective: tr((w_hat - w)^T G (w_hat - w)), summed over groups.
 
     Args:
-      w, w_hat: a kernel (..., I, O), before and after.
+      w, w_hat: a kernel, before and after; not a stack of them.
       gram: (g, K, K) as in `optimized`.
 
     Returns:
@@ -132,26 +136,31 @@ def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
     >>> output_error(jnp.array([[1.0], [0.4]]), jnp.array([[1.0], [0.0]]), jnp.diag(jnp.array([1.0, 3.0]))[None])
     Array(0.48000002, dtype=float32)
     """
-    rest = _columns(_tree.wide(w_hat) - _tree.wide(w), gram.shape[0])
+    rest = _columns(_tree.wide(w_hat) - _tree.wide(w), gram)
     return jnp.einsum("gko,gkj,gjo->", rest, gram.astype(rest.dtype), rest, precision="highest")
 
 
 def _codes(
-    w: jax.Array, bits: Any, gram: jax.Array | None, spec: QuantSpec, num_sweeps: int
+    w: jax.Array, bits: Any, gram: jax.Array | None, spec: QuantSpec, is_stacked: bool, num_sweeps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes in floating point, scale and zero point of a leaf."""
     wide = _tree.wide(w)
-    scale, zero_point = _grid.fit(wide, bits, spec)
+    scale, zero_point = _grid.fit(wide, bits, spec, is_stacked)
     codes = _grid.encode(wide, scale, zero_point, bits, spec)
     if gram is None:
         return codes, scale, zero_point
     position = _grid.encode(wide, scale, zero_point, bits, spec, jnp.clip)  # not rounded
-    groups = gram.shape[0]
     step = jnp.broadcast_to(_grid.decode(jnp.ones_like(wide), scale, None), w.shape)
     rest = _grid.decode(codes, scale, zero_point) - wide
-    columns = [_columns(x, groups) for x in (step, rest, codes, jnp.floor(position), jnp.ceil(position))]
-    codes = jax.vmap(lambda g, *x: _descend(g, *x, num_sweeps=num_sweeps))(gram.astype(wide.dtype), *columns)
-    return _from_columns(codes, w.shape), scale, zero_point
+
+    def descend(gram: jax.Array, *leaves: jax.Array) -> jax.Array:
+        columns = [_columns(x, gram) for x in leaves]
+        codes = jax.vmap(functools.partial(_descend, num_sweeps=num_sweeps))(gram, *columns)
+        return _from_columns(codes, leaves[0].shape)
+
+    descend = jax.vmap(descend) if is_stacked else descend
+    codes = descend(gram.astype(wide.dtype), step, rest, codes, jnp.floor(position), jnp.ceil(position))
+    return codes, scale, zero_point
 
 
 def _descend(
@@ -172,7 +181,7 @@ def _descend(
         change = jnp.where((gram[i, i] > 0) & (step[i] > 0), -pull[i] / (gram[i, i] * step[i]), 0)
         new = jnp.where(codes[i] + change > (low[i] + high[i]) / 2, high[i], low[i])
         new = jnp.where(change == 0, codes[i], new)
-        pull = pull + gram[:, i, None] * ((new - codes[i]) * step[i])
+        pull = pull + gram[:, i, None] * ((new - codes[i]) * step[i])[None]
         return codes.at[i].set(new), pull
 
     def sweep(_: Any, codes: jax.Array) -> jax.Array:
@@ -184,33 +193,45 @@ def _descend(
     return jax.lax.fori_loop(0, num_sweeps, sweep, codes)
 
 
-def _columns(w: jax.Array, groups: int) -> jax.Array:
-    """A kernel (..., I, O) as (groups, K, O / groups); output channels of a group are neighbours."""
-    flat = w.reshape(math.prod(w.shape[:-1]), groups, w.shape[-1] // groups)
-    return flat.transpose(1, 0, 2)
+def _columns(w: jax.Array, gram: jax.Array) -> jax.Array:
+    """A kernel as (groups, K, outputs / groups); output channels of a group are neighbours."""
+    groups, inputs = gram.shape[:2]
+    outputs = math.prod(w.shape[_input_axes(w.shape, inputs) :])
+    return w.reshape(inputs, groups, outputs // groups).transpose(1, 0, 2)
 
 
 def _from_columns(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return columns.transpose(1, 0, 2).reshape(shape)
 
 
+def _input_axes(shape: tuple[int, ...], inputs: int) -> int:
+    """How many of a kernel's first axes make its inputs, the last never; 0 where none do."""
+    return next((n for n in range(len(shape) - 1, 0, -1) if math.prod(shape[:n]) == inputs), 0)
+
+
 def _with_grams(
-    name: str, params: PyTree, plan: list[Any], grams: Mapping[str, jax.Array]
+    name: str, params: PyTree, plan: list[Any], grams: Mapping[str, jax.Array], spec: QuantSpec
 ) -> list[tuple[Any, jax.Array | None] | None]:
     """For each leaf its bit width and its matrix, or None; None where it passes through."""
     paths = paths_of(params)
     if not any(path in grams for path, width in zip(paths, plan, strict=True) if width is not None):
         raise ValueError(f"`{name}(grams=...)` must have a path that is quantized; got {sorted(grams)[:3]}.")
-    for path, w, width in zip(paths, jax.tree.leaves(params), plan, strict=True):
+    stacks = stacked_leaves(params, spec)
+    for path, w, width, is_stacked in zip(paths, jax.tree.leaves(params), plan, stacks, strict=True):
         if width is not None and path in grams:
-            _check_gram(name, path, grams[path], w)
+            _check_gram(name, path, grams[path], w, is_stacked)
     return [None if width is None else (width, grams.get(path)) for path, width in zip(paths, plan, strict=True)]
 
 
-def _check_gram(name: str, path: str, gram: jax.Array, w: jax.Array) -> None:
-    inputs = math.prod(w.shape[:-1])
-    if w.ndim < 2 or gram.ndim != 3 or gram.shape[1:] != (inputs, inputs) or w.shape[-1] % gram.shape[0]:
+def _check_gram(name: str, path: str, gram: jax.Array, w: jax.Array, is_stacked: bool) -> None:
+    stack, shape = (w.shape[:1], w.shape[1:]) if is_stacked else ((), w.shape)
+    each = gram.shape[len(stack) :]
+    # Only the last axis has groups: K is then all the others.
+    fits = len(each) == 3 and each[1] == each[2] and _input_axes(shape, each[1]) > 0
+    fits = fits and (each[0] == 1 or (math.prod(shape[:-1]) == each[1] and each[0] > 0 and shape[-1] % each[0] == 0))
+    if not fits or gram.shape[: len(stack)] != stack:
+        sizes = " or ".join(dict.fromkeys(str(math.prod(shape[:n])) for n in range(len(shape) - 1, 0, -1)))
         raise ValueError(
-            f"`{name}(grams=...)[{path!r}]` must be (groups, K, K) with K = {inputs} and groups that divide the"
-            f" output channels; got {gram.shape} for a kernel of shape {w.shape}."
+            f"`{name}(grams=...)[{path!r}]` must be {f'({stack[0]}, groups' if stack else '(groups'}, K, K) with K ="
+            f" {sizes} and groups that divide the output channels; got {gram.shape} for a kernel of shape {w.shape}."
         )

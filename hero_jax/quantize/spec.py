@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from hero_jax import _check, _tree
+from hero_jax import _check
 
 PyTree = Any
 
@@ -39,9 +40,9 @@ class QuantSpec:
       granularity: what has a scale of its own. "channel": each entry of the last axis, the output channel of Flax
         Dense, Conv, depthwise and grouped kernels. "group": each `group_size` consecutive entries of the last axis but
         one, the input channel, at every position of the other axes; a depthwise kernel has one input channel, hence a
-        scale for every weight: leave it out there. "tensor": the leaf. Layers stacked by a scan share scales by
-        "channel": give `fake_quantize` under `jax.vmap` the stack. A leaf with fewer than two
-        axes always has one scale.
+        scale for every weight: leave it out there. "tensor": the leaf. A leaf with fewer than two axes always has one
+        scale. Of a kernel with several axes of outputs, such as (inputs, heads, head_dim) of an attention, "channel"
+        is the last of them: heads share the scales.
       grid: "narrow", "full" or "stretched".
       symmetric: False for the asymmetric grid, which uses all codes: `grid` must then be "full".
       range_rule: "max": m = max |w|, or lo = min(w, 0) and hi = max(w, 0). "percentile": the `percentile` of |w|, or
@@ -54,6 +55,10 @@ class QuantSpec:
         stacked by a scan have two axes as well: name patterns there.
       overrides: pairs of a pattern and a bit width that the leaves it matches have at every point of a sweep, or None
         to leave them as they are: `(("conv/*", 8), ("head/*", None))`. The last that matches counts.
+      stacked: patterns of the leaves whose first axis counts layers, such as the (L, I, O) kernels of `nn.scan`:
+        `("layers/*",)`. Each layer has its own scales, as if it were quantized alone, and that axis is not counted
+        where the number of axes matters: biases (L, O) stay as they are by default. Otherwise the layers of a stack
+        share scales by "channel" and "tensor". Operations are those of as many leaves as there are layers.
 
     Raises:
       ValueError, TypeError: a value that is not among those above, or given where it has no meaning.
@@ -64,6 +69,8 @@ class QuantSpec:
     'group32-asymmetric-mse'
     >>> QuantSpec(overrides=(("head/*", 8), ("conv/*", None))).name
     'channel-narrow+head/*@8+conv/*@full'
+    >>> QuantSpec(stacked=("layers/*",)).name
+    "channel-narrow+stacked['layers/*']"
     """
 
     granularity: str = "channel"
@@ -74,6 +81,7 @@ class QuantSpec:
     group_size: int | None = None
     leaves: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int | None], ...] = ()
+    stacked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check.one_of("QuantSpec(granularity=...)", self.granularity, GRANULARITIES)
@@ -91,8 +99,10 @@ class QuantSpec:
         _goes_with("group_size", self.group_size, "granularity", self.granularity, "group")
         if self.group_size is not None:
             _check.integer("QuantSpec(group_size=...)", self.group_size, low=1)
-        if not isinstance(self.leaves, tuple) or not all(isinstance(x, str) for x in self.leaves):
-            raise TypeError(f"`QuantSpec(leaves=...)` must be a tuple of patterns; got {_check.brief(self.leaves)}.")
+        for field in ("leaves", "stacked"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or not all(isinstance(x, str) for x in value):
+                raise TypeError(f"`QuantSpec({field}=...)` must be a tuple of patterns; got {_check.brief(value)}.")
         for pair in self.overrides if isinstance(self.overrides, tuple) else (self.overrides,):
             if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise TypeError(
@@ -111,11 +121,12 @@ class QuantSpec:
             parts.append("mse" if self.percentile is None else f"p{self.percentile!r}")
         leaves = f"+only[{','.join(map(repr, self.leaves))}]" if self.leaves else ""
         fixed = "".join(f"+{pattern}@{'full' if bits is None else bits}" for pattern, bits in self.overrides)
-        return "-".join(parts) + leaves + fixed
+        stacked = f"+stacked[{','.join(map(repr, self.stacked))}]" if self.stacked else ""
+        return "-".join(parts) + leaves + fixed + stacked
 
 
 def named(name: str) -> QuantSpec:
-    """The specification of a name: what `QuantSpec.name` gives without leaves and overrides, or one of `PRESETS`.
+    """The specification of a name: what `QuantSpec.name` gives without patterns, or one of `PRESETS`.
 
     Raises:
       ValueError: an unknown name.
@@ -125,7 +136,7 @@ def named(name: str) -> QuantSpec:
     >>> named("group32-asymmetric-p99.9")
     ... # doctest: +NORMALIZE_WHITESPACE
     QuantSpec(granularity='group', grid='full', symmetric=False, range_rule='percentile', percentile=99.9,
-              group_size=32, leaves=(), overrides=())
+              group_size=32, leaves=(), overrides=(), stacked=())
     """
     if not isinstance(name, str):
         raise TypeError(f"`spec` must be a name; got {_check.brief(name)}.")
@@ -162,16 +173,16 @@ def select(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[
         raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
     _check.floating_tree("params", params)
     paths = paths_of(params)
+    stacks = stacked_leaves(params, spec)
     if mask is not None and spec.leaves:
         raise ValueError(f"`{name}(mask=...)` and `QuantSpec(leaves=...)` both name leaves; give one of them.")
     if spec.leaves:
-        matched = [[fnmatch.fnmatchcase(path, pattern) for path in paths] for pattern in spec.leaves]
-        for pattern, hits in zip(spec.leaves, matched, strict=True):
-            if not any(hits):
-                raise ValueError(_no_match("leaves", pattern, "", paths))
-        chosen = [any(hits) for hits in zip(*matched, strict=True)]
+        chosen = _matches("leaves", spec.leaves, paths)
     else:
-        chosen = jax.tree.leaves(_check.bool_tree(f"{name}(mask=...)", _tree.kernels if mask is None else mask, params))
+        if mask is None:
+            leaves, structure = jax.tree.flatten(params)
+            mask = structure.unflatten([jnp.ndim(x) - s >= 2 for x, s in zip(leaves, stacks, strict=True)])
+        chosen = jax.tree.leaves(_check.bool_tree(f"{name}(mask=...)", mask, params))
     for pattern, _ in spec.overrides:
         if not any(fnmatch.fnmatchcase(path, pattern) for path, c in zip(paths, chosen, strict=True) if c):
             raise ValueError(_no_match("overrides", pattern, "selected ", paths))
@@ -199,6 +210,18 @@ def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> 
     return [_override(path, spec, width) for path, width in zip(paths_of(params), widths, strict=True)]
 
 
+def stacked_leaves(params: PyTree, spec: QuantSpec) -> list[bool]:
+    """For every leaf, whether its first axis counts layers; raises ValueError at a pattern that matches nothing."""
+    paths = paths_of(params)
+    stacks = _matches("stacked", spec.stacked, paths)
+    for path, w, is_stacked in zip(paths, jax.tree.leaves(params), stacks, strict=True):
+        if is_stacked and not jnp.ndim(w):
+            raise ValueError(
+                f"`QuantSpec(stacked=...)` must name leaves whose first axis counts layers; {path!r} has no axis."
+            )
+    return stacks
+
+
 def paths_of(tree: PyTree) -> list[str]:
     """The paths of the leaves, such as "stage1_block1/conv1/kernel"."""
     return [
@@ -211,6 +234,14 @@ def _override(path: str, spec: QuantSpec, bits: Any) -> Any:
         if fnmatch.fnmatchcase(path, pattern):
             bits = fixed
     return bits
+
+
+def _matches(field: str, patterns: tuple[str, ...], paths: list[str]) -> list[bool]:
+    """For every path, whether one of the patterns matches it."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(_no_match(field, pattern, "", paths))
+    return [any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
 
 
 def _no_match(field: str, pattern: str, kind: str, paths: list[str]) -> str:

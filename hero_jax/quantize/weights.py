@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from hero_jax import _check, _tree
 from hero_jax.quantize import _grid
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, bits_of_leaves, paths_of, select
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, bits_of_leaves, paths_of, select, stacked_leaves
 
 PyTree = Any
 
@@ -29,7 +29,8 @@ class QuantizedArray:
     A pytree with the fields codes, scale and zero_point.
 
     codes: int8 (int16 above 8 bits), in the shape of the leaf.
-    scale: float32, as many axes as the leaf: ones by tensor, (1, ..., 1, O) by channel, (..., I / n, O) by group.
+    scale: float32, as many axes as the leaf: ones by tensor, (1, ..., 1, O) by channel, (..., I / n, O) by group;
+      (L, ...) for a stack of L layers.
     zero_point: of the type of `codes`, in the shape of `scale`; None for a symmetric grid.
     bits: bit width of the codes. Static.
     dtype: name of the type of the leaf, such as "float32". Static.
@@ -122,11 +123,11 @@ def quantize(
     """
     plan = static("quantize", plan_of("quantize", params, bits, spec, mask), "fake_quantize")
 
-    def leaf(w: jax.Array, width: int) -> QuantizedArray:
-        scale, zero_point = _grid.fit(w, width, spec)
+    def leaf(w: jax.Array, width: int, is_stacked: bool) -> QuantizedArray:
+        scale, zero_point = _grid.fit(w, width, spec, is_stacked)
         return packed(w, width, spec, _grid.encode(w, scale, zero_point, width, spec), scale, zero_point)
 
-    return map_selected(leaf, params, plan)
+    return map_selected(leaf, params, plan, spec)
 
 
 def dequantize(tree: PyTree) -> PyTree:
@@ -191,15 +192,17 @@ def rounding_noise(
     plan = plan_of("rounding_noise", params, bits, spec, mask)
     leaves, structure = jax.tree.flatten(params)
 
-    def leaf(key: jax.Array, w: jax.Array, width: Any) -> jax.Array:
+    def leaf(key: jax.Array, w: jax.Array, width: Any, is_stacked: bool) -> jax.Array:
         if width is None:
             return jnp.zeros_like(w)
-        scale, _ = _grid.fit(w, width, spec)
+        scale, _ = _grid.fit(w, width, spec, is_stacked)
         draw = jax.random.uniform(key, w.shape, scale.dtype, -0.5, 0.5)
         return _grid.decode(draw, scale, None).astype(w.dtype)
 
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([leaf(*each) for each in zip(keys, map(jnp.asarray, leaves), plan, strict=True)])
+    stacks = stacked_leaves(params, spec)
+    each = zip(keys, map(jnp.asarray, leaves), plan, stacks, strict=True)
+    return structure.unflatten([leaf(*arguments) for arguments in each])
 
 
 def packed(
@@ -215,15 +218,15 @@ def packed(
 def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: bool = False) -> PyTree:
     """`fake_quantize` with the bit width of every leaf, None where it passes through."""
 
-    def leaf(w: jax.Array, width: Any) -> jax.Array:
-        scale, zero_point = _grid.fit(w, width, spec)
+    def leaf(w: jax.Array, width: Any, is_stacked: bool) -> jax.Array:
+        scale, zero_point = _grid.fit(w, width, spec, is_stacked)
         if straight_through:
             scale, zero_point = jax.lax.stop_gradient((scale, zero_point))
         snap = _grid.straight_through if straight_through else _grid.nearest
         codes = _grid.encode(w, scale, zero_point, width, spec, snap)
         return _grid.decode(codes, scale, zero_point).astype(w.dtype)
 
-    return map_selected(leaf, params, plan)
+    return map_selected(leaf, params, plan, spec)
 
 
 def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[jax.Array, jax.Array]:
@@ -246,14 +249,14 @@ def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
     """
     entries = code_bits = 0
     ideal = stored = 0.0
-    for w, width in zip(jax.tree.leaves(params), plan, strict=True):
+    for w, width, is_stacked in zip(jax.tree.leaves(params), plan, stacked_leaves(params, spec), strict=True):
         n = math.prod(jnp.shape(w))
         if width is None:
             nbytes = n * jnp.result_type(w).itemsize
             ideal, stored = ideal + nbytes, stored + nbytes
             continue
         width = int(width)
-        scales = math.prod(_grid.scale_shape(jnp.shape(w), spec))
+        scales = math.prod(_grid.scale_shape(jnp.shape(w), spec, is_stacked))
         entries, code_bits = entries + n, code_bits + n * width
         ideal += n * width / 8
         stored += -(-n * width // 8) + scales * (4 + (0 if spec.symmetric else 1 if width <= 8 else 2))
@@ -271,10 +274,12 @@ def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any)
     """The bit width of every leaf, None where it passes through; raises what `fake_quantize` raises."""
     chosen = jax.tree.leaves(select(name, params, spec, mask))
     widths = bits_of_leaves(name, params, bits, spec)
-    for path, w, width, c in zip(paths_of(params), jax.tree.leaves(params), widths, chosen, strict=True):
+    stacks = stacked_leaves(params, spec)
+    each = zip(paths_of(params), jax.tree.leaves(params), widths, chosen, stacks, strict=True)
+    for path, w, width, c, is_stacked in each:
         if c:
             _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
-            _grid.check_groups(path, jnp.shape(w), spec)
+            _grid.check_groups(path, jnp.shape(w), spec, is_stacked)
             if jnp.finfo(jnp.result_type(w)).bits < 16:
                 raise TypeError(f"`params` must have 16 bits or more where quantized; {path!r} is {w.dtype}.")
     return [width if c else None for width, c in zip(widths, chosen, strict=True)]
@@ -292,9 +297,10 @@ def static(name: str, plan: list[Any], twin: str) -> list[int | None]:
     return [None if width is None else int(width) for width in plan]
 
 
-def map_selected(leaf: Callable[[jax.Array, Any], Any], params: PyTree, plan: list[Any]) -> PyTree:
-    """The tree with `leaf(w, entry)` in place of each leaf whose entry of `plan` is not None."""
+def map_selected(
+    leaf: Callable[[jax.Array, Any, bool], Any], params: PyTree, plan: list[Any], spec: QuantSpec
+) -> PyTree:
+    """The tree with `leaf(w, entry, is_stacked)` in place of each leaf whose entry of `plan` is not None."""
     leaves, structure = jax.tree.flatten(params)
-    return structure.unflatten(
-        [w if entry is None else leaf(jnp.asarray(w), entry) for w, entry in zip(leaves, plan, strict=True)]
-    )
+    each = zip(leaves, plan, stacked_leaves(params, spec), strict=True)
+    return structure.unflatten([w if entry is None else leaf(jnp.asarray(w), entry, s) for w, entry, s in each])
