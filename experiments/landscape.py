@@ -117,7 +117,7 @@ def around(config: LandscapeConfig, network: Network, report: Report) -> dict[st
         return network.trainer.evaluate(network.variables | {"params": params}, network.train)
 
     key = jax.random.key(config.seed)
-    directions = [landscape.filter_normalized(jax.random.fold_in(key, i), params) for i in range(config.directions)]
+    directions = [landscape.filter_normalized(params, jax.random.fold_in(key, i)) for i in range(config.directions)]
     steps = np.linspace(-config.radius, config.radius, config.points)
     center = loss_fn(params)
     lines = []

@@ -68,7 +68,9 @@ def direction(
 
 def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
     """u of a step: uniform within a bin of the grid of `noise_bits` bits on the kernels, 0 elsewhere; None without."""
-    return None if config.noise_bits is None else quantize.rounding_noise(key, params, config.noise_bits, NOISE_SPEC)
+    return (
+        None if config.noise_bits is None else quantize.rounding_noise(params, config.noise_bits, key, spec=NOISE_SPEC)
+    )
 
 
 def averaged(config: TrainConfig, average: PyTree, variables: PyTree, step: jax.Array) -> PyTree:

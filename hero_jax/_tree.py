@@ -100,7 +100,7 @@ def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
 
 
 def nan_where(is_missing: jax.Array, x: jax.Array) -> jax.Array:
-    """NaN where `is_missing`, `x` elsewhere: a mark in a result, which `jax_debug_nans` is not to take for an accident."""
+    """NaN where `is_missing`, `x` elsewhere: a mark in a result, no accident for `jax_debug_nans` to stop at."""
     with jax.debug_nans(False):
         return jnp.where(is_missing, jnp.nan, x)
 

@@ -58,7 +58,7 @@ class Plane(NamedTuple):
     finite: np.ndarray
 
 
-def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1) -> PyTree:
+def filter_normalized(params: PyTree, key: jax.Array, *, channel_axis: int = -1) -> PyTree:
     """Draws a random direction, each of its filters as long as that of the weights.
 
         d_f = ||w_f|| z_f / ||z_f||,   z standard normal, w_f the weights of one output (a filter), Frobenius norms
@@ -72,8 +72,8 @@ def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1)
     directions that are nearly orthogonal where there are many weights, not exactly.
 
     Args:
-      key: of z. Where each entry of z goes depends on the shapes and the order of all leaves of `params`.
       params: pytree of floating-point arrays, w.
+      key: of z. Where each entry of z goes depends on the shapes and the order of all leaves of `params`.
       channel_axis: the axis that counts filters: -1 for Flax kernels (..., inputs, outputs), 0 where the outputs come
         first (PyTorch, Equinox). Static.
 
@@ -88,7 +88,7 @@ def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1)
 
     >>> import jax, jax.numpy as jnp
     >>> w = {"kernel": jnp.array([[3.0, 0.0, 1.0], [4.0, 0.0, 2.0]]), "bias": jnp.array([5.0, 6.0, 7.0])}
-    >>> d = filter_normalized(jax.random.key(0), w)
+    >>> d = filter_normalized(w, jax.random.key(0))
     >>> print(jnp.linalg.norm(d["kernel"], axis=0).round(3), d["bias"])
     [5.    0.    2.236] [0. 0. 0.]
 
@@ -102,7 +102,7 @@ def filter_normalized(key: jax.Array, params: PyTree, *, channel_axis: int = -1)
     if not axes:
         raise ArgumentError("`params` must have a leaf with two axes or more, which has filters; got none.")
     _check.integer("filter_normalized(channel_axis=...)", channel_axis, low=-min(axes), high=min(axes) - 1)
-    return _filter_normalized(key, params, channel_axis)
+    return _filter_normalized(params, key, channel_axis)
 
 
 def line(eval_fn: EvalFn, params: PyTree, direction: PyTree, steps: Steps, *, report: Report | None = None) -> Line:
@@ -297,7 +297,7 @@ def _evaluate(
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _filter_normalized(key: jax.Array, params: PyTree, channel_axis: int) -> PyTree:
+def _filter_normalized(params: PyTree, key: jax.Array, channel_axis: int) -> PyTree:
     def normalized(z: jax.Array, w: jax.Array) -> jax.Array:
         if w.ndim < 2:
             return jnp.zeros_like(z)

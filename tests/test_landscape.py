@@ -48,7 +48,7 @@ def filters_of(x, axis=-1):
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_filters_have_the_norms_of_the_weights(x64, axis):
     params = convnet_tree(jnp.float64)
-    direction = landscape.filter_normalized(KEY, params, channel_axis=axis)
+    direction = landscape.filter_normalized(params, KEY, channel_axis=axis)
     for d, w in zip(jax.tree.leaves(direction), jax.tree.leaves(params), strict=True):
         assert (d.shape, d.dtype) == (w.shape, w.dtype)
         if w.ndim < 2:
@@ -63,7 +63,7 @@ def test_filters_have_the_norms_of_the_weights(x64, axis):
 
 def test_same_key_gives_parallel_filters_to_networks_of_the_same_shapes(x64):
     first, second = (convnet_tree(jnp.float64, seed) for seed in (1, 2))
-    d1, d2 = (landscape.filter_normalized(KEY, params) for params in (first, second))
+    d1, d2 = (landscape.filter_normalized(params, KEY) for params in (first, second))
     for x, y in zip(jax.tree.leaves(d1), jax.tree.leaves(d2), strict=True):
         if x.ndim >= 2:
             a, b = filters_of(x), filters_of(y)
@@ -74,7 +74,7 @@ def test_same_key_gives_parallel_filters_to_networks_of_the_same_shapes(x64):
 
 def test_direction_depends_on_the_key_alone():
     params = convnet_tree()
-    first, again, other = (landscape.filter_normalized(jax.random.key(i), params) for i in (0, 0, 1))
+    first, again, other = (landscape.filter_normalized(params, jax.random.key(i)) for i in (0, 0, 1))
     problems.assert_close(first, again, rtol=0)
     kernel, other_kernel = (filters_of(x["conv"]["kernel"]) for x in (first, other))
     cosines = (kernel * other_kernel).sum(1) / np.linalg.norm(kernel, axis=1) / np.linalg.norm(other_kernel, axis=1)
@@ -84,7 +84,7 @@ def test_direction_depends_on_the_key_alone():
 
 def test_entries_are_normal_before_they_are_normalized():
     w = jnp.full((4000, 2), 0.5)
-    z = np.asarray(landscape.filter_normalized(KEY, w)) / 0.5
+    z = np.asarray(landscape.filter_normalized(w, KEY)) / 0.5
     # The norm of 4000 normal entries is that of as many ones, to 1 %.
     moments = z.mean(), z.var(), (z**4).mean()
     np.testing.assert_allclose(moments, (0, 1, 3), atol=0.25)
@@ -92,7 +92,7 @@ def test_entries_are_normal_before_they_are_normalized():
 
 def test_zero_filters_and_empty_leaves_give_zeros():
     params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "none": jnp.zeros((0, 3))}
-    direction = landscape.filter_normalized(KEY, params)
+    direction = landscape.filter_normalized(params, KEY)
     np.testing.assert_allclose(np.linalg.norm(direction["kernel"], axis=0), [5, 0], rtol=1e-6)
     assert direction["none"].shape == (0, 3)
 
@@ -100,7 +100,7 @@ def test_zero_filters_and_empty_leaves_give_zeros():
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_norms_neither_overflow_nor_underflow(size):
     w = size * jnp.array([[3.0, 1.0], [4.0, 2.0]])
-    norms = np.linalg.norm(np.asarray(landscape.filter_normalized(KEY, w), np.float64), axis=0)
+    norms = np.linalg.norm(np.asarray(landscape.filter_normalized(w, KEY), np.float64), axis=0)
     np.testing.assert_allclose(norms / size, [5, 5**0.5], rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_norms_neither_overflow_nor_underflow(size):
 def test_low_precision_leaves_have_float32_norms(dtype):
     # The squares of 1000 entries of 20 overflow float16, and a bfloat16 sum stops growing at 256 equal terms.
     w = jnp.full((1000, 3), 20.0, dtype)
-    direction = landscape.filter_normalized(KEY, {"kernel": w, "bias": jnp.ones(3, dtype)})
+    direction = landscape.filter_normalized({"kernel": w, "bias": jnp.ones(3, dtype)}, KEY)
     assert {x.dtype for x in jax.tree.leaves(direction)} == {jnp.dtype(jnp.float32)}
     norms = np.linalg.norm(np.asarray(direction["kernel"], np.float64), axis=0)
     np.testing.assert_allclose(norms, 20 * 1000**0.5, rtol=1e-5)
@@ -126,7 +126,7 @@ def test_rescaled_layers_have_the_same_picture(x64):
 
     steps = np.linspace(-1, 1, 7)
     first, second = (
-        landscape.line(loss_fn, p, landscape.filter_normalized(KEY, p), steps).values for p in (params, scaled)
+        landscape.line(loss_fn, p, landscape.filter_normalized(p, KEY), steps).values for p in (params, scaled)
     )
     np.testing.assert_allclose(first, second, rtol=1e-10)
 
@@ -198,7 +198,7 @@ def test_function_that_loops_on_the_host_agrees_with_a_jitted_one():
     inputs = np.asarray(jax.random.normal(jax.random.key(2), (23, 5)))
     labels = np.arange(23) % 3
     params = jax.random.normal(jax.random.key(3), (5, 3))
-    direction = landscape.filter_normalized(KEY, params)
+    direction = landscape.filter_normalized(params, KEY)
     evaluate = classifier(lambda w, x: x @ w, batch_size=8)
 
     @jax.jit
@@ -220,7 +220,7 @@ def test_compiles_once():
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
 
     params = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "bias": jnp.ones(3, jnp.bfloat16)}
-    directions = [landscape.filter_normalized(jax.random.key(i), params) for i in range(2)]
+    directions = [landscape.filter_normalized(params, jax.random.key(i)) for i in range(2)]
     before = landscape._moved._cache_size()
     landscape.line(loss_fn, params, directions[0], [0, 1, 0.5])
     landscape.line(loss_fn, params, directions[1], np.float32([2]))
@@ -268,10 +268,10 @@ def test_weights_split_over_devices_stay_split():
     whole = jax.random.normal(jax.random.key(2), (16, 3))
     w = jax.device_put(whole, sharding)
     seen = []
-    direction = landscape.filter_normalized(KEY, w)
+    direction = landscape.filter_normalized(w, KEY)
     found = landscape.line(lambda w: (seen.append(w.sharding), jnp.sum(w**2))[1], w, direction, [0.5])
     assert seen[0].is_equivalent_to(sharding, 2)
-    expected = landscape.line(lambda w: jnp.sum(w**2), whole, landscape.filter_normalized(KEY, whole), [0.5])
+    expected = landscape.line(lambda w: jnp.sum(w**2), whole, landscape.filter_normalized(whole, KEY), [0.5])
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-5)
 
 
@@ -316,13 +316,13 @@ W = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
     ("call", "error", "message"),
     [
         (
-            lambda: landscape.filter_normalized(KEY, {"b": jnp.ones(3)}),
+            lambda: landscape.filter_normalized({"b": jnp.ones(3)}, KEY),
             ValueError,
             "`params` must have a leaf with two",
         ),
-        (lambda: landscape.filter_normalized(KEY, {"a": jnp.ones((2, 3), int)}), TypeError, "must have floating-point"),
+        (lambda: landscape.filter_normalized({"a": jnp.ones((2, 3), int)}, KEY), TypeError, "must have floating-point"),
         (
-            lambda: landscape.filter_normalized(KEY, W, channel_axis=2),
+            lambda: landscape.filter_normalized(W, KEY, channel_axis=2),
             ValueError,
             r"channel_axis=...\)` must be an integer in -2..1; got 2",
         ),
@@ -443,7 +443,7 @@ def test_values_are_those_of_the_stated_loss(folders, measured):
         np.testing.assert_allclose(plane[:, 2], lines[0], rtol=1e-5)
         np.testing.assert_allclose(plane[2], lines[1], rtol=1e-5)
         params = runs.load_variables(folder)["params"]
-        direction = landscape.filter_normalized(jax.random.fold_in(jax.random.key(0), 2), params)
+        direction = landscape.filter_normalized(params, jax.random.fold_in(jax.random.key(0), 2))
         moved, _ = loss_of(folder, lambda w, d=direction: jax.tree.map(lambda x, y: x + 0.5 * y, w, d))
         np.testing.assert_allclose(lines[2, 3], moved, rtol=1e-4)
 

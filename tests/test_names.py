@@ -30,11 +30,6 @@ def public(module, name):
 def test_module_says_what_is_public(module):
     found = importlib.import_module(module)
     assert found.__doc__
-    assert list(found.__all__) == sorted(
-        found.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
-    )
-    # Whatever a module defines without an underscore and does not export is a helper of the package: it is said to be so
-    # by its absence here, and no other package may import it (the next test).
     assert all(hasattr(found, name) for name in found.__all__)
 
 
@@ -52,9 +47,9 @@ def test_public_name_is_documented(module, name):
         doc = inspect.getdoc(found)
         assert doc
         assert not doc.startswith(f"{name}(")  # what a NamedTuple or dataclass says by itself
-        if inspect.isfunction(found) and found.__module__ != "hero_jax.parallel":
-            for section in ("Args:", "Returns:"):
-                assert section in doc or "As `" in doc or len(inspect.signature(found).parameters) < 2, section
+    if inspect.isfunction(found):
+        assert "Args:" in doc or len(inspect.signature(found).parameters) < 2
+        assert "Returns:" in doc or inspect.signature(found).return_annotation == "None" or "Args:" not in doc
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)

@@ -519,7 +519,7 @@ class TestRoundingNoise:
     def test_is_uniform_over_a_bin_of_the_grid(self, x64, spec):
         w = weights((8, 4), dtype=jnp.float64)
         keys = jax.random.split(jax.random.key(0), 2000)
-        u = jax.vmap(lambda key: rounding_noise(key, w, 3, spec))(keys) / scales_of(quantize(w, 3, spec))[0]
+        u = jax.vmap(lambda key: rounding_noise(w, 3, key, spec=spec))(keys) / scales_of(quantize(w, 3, spec))[0]
         assert u.min() > -0.5 - 1e-6  # the scale is float32
         assert u.max() < 0.5 + 1e-6
         n = u.size
@@ -531,27 +531,27 @@ class TestRoundingNoise:
 
     def test_more_bits_less_noise_of_the_same_draw(self):
         w, key = weights(), jax.random.key(1)
-        u = [rounding_noise(key, w, bits) for bits in (2, 3)]
+        u = [rounding_noise(w, bits, key) for bits in (2, 3)]
         np.testing.assert_allclose(u[0], 3 * u[1], rtol=1e-6)
-        assert not np.allclose(u[0], rounding_noise(jax.random.key(2), w, 2))
+        assert not np.allclose(u[0], rounding_noise(w, 2, jax.random.key(2)))
 
     def test_leaves_that_are_not_rounded_get_none(self):
         params = {"a": weights(), "b": weights(seed=1), "bias": jnp.ones(3, jnp.bfloat16)}
-        u = rounding_noise(jax.random.key(0), params, 4, mask={"a": False, "b": True, "bias": False})
+        u = rounding_noise(params, 4, jax.random.key(0), mask={"a": False, "b": True, "bias": False})
         assert {name: bool(jnp.any(x != 0)) for name, x in u.items()} == {"a": False, "b": True, "bias": False}
         assert u["bias"].dtype == jnp.bfloat16
         # Leaves of one shape have draws of their own.
-        u = rounding_noise(jax.random.key(0), {"a": params["a"], "b": params["a"]}, 4)
+        u = rounding_noise({"a": params["a"], "b": params["a"]}, 4, jax.random.key(0))
         assert not np.allclose(u["a"], u["b"])
 
     def test_traced_bits_under_jit(self):
         w, key = weights(), jax.random.key(0)
-        compiled = jax.jit(lambda bits: rounding_noise(key, w, bits))(4)
-        np.testing.assert_allclose(compiled, rounding_noise(key, w, 4), rtol=1e-6)
+        compiled = jax.jit(lambda bits: rounding_noise(w, bits, key))(4)
+        np.testing.assert_allclose(compiled, rounding_noise(w, 4, key), rtol=1e-6)
 
     def test_errors(self):
         with pytest.raises(ValueError, match=r"`rounding_noise\(bits=...\).*1"):
-            rounding_noise(jax.random.key(0), weights(), 1)
+            rounding_noise(weights(), 1, jax.random.key(0))
 
 
 class TestLeaves:
@@ -702,7 +702,7 @@ class TestStacked:
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), compiled, fake_quantize(self.PARAMS, 4, spec)
         )
-        u = rounding_noise(jax.random.key(0), self.PARAMS, 4, spec)["layers"]["kernel"]
+        u = rounding_noise(self.PARAMS, 4, jax.random.key(0), spec=spec)["layers"]["kernel"]
         scale = quantize(self.PARAMS, 4, spec)["layers"]["kernel"].scale[:, 0, 0]
         largest = np.abs(u).max((1, 2))
         assert (largest <= scale / 2).all()

@@ -117,7 +117,7 @@ def test_noise_moves_the_point_of_every_pass_and_not_the_weights(digits, method,
     draws = []
     for step, indices in enumerate((np.arange(64), np.arange(64, 128))):
         u = quantize.rounding_noise(
-            jax.random.fold_in(jax.random.fold_in(key, step), 2), params, 2, quantize.named("channel-narrow")
+            params, 2, jax.random.fold_in(jax.random.fold_in(key, step), 2), spec=quantize.named("channel-narrow")
         )
         draws.append(u)
         x, y = data.normalize(digits.train.images[indices], digits.pixels), digits.train.labels[indices]

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+__all__ = ["MLP", "mlp"]
+
 
 class MLP(nn.Module):
     """ReLU network on flattened inputs: `Dense - relu` for each hidden width, then `Dense(num_classes)`.

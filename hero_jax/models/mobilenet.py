@@ -12,6 +12,8 @@ from flax import linen as nn
 
 from hero_jax.models import _layers
 
+__all__ = ["InvertedResidual", "MobileNetV2", "mobilenet_v2"]
+
 # Expansion, width, blocks and stride of each stage: table 2 of the paper, but for a stride of 1 in the second.
 _STAGES = (
     (1, 16, 1, 1),

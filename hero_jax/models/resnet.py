@@ -11,6 +11,19 @@ from flax import linen as nn
 
 from hero_jax.models import _layers
 
+__all__ = [
+    "BottleneckBlock",
+    "CifarResNet",
+    "ImageNetResNet",
+    "ResidualBlock",
+    "resnet8",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "resnet56",
+]
+
 
 class ResidualBlock(_layers.Block):
     """`relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`, both convolutions 3x3.

@@ -11,6 +11,8 @@ from flax import linen as nn
 
 from hero_jax.models import _layers
 
+__all__ = ["VGG", "vgg19_bn"]
+
 
 class VGG(nn.Module):
     """Stages of 3x3 convolutions: `layers` times `conv - bn - relu` of a width, then a 2x2 max pool with stride 2.

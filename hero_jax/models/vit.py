@@ -11,6 +11,8 @@ from flax import linen as nn
 
 from hero_jax.errors import ArgumentError
 
+__all__ = ["EncoderBlock", "VisionTransformer", "vit_tiny"]
+
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`softmax(q k' / sqrt(d)) v` for each image and head: all (N, tokens, heads, d).

@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from hero_jax.models import _layers
 
+__all__ = ["PreActivationBlock", "WideResNet", "wide_resnet"]
+
 
 class PreActivationBlock(_layers.Block):
     """`conv(relu(bn(conv(a)))) + shortcut` with a = relu(bn(x)), both convolutions 3x3.

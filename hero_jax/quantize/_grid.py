@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hero_jax import _tree
+from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 # Fractions of the largest weight that the "mse" rule tries: steps of 1/80, up to 100/80. 80/80, the "max" rule, is one.
@@ -25,10 +26,10 @@ MSE_STEP, MSE_LAST = 80, 100
 
 
 def check_groups(path: str, shape: tuple[int, ...], spec: QuantSpec, is_stacked: bool) -> None:
-    """Raises ValueError unless the groups of `spec` divide the input channels of a leaf."""
+    """Raises ArgumentError unless the groups of `spec` divide the input channels of a leaf."""
     n, layer = spec.group_size, shape[1:] if is_stacked else shape
     if n is not None and len(layer) >= 2 and math.prod(layer) and layer[-2] > n and layer[-2] % n:
-        raise ValueError(
+        raise ArgumentError(
             f"`QuantSpec(group_size=...)` must divide the input channels of every leaf, or exceed them; got {n} for"
             f" {path!r} of shape {shape}."
         )
@@ -155,7 +156,7 @@ def _least_error(
         return jnp.sum(((scale * (codes - zero_point) - view) / unit) ** 2, axis=axes, keepdims=True)
 
     def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        fraction = (i / MSE_STEP).astype(view.dtype)
+        fraction = (jnp.asarray(i) / MSE_STEP).astype(view.dtype)
         found = error(fraction)
         return jnp.where(found < best[1], fraction, best[0]), jnp.minimum(found, best[1])
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from hero_jax import _check
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, paths_of
+from hero_jax.quantize import _plan
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS
 
 __all__ = ["Allocation", "allocate_bits", "bits_tree"]
 
@@ -118,7 +119,7 @@ def bits_tree(params: PyTree, allocation_bits: Mapping[str, int]) -> PyTree:
     {'a': 3, 'bias': 32}
     """
     _check.floating_tree("params", params)
-    paths = paths_of(params)
+    paths = _plan.paths_of(params)
     for path, width in allocation_bits.items():
         _check.one_of("bits_tree(allocation_bits=...)", path, paths)
         _check.integer(f"bits_tree(allocation_bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)

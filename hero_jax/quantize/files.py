@@ -30,9 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hero_jax import _check
+from hero_jax import _check, _tree
+from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 from hero_jax.quantize.weights import QuantizedArray
+
+__all__ = ["from_qwix", "load", "save", "to_qwix"]
 
 PyTree = Any
 
@@ -59,7 +62,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
 
     Raises:
       TypeError: a tree that is not nested dicts of arrays, an array whose type has no safetensors name.
-      ValueError: a `QuantizedArray` that contradicts itself or `spec`; keys that give two tensors one name.
+      ArgumentError: a `QuantizedArray` that contradicts itself or `spec`; keys that give two tensors one name.
       ImportError: safetensors is not installed.
 
     Cost: the file once more in memory.
@@ -76,7 +79,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
     >>> spec.name
     'channel-narrow'
     """
-    safetensors = _import("save", "safetensors.numpy", '"hero_jax[experiments]"')
+    safetensors = _import("save", "safetensors.numpy", '"hero_jax[files]"')
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"`save(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
     if not isinstance(tree, dict):
@@ -86,7 +89,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
         leaves[where], parts = _encode(where, leaf, spec)
         for name in parts:
             if name in tensors or name == "__metadata__":
-                raise ValueError(f"`save(tree=...)` must give each tensor a name of its own; {name!r} is taken.")
+                raise ArgumentError(f"`save(tree=...)` must give each tensor a name of its own; {name!r} is taken.")
         tensors |= parts
     # A field that is younger than the format is written where it says something: older readers do not know it.
     fields = {name: value for name, value in dataclasses.asdict(spec).items() if name != "stacked" or value}
@@ -108,8 +111,8 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, QuantSpec]:
       (tree, spec): nested dicts of `QuantizedArray` and other jax arrays, and the specification they were made by.
 
     Raises:
-      ValueError: a file that is damaged, cut short, of something else, of another version, or that contradicts itself;
-        arrays of 64-bit types where jax has them off.
+      ArgumentError: a file that is damaged, cut short, of something else, of another version, or that contradicts
+        itself; arrays of 64-bit types where jax has them off.
       FileNotFoundError: no such file.
       ImportError: safetensors is not installed.
 
@@ -119,7 +122,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, QuantSpec]:
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.safetensors'
     """
-    safetensors = _import("load", "safetensors", '"hero_jax[experiments]"')
+    safetensors = _import("load", "safetensors", '"hero_jax[files]"')
     data = Path(path).read_bytes()
     # The second line is what malformed metadata under a right checksum may lead to.
     damage = (ValueError, safetensors.SafetensorError)
@@ -127,9 +130,11 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, QuantSpec]:
     try:
         return _decode(data, safetensors)
     except damage as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        kind = "" if type(error) in (ValueError, ArgumentError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split()).removesuffix(".")
-        raise ValueError(f"`load(path=...)` must be a file of `save`; {os.fspath(path)!r}: {kind}{reason}.") from None
+        raise ArgumentError(
+            f"`load(path=...)` must be a file of `save`; {os.fspath(path)!r}: {kind}{reason}."
+        ) from None
 
 
 def to_qwix(tree: PyTree) -> PyTree:
@@ -140,8 +145,11 @@ def to_qwix(tree: PyTree) -> PyTree:
     Args:
       tree: pytree with `QuantizedArray` leaves of at most 8 bits, or one.
 
+    Returns:
+      The tree.
+
     Raises:
-      ValueError: more than 8 bits.
+      ArgumentError: more than 8 bits.
       ImportError: qwix is not installed.
 
     >>> import qwix
@@ -155,12 +163,12 @@ def to_qwix(tree: PyTree) -> PyTree:
 
     def leaf(where: str, q: QuantizedArray) -> Any:
         if q.bits > 8:
-            raise ValueError(f"`to_qwix(tree=...)` must have at most 8 bits; at {where!r} it has {q.bits}.")
+            raise ArgumentError(f"`to_qwix(tree=...)` must have at most 8 bits; at {where!r} it has {q.bits}.")
         qtype = {4: jnp.int4, 8: jnp.int8}.get(q.bits, f"int{q.bits}")
         stored = jnp.int4 if q.bits <= 4 else jnp.int8
         zero_point = None if q.zero_point is None else q.zero_point.astype(stored)
         # qwix multiplies in the type of the scale, `dequantize` in this one.
-        scale = q.scale.astype(jnp.promote_types(q.dtype, jnp.float32))
+        scale = q.scale.astype(_tree.wide_type(q.dtype))
         return qwix.QArray(q.codes.astype(stored), scale, zero_point, qtype)
 
     return _map(leaf, tree, QuantizedArray)
@@ -173,8 +181,11 @@ def from_qwix(tree: PyTree, dtype: Any = None) -> PyTree:
       tree: pytree with `qwix.QArray` leaves of types int2 to int8, or one. Scales become float32.
       dtype: type of the weights that `dequantize` gives. Default: that of each scale, as for `qwix.dequantize`.
 
+    Returns:
+      The tree.
+
     Raises:
-      ValueError: a type that is not an integer of 2..8 bits, such as nf4; tiles along an axis other than the input
+      ArgumentError: a type that is not an integer of 2..8 bits, such as nf4; tiles along an axis other than the input
         channels (the last but one).
       TypeError: `dtype` is not a floating-point type.
       ImportError: qwix is not installed.
@@ -191,13 +202,15 @@ def from_qwix(tree: PyTree, dtype: Any = None) -> PyTree:
     def leaf(where: str, q: Any) -> QuantizedArray:
         qtype = q.qtype if isinstance(q.qtype, str) else jnp.dtype(q.qtype).name
         if not re.fullmatch("int[2-8]", qtype):
-            raise ValueError(f"`from_qwix(tree=...)` must be of type int2 to int8; at {where!r} it is {qtype}.")
+            raise ArgumentError(f"`from_qwix(tree=...)` must be of type int2 to int8; at {where!r} it is {qtype}.")
         zeros = None if q.zero_point is None else q.zero_point.astype(jnp.int8)
         name = jnp.dtype(q.scale.dtype if dtype is None else dtype).name
         scale = q.scale.astype(jnp.float32)
         made = QuantizedArray(q.qvalue.astype(jnp.int8), scale, zeros, int(qtype[3:]), name)
         if fault := _fault(made, zeros is None):
-            raise ValueError(f"`from_qwix(tree=...)` must have scales by input channel; at {where!r} it has {fault}.")
+            raise ArgumentError(
+                f"`from_qwix(tree=...)` must have scales by input channel; at {where!r} it has {fault}."
+            )
         return made
 
     return _map(leaf, tree, qwix.QArray)
@@ -228,7 +241,7 @@ def _encode(where: str, leaf: Any, spec: QuantSpec) -> tuple[dict[str, Any] | No
     if not fault and np.any((parts["codes"].astype(np.int32) + 2 ** (leaf.bits - 1)) >> leaf.bits):
         fault = f"codes that need more than {leaf.bits} bits"
     if fault:
-        raise ValueError(f"`save(tree=...)` must be what `quantize` gave for `spec`; at {where!r} it has {fault}.")
+        raise ArgumentError(f"`save(tree=...)` must be what `quantize` gave for `spec`; at {where!r} it has {fault}.")
     entry = {"bits": int(leaf.bits), "shape": leaf.codes.shape, "dtype": leaf.dtype}
     parts["codes"] = _pack(parts["codes"], leaf.bits)
     return entry, {f"{where}.{name}": x for name, x in parts.items()}
@@ -240,15 +253,15 @@ def _decode(data: bytes, safetensors: Any) -> tuple[PyTree, QuantSpec]:
     # It has checked the header, but keeps the metadata for itself.
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
-        raise ValueError("it is a safetensors file of something else")
+        raise ArgumentError("it is a safetensors file of something else")
     if metadata.get("version") != VERSION:
-        raise ValueError(f"it has version {metadata.get('version')!r}; this hero_jax reads {VERSION!r}")
+        raise ArgumentError(f"it has version {metadata.get('version')!r}; this hero_jax reads {VERSION!r}")
     tensors = {n: np.frombuffer(v["data"], jnp.dtype(TYPES[v["dtype"]])).reshape(v["shape"]) for n, v in found}
     if metadata.get("sha256") != _digest(tensors, metadata):
-        raise ValueError("its checksum does not match; it is damaged")
+        raise ArgumentError("its checksum does not match; it is damaged")
     if jnp.result_type(float) != jnp.float64:
         for name in [n for n, x in tensors.items() if x.dtype.name in ("float64", "int64", "uint64")]:
-            raise ValueError(f"{name!r} has {tensors[name].dtype}, which needs jax_enable_x64")
+            raise ArgumentError(f"{name!r} has {tensors[name].dtype}, which needs jax_enable_x64")
     fields, leaves = json.loads(metadata["spec"]), json.loads(metadata["leaves"])
     pairs = tuple((pattern, bits) for pattern, bits in fields["overrides"])
     patterns = {name: tuple(fields.get(name, ())) for name in ("leaves", "stacked")}
@@ -261,9 +274,9 @@ def _decode(data: bytes, safetensors: Any) -> tuple[PyTree, QuantSpec]:
             node = node.setdefault(folder, {})
         node[last] = {} if entry is None else _leaf(where, entry, tensors, spec)
     if {where for where, _ in _flatten(tree)} != set(leaves):
-        raise ValueError("it has leaves inside leaves")
+        raise ArgumentError("it has leaves inside leaves")
     if tensors:
-        raise ValueError(f"it has a tensor of no leaf, {next(iter(tensors))!r}")
+        raise ArgumentError(f"it has a tensor of no leaf, {next(iter(tensors))!r}")
     return jax.tree.map(jnp.asarray, tree), spec
 
 
@@ -273,22 +286,22 @@ def _leaf(where: str, entry: dict[str, Any], tensors: dict[str, np.ndarray], spe
     names += [f"{where}.zero_point"] if entry and not spec.symmetric else []
     for name in names:
         if name not in tensors:
-            raise ValueError(f"it lacks the tensor {name!r}")
+            raise ArgumentError(f"it lacks the tensor {name!r}")
     first, *rest = (tensors.pop(name) for name in names)
     if not entry:
         return first
     bits, shape = entry["bits"], entry["shape"]
     if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{where!r} has {bits!r} bits, not {MIN_BITS}..{MAX_BITS}")
+        raise ArgumentError(f"{where!r} has {bits!r} bits, not {MIN_BITS}..{MAX_BITS}")
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{where!r} has no shape but {shape!r}")
+        raise ArgumentError(f"{where!r} has no shape but {shape!r}")
     n = math.prod(shape)
     if first.dtype != np.uint8 or first.shape != (-(-n * bits // 8),):
-        raise ValueError(f"{where!r} has codes of {first.nbytes} bytes; {n} of {bits} bits are due")
+        raise ArgumentError(f"{where!r} has codes of {first.nbytes} bytes; {n} of {bits} bits are due")
     parts: Any = (_unpack(first, n, bits).reshape(shape), *rest, *([None] if spec.symmetric else []))
     q = QuantizedArray(*parts, bits=bits, dtype=entry["dtype"])
     if fault := _fault(q, spec.symmetric):
-        raise ValueError(f"{where!r} has {fault}")
+        raise ArgumentError(f"{where!r} has {fault}")
     return q
 
 

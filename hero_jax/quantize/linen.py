@@ -27,8 +27,22 @@ from flax.core import tracers
 from jax.core import Tracer
 
 from hero_jax import _check, _tree
+from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
+
+__all__ = [
+    "BatchNormPair",
+    "BiasCorrection",
+    "Calibration",
+    "activation_ranges",
+    "batch_norm_pairs",
+    "bias_correction",
+    "fold_batch_norm",
+    "input_grams",
+    "quantized_activations",
+    "reestimate_batch_stats",
+]
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], Any]
@@ -111,7 +125,7 @@ def activation_ranges(
       By path of the module, (lowest, highest) of its outputs, 0 included.
 
     Raises:
-      ValueError: no batches, or the network calls no layer.
+      ArgumentError: no batches, or the network calls no layer.
 
     Cost: one forward pass of the batches.
 
@@ -212,7 +226,7 @@ def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> Py
       The new variables.
 
     Raises:
-      ValueError: a pair that is not in `variables`, two with the same BatchNorm, layers stacked by a scan.
+      ArgumentError: a pair that is not in `variables`, two with the same BatchNorm, layers stacked by a scan.
 
     Source: Jacob et al., CVPR 2018, section 3.2.
     """
@@ -220,14 +234,16 @@ def fold_batch_norm(variables: PyTree, pairs: Mapping[str, BatchNormPair]) -> Py
     norms = [pair.path for pair in pairs.values()]
     for path, (norm, epsilon) in pairs.items():
         if norms.count(norm) > 1:
-            raise ValueError(f"`fold_batch_norm(pairs=...)` must not name a BatchNorm twice; it does {norm!r}.")
+            raise ArgumentError(f"`fold_batch_norm(pairs=...)` must not name a BatchNorm twice; it does {norm!r}.")
         kernel, bias = _join(path, "kernel"), _join(path, "bias")
         for tree, key in ((params, kernel), (stats, f"{norm}/mean"), (stats, f"{norm}/var")):
             if key not in tree:
-                raise ValueError(f"`fold_batch_norm(pairs=...)` must name modules of the network; it has no {key!r}.")
+                raise ArgumentError(
+                    f"`fold_batch_norm(pairs=...)` must name modules of the network; it has no {key!r}."
+                )
         factor = params.get(f"{norm}/scale", 1) / jnp.sqrt(stats[f"{norm}/var"] + epsilon)
         if factor.shape != params[kernel].shape[-1:]:
-            raise ValueError(
+            raise ArgumentError(
                 f"`fold_batch_norm(pairs=...)` must name layers that are not stacked; {norm!r} has statistics of shape"
                 f" {factor.shape}."
             )
@@ -261,7 +277,7 @@ def reestimate_batch_stats(
       The new statistics. Each layer's inputs are normalised by the statistics of the batch, as in training.
 
     Raises:
-      ValueError: no batches; statistics that `update_fn` does not move.
+      ArgumentError: no batches; statistics that `update_fn` does not move.
 
     Cost: two forward passes of the first batch, one of each other.
 
@@ -287,11 +303,11 @@ def reestimate_batch_stats(
             again = update(start, inputs)
             keep = {key: (again[key] - moved[key]) / start[key] for key in keys}  # m
             if any(bool((m >= 1).any()) for m in keep.values()):
-                raise ValueError("`update_fn` must move the statistics; in evaluation mode BatchNorm keeps them.")
+                raise ArgumentError("`update_fn` must move the statistics; in evaluation mode BatchNorm keeps them.")
         parts.append({key: moved[key] / (1 - keep[key]) for key in keys})
         sizes.append(jax.tree.leaves(inputs)[0].shape[0])
     if not parts:
-        raise ValueError("`reestimate_batch_stats(batches=...)` must have at least one batch; got none.")
+        raise ArgumentError("`reestimate_batch_stats(batches=...)` must have at least one batch; got none.")
     fractions = [n / sum(sizes) for n in sizes]
     result = {key: sum(f * part[key] for f, part in zip(fractions, parts, strict=True)) for key in keys}
     for mean, var in norms.items():
@@ -323,7 +339,7 @@ def bias_correction(
       pair stay as they are; `left_out` names them.
 
     Raises:
-      ValueError: no batches, no layer, one that does not use its kernel as it is, or nothing that could be corrected.
+      ArgumentError: no batches, no layer, one that does not use its kernel as it is, or nothing to correct.
 
     Cost: two forward passes of the batches for each call, which compile once.
 
@@ -332,7 +348,7 @@ def bias_correction(
     """
     params = _flat(variables["params"])
     if not len(batches):
-        raise ValueError(_NO_BATCH)
+        raise ArgumentError(_NO_BATCH)
     seen = _look(apply_fn, variables, batches[0])
     layers = seen.layers
     _refuse(layers)
@@ -362,7 +378,9 @@ def bias_correction(
 
     def correct(quantized: PyTree) -> PyTree:
         if not kernels:
-            raise ValueError("`bias_correction(pairs=...)` must name a BatchNorm: no Conv or Dense has its own bias.")
+            raise ArgumentError(
+                "`bias_correction(pairs=...)` must name a BatchNorm: no Conv or Dense has its own bias."
+            )
         new, stats = _flat(quantized), _flat(variables.get("batch_stats", {}))
         change = {key: _tree.wide(new[key]) - _tree.wide(params[key]) for key in kernels.values()}
         shifts = _mean_over(batches, functools.partial(measure, variables, change))
@@ -397,7 +415,7 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> C
       `transpose_kernel`, a DenseGeneral with `batch_dims`.
 
     Raises:
-      ValueError: no batches, no layer, a convolution with a mask, or a layer that does not use its kernel as it is.
+      ArgumentError: no batches, no layer, a convolution with a mask, or a layer that does not use its kernel as it is.
 
     Cost: a forward pass with K outputs in place of each layer's own, and K^2 multiplications for each position.
     """
@@ -416,7 +434,7 @@ def input_grams(apply_fn: Apply, variables: PyTree, batches: Iterable[Any]) -> C
                 return outputs
             if getattr(module, "mask", None) is not None:
                 # It would mask the kernel that copies; and each output has inputs, and a matrix, of its own.
-                raise ValueError(
+                raise ArgumentError(
                     f"`input_grams(apply_fn=...)` must have no {_name(module)} with a mask; {path!r} has one. Multiply"
                     " the kernel by it and leave it out."
                 )
@@ -539,11 +557,11 @@ def _are_equal(x: jax.Array, y: jax.Array) -> bool:
 
 
 def _refuse(layers: Mapping[str, str]) -> None:
-    """Raises ValueError at a layer that does not use its kernel as it is, or that happens elsewhere."""
+    """Raises ArgumentError at a layer that does not use its kernel as it is, or that happens elsewhere."""
     for path, why in layers.items():
         if why:
             rule = "call its layers itself" if why == _INSIDE else "have layers that use their kernels as they are"
-            raise ValueError(f"`apply_fn` must {rule}; {path!r} {why}.")
+            raise ArgumentError(f"`apply_fn` must {rule}; {path!r} {why}.")
 
 
 def _left_out(params: Mapping[str, Any], covered: set[str], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -558,7 +576,7 @@ def _flat(tree: PyTree) -> dict[str, Any]:
     flat = dict(leaves)
     if len(flat) != len(leaves):
         twice = next(path for path, _ in leaves if [name for name, _ in leaves].count(path) > 1)
-        raise ValueError(f"`variables` must have paths that differ; two are {twice!r}.")
+        raise ArgumentError(f"`variables` must have paths that differ; two are {twice!r}.")
     return flat
 
 
@@ -636,7 +654,7 @@ def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any
     with nn.intercept_methods(intercept):
         result = apply_fn(variables, inputs)
     if not seen:
-        raise ValueError("`apply_fn` must be a Linen network with a Conv or a Dense inside; it called none.")
+        raise ArgumentError("`apply_fn` must be a Linen network with a Conv or a Dense inside; it called none.")
     return result
 
 
@@ -652,7 +670,7 @@ def _join(path: str, name: str) -> str:
 def _over(batches: Iterable[Any], function: Callable[[Any], Any]) -> list[Any]:
     results = [function(inputs) for inputs in batches]
     if not results:
-        raise ValueError(_NO_BATCH)
+        raise ArgumentError(_NO_BATCH)
     return results
 
 
@@ -661,7 +679,7 @@ def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     rest = iter(batches)
     for first in rest:
         return first, itertools.chain([first], rest)
-    raise ValueError(_NO_BATCH)
+    raise ArgumentError(_NO_BATCH)
 
 
 def _mean_over(batches: Iterable[Any], function: Callable[[Any], PyTree]) -> PyTree:
@@ -672,5 +690,5 @@ def _mean_over(batches: Iterable[Any], function: Callable[[Any], PyTree]) -> PyT
         part = _tree.scale(size, function(inputs))
         total, count = part if total is None else _tree.add(total, part), count + size
     if total is None:
-        raise ValueError(_NO_BATCH)
+        raise ArgumentError(_NO_BATCH)
     return _tree.scale(1 / count, total)

@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from hero_jax import _check, _tree
-from hero_jax.quantize import _grid, weights
-from hero_jax.quantize.spec import QuantSpec, paths_of, stacked_leaves
+from hero_jax.errors import ArgumentError
+from hero_jax.quantize import _grid, _plan, weights
+from hero_jax.quantize.spec import QuantSpec
+
+__all__ = ["optimized", "output_error", "quantized"]
 
 PyTree = Any
 
@@ -31,8 +34,8 @@ def optimized(
     bits: PyTree,
     grams: Mapping[str, jax.Array],
     spec: QuantSpec = QuantSpec(),
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     num_sweeps: int = 10,
 ) -> PyTree:
     """Rounds each weight up or down so that the layer's outputs change least, in place of to nearest.
@@ -56,7 +59,7 @@ def optimized(
       a scale to them anew, which gives the same weights only where the largest code is in use.
 
     Raises:
-      ValueError: no path in `grams` is that of a quantized leaf, a matrix does not fit its kernel, or what
+      ArgumentError: no path in `grams` is that of a quantized leaf, a matrix does not fit its kernel, or what
         `fake_quantize` raises.
 
     Cost: `num_sweeps + 1` products with G for each layer; no forward pass.
@@ -73,12 +76,12 @@ def optimized(
     minimised by coordinate descent on the codes in place of their continuous relaxation.
     """
     _check.integer("optimized(num_sweeps=...)", num_sweeps, low=1)
-    plan = weights.plan_of("optimized", params, bits, spec, mask)
+    plan = _plan.plan_of("optimized", params, bits, spec, mask)
 
     def leaf(w: jax.Array, entry: tuple[Any, jax.Array | None], is_stacked: bool) -> jax.Array:
         return _grid.decode(*_codes(w, *entry, spec, is_stacked, num_sweeps)).astype(w.dtype)
 
-    return weights.map_selected(leaf, params, _with_grams("optimized", params, plan, grams, spec), spec)
+    return _plan.map_selected(leaf, params, _with_grams("optimized", params, plan, grams, spec), spec)
 
 
 def quantized(
@@ -86,8 +89,8 @@ def quantized(
     bits: PyTree,
     grams: Mapping[str, jax.Array],
     spec: QuantSpec = QuantSpec(),
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     num_sweeps: int = 10,
 ) -> PyTree:
     """Turns weights into the integer codes of `optimized`, with scales and zero points, as `quantize` does to nearest.
@@ -114,12 +117,12 @@ def quantized(
     Array([1, 1, 0], dtype=int8)
     """
     _check.integer("quantized(num_sweeps=...)", num_sweeps, low=1)
-    plan = weights.static("quantized", weights.plan_of("quantized", params, bits, spec, mask), "optimized")
+    plan = _plan.static("quantized", _plan.plan_of("quantized", params, bits, spec, mask), "optimized")
 
     def leaf(w: jax.Array, entry: tuple[int, jax.Array | None], is_stacked: bool) -> weights.QuantizedArray:
         return weights.packed(w, entry[0], spec, *_codes(w, *entry, spec, is_stacked, num_sweeps))
 
-    return weights.map_selected(leaf, params, _with_grams("quantized", params, plan, grams, spec), spec)
+    return _plan.map_selected(leaf, params, _with_grams("quantized", params, plan, grams, spec), spec)
 
 
 def output_error(w: jax.Array, w_hat: jax.Array, gram: jax.Array) -> jax.Array:
@@ -213,10 +216,10 @@ def _with_grams(
     name: str, params: PyTree, plan: list[Any], grams: Mapping[str, jax.Array], spec: QuantSpec
 ) -> list[tuple[Any, jax.Array | None] | None]:
     """For each leaf its bit width and its matrix, or None; None where it passes through."""
-    paths = paths_of(params)
+    paths = _plan.paths_of(params)
     if not any(path in grams for path, width in zip(paths, plan, strict=True) if width is not None):
-        raise ValueError(f"`{name}(grams=...)` must have a path that is quantized; got {sorted(grams)[:3]}.")
-    stacks = stacked_leaves(params, spec)
+        raise ArgumentError(f"`{name}(grams=...)` must have a path that is quantized; got {sorted(grams)[:3]}.")
+    stacks = _plan.stacked_leaves(params, spec)
     for path, w, width, is_stacked in zip(paths, jax.tree.leaves(params), plan, stacks, strict=True):
         if width is not None and path in grams:
             _check_gram(name, path, grams[path], w, is_stacked)
@@ -231,7 +234,7 @@ def _check_gram(name: str, path: str, gram: jax.Array, w: jax.Array, is_stacked:
     fits = fits and (each[0] == 1 or (math.prod(shape[:-1]) == each[1] and each[0] > 0 and shape[-1] % each[0] == 0))
     if not fits or gram.shape[: len(stack)] != stack:
         sizes = " or ".join(dict.fromkeys(str(math.prod(shape[:n])) for n in range(len(shape) - 1, 0, -1)))
-        raise ValueError(
+        raise ArgumentError(
             f"`{name}(grams=...)[{path!r}]` must be {f'({stack[0]}, groups' if stack else '(groups'}, K, K) with K ="
             f" {sizes} and groups that divide the output channels; got {gram.shape} for a kernel of shape {w.shape}."
         )

@@ -13,8 +13,8 @@ import numpy as np
 
 from hero_jax import _check
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize import weights
-from hero_jax.quantize.spec import QuantSpec, paths_of
+from hero_jax.quantize import _plan, weights
+from hero_jax.quantize.spec import QuantSpec
 
 __all__ = ["QuantizedScore", "quantize_and_evaluate"]
 
@@ -51,8 +51,8 @@ def quantize_and_evaluate(
     params: PyTree,
     bits: Iterable[PyTree] = (8, 6, 5, 4, 3, 2),
     spec: QuantSpec = QuantSpec(),
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     quantizer: Callable[[PyTree, PyTree], PyTree] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> list[QuantizedScore]:
@@ -95,7 +95,7 @@ def quantize_and_evaluate(
     widths = tuple(bits)
     if not widths:
         raise ArgumentError("`quantize_and_evaluate(bits=...)` must name at least one bit width; got none.")
-    plans = [weights.plan_of("quantize_and_evaluate", params, width, spec, mask) for width in widths]
+    plans = [_plan.plan_of("quantize_and_evaluate", params, width, spec, mask) for width in widths]
     _check_finite(params)
     if report is not None:
         report(0, len(widths) + 1)
@@ -107,7 +107,7 @@ def quantize_and_evaluate(
         if plan is None:
             quantized, ratio = params, math.inf
         else:
-            traced = weights.traced(plan)
+            traced = _plan.traced(plan)
             if quantizer is None:
                 quantized, energies = _rounded(params, traced, spec)
             else:
@@ -123,7 +123,7 @@ def quantize_and_evaluate(
                 "`quantize_and_evaluate(eval_fn=...)` must return the same metrics in every call; got"
                 f" {', '.join(first)}, then {', '.join(kinds)}."
             )
-        size = weights.sizes(params, plan or [None] * len(plans[0]), spec)
+        size = _plan.sizes(params, plan or [None] * len(plans[0]), spec)
         mean_bits = size.pop("mean_bits")
         rows.append(
             QuantizedScore(
@@ -157,7 +157,7 @@ def _are_finite(leaves: list[Any]) -> list[jax.Array]:
 
 
 def _check_finite(params: PyTree) -> None:
-    for path, is_finite in zip(paths_of(params), _are_finite(jax.tree.leaves(params)), strict=True):
+    for path, is_finite in zip(_plan.paths_of(params), _are_finite(jax.tree.leaves(params)), strict=True):
         if not is_finite:
             raise ArgumentError(f"`params` must be finite; {path!r} has a NaN or an infinity.")
 

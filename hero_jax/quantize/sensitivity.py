@@ -24,8 +24,8 @@ import numpy as np
 from hero_jax import _check, _loop, _tree
 from hero_jax.errors import ArgumentError
 from hero_jax.operators import Operator
-from hero_jax.quantize import weights
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, paths_of
+from hero_jax.quantize import _plan, weights
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 __all__ = ["Correlation", "Sensitivity", "correlation", "predicted_costs", "sensitivities"]
 
@@ -116,9 +116,9 @@ def sensitivities(
     Source: Dong, Yao, Arfeen, Gholami, Mahoney and Keutzer, HAWQ-V2, NeurIPS 2020, section 3.
     """
     _check.integer("sensitivities(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
-    plan = weights.plan_of("sensitivities", params, bits, spec, mask)
+    plan = _plan.plan_of("sensitivities", params, bits, spec, mask)
     layer_traces = _layer_traces("sensitivities", traces, params, plan)
-    quantized, energies = _quantized(params, weights.traced(plan), spec)
+    quantized, energies = _quantized(params, _plan.traced(plan), spec)
     leaves, structure = jax.tree.flatten(params)
     chosen = tuple(i for i, width in enumerate(plan) if width is not None)
     forms: list[Any] = [None] * len(leaves)
@@ -127,7 +127,7 @@ def sensitivities(
         _check_covers("sensitivities(operator=...)", kept, params, chosen)
         start = _Forms(params, quantized, jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, energies))
         forms = _loop.run(_OneLeaf(chosen, kept), operator, start).values
-    paths, total = paths_of(params), len(chosen) + 1
+    paths, total = _plan.paths_of(params), len(chosen) + 1
     _report(report, 0, total)
     full = _loss(mean_loss, params)
     _report(report, 1, total)
@@ -223,10 +223,10 @@ def predicted_costs(
     costs: dict[str, dict[int, float]] = {}
     for width in widths:
         _check.integer("predicted_costs(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
-        plan = weights.plan_of("predicted_costs", params, width, spec, mask)
+        plan = _plan.plan_of("predicted_costs", params, width, spec, mask)
         layer_traces = _layer_traces("predicted_costs", traces, params, plan)
-        energies = _quantized(params, weights.traced(plan), spec)[1]
-        rows = zip(paths_of(params), jax.tree.leaves(params), plan, layer_traces, energies, strict=True)
+        energies = _quantized(params, _plan.traced(plan), spec)[1]
+        rows = zip(_plan.paths_of(params), jax.tree.leaves(params), plan, layer_traces, energies, strict=True)
         for path, w, b, trace, energy in rows:
             if b is not None:
                 cost = _by_trace(0.0 if trace < 0 else trace, math.prod(jnp.shape(w)), float(energy))
@@ -282,7 +282,7 @@ def _layer_traces(name: str, traces: PyTree, params: PyTree, plan: list[Any]) ->
     _check_covers(argument, kept, params, [i for i, width in enumerate(plan) if width is not None])
     rest = iter(jax.tree.leaves(traces))
     found = [next(rest) if keep else math.nan for keep in kept]
-    for path, trace in zip(paths_of(params), found, strict=True):
+    for path, trace in zip(_plan.paths_of(params), found, strict=True):
         _check.scalar(f"{argument}[{path!r}]", trace)
     return [float(trace) for trace in found]
 
@@ -298,7 +298,7 @@ def _kept(argument: str, tree: PyTree, params: PyTree) -> tuple[bool, ...]:
 
 
 def _check_covers(argument: str, kept: tuple[bool, ...], params: PyTree, chosen: Iterable[int]) -> None:
-    paths = paths_of(params)
+    paths = _plan.paths_of(params)
     for i in chosen:
         if not kept[i]:
             raise ArgumentError(f"`{argument}` must have every leaf that is quantized; it has no {paths[i]!r}.")

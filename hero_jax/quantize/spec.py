@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import re
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from hero_jax import _check
+from hero_jax.errors import ArgumentError
+
+__all__ = ["GRANULARITIES", "GRIDS", "MAX_BITS", "MIN_BITS", "PRESETS", "RANGE_RULES", "QuantSpec", "named"]
 
 PyTree = Any
 
@@ -61,7 +59,7 @@ class QuantSpec:
         share scales by "channel" and "tensor". Operations are those of as many leaves as there are layers.
 
     Raises:
-      ValueError, TypeError: a value that is not among those above, or given where it has no meaning.
+      ArgumentError, TypeError: a value that is not among those above, or given where it has no meaning.
 
     >>> QuantSpec(granularity="tensor").name
     'tensor-narrow'
@@ -89,12 +87,12 @@ class QuantSpec:
         _check.boolean("QuantSpec(symmetric=...)", self.symmetric)
         _check.one_of("QuantSpec(range_rule=...)", self.range_rule, RANGE_RULES)
         if not self.symmetric and self.grid != "full":
-            raise ValueError(f"`QuantSpec(grid=...)` must be 'full' where symmetric is False; got {self.grid!r}.")
+            raise ArgumentError(f"`QuantSpec(grid=...)` must be 'full' where symmetric is False; got {self.grid!r}.")
         _goes_with("percentile", self.percentile, "range_rule", self.range_rule)
         if self.percentile is not None:
             _check.scalar("QuantSpec(percentile=...)", self.percentile)
             if not 50 < self.percentile <= 100:
-                raise ValueError(f"`QuantSpec(percentile=...)` must be in (50, 100]; got {self.percentile!r}.")
+                raise ArgumentError(f"`QuantSpec(percentile=...)` must be in (50, 100]; got {self.percentile!r}.")
             object.__setattr__(self, "percentile", float(self.percentile))
         _goes_with("group_size", self.group_size, "granularity", self.granularity, "group")
         if self.group_size is not None:
@@ -129,7 +127,7 @@ def named(name: str) -> QuantSpec:
     """The specification of a name: what `QuantSpec.name` gives without patterns, or one of `PRESETS`.
 
     Raises:
-      ValueError: an unknown name.
+      ArgumentError: an unknown name.
 
     >>> named("qwix").name
     'channel-stretched'
@@ -149,7 +147,7 @@ def named(name: str) -> QuantSpec:
     )
     if match is None:
         granularities, grids = "tensor, channel, group32", (*GRIDS, "asymmetric")
-        raise ValueError(
+        raise ArgumentError(
             f"`spec` must be one of {', '.join(PRESETS)}, or GRANULARITY-GRID[-RANGE] with granularity {granularities};"
             f" grid {', '.join(grids)}; range mse, p99.9; got {name!r}."
         )
@@ -164,98 +162,11 @@ def named(name: str) -> QuantSpec:
     )
 
 
-def select(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[PyTree], PyTree] | None) -> PyTree:
-    """Which leaves are quantized, as a tree of bools: by `mask`, or the patterns of `spec`, or their number of axes.
-
-    Raises ValueError where nothing is selected, a pattern matches nothing, or an override no selected leaf.
-    """
-    if not isinstance(spec, QuantSpec):
-        raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
-    _check.floating_tree("params", params)
-    paths = paths_of(params)
-    stacks = stacked_leaves(params, spec)
-    if mask is not None and spec.leaves:
-        raise ValueError(f"`{name}(mask=...)` and `QuantSpec(leaves=...)` both name leaves; give one of them.")
-    if spec.leaves:
-        chosen = _matches("leaves", spec.leaves, paths)
-    else:
-        if mask is None:
-            leaves, structure = jax.tree.flatten(params)
-            mask = structure.unflatten([jnp.ndim(x) - s >= 2 for x, s in zip(leaves, stacks, strict=True)])
-        chosen = jax.tree.leaves(_check.bool_tree(f"{name}(mask=...)", mask, params))
-    for pattern, _ in spec.overrides:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path, c in zip(paths, chosen, strict=True) if c):
-            raise ValueError(_no_match("overrides", pattern, "selected ", paths))
-    chosen = [c and _override(path, spec, 0) is not None for path, c in zip(paths, chosen, strict=True)]
-    if not any(chosen):
-        raise ValueError(f"`QuantSpec(overrides=...)` leaves nothing to quantize of {len(paths)} leaves.")
-    return jax.tree.unflatten(jax.tree.structure(params), chosen)
-
-
-def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> list[Any]:
-    """The bit width of every leaf, overrides of `spec` included; in a tree unchecked, since some are not used.
-
-    `bits` is one integer, traced or not, or a tree of them: that of `params` or a prefix of it.
-    """
-    if jax.tree.leaves(bits) and jax.tree.structure(bits) == jax.tree.structure(0):
-        _check.integer(f"{name}(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
-        widths = [bits] * len(jax.tree.leaves(params))
-    else:
-        try:
-            tree = jax.tree.broadcast(bits, params)
-        except ValueError:
-            _check.matching_tree(f"{name}(bits=...)", bits, jax.tree.map(lambda _: 0, params))
-            raise
-        widths = jax.tree.leaves(tree)
-    return [_override(path, spec, width) for path, width in zip(paths_of(params), widths, strict=True)]
-
-
-def stacked_leaves(params: PyTree, spec: QuantSpec) -> list[bool]:
-    """For every leaf, whether its first axis counts layers; raises ValueError at a pattern that matches nothing."""
-    paths = paths_of(params)
-    stacks = _matches("stacked", spec.stacked, paths)
-    for path, w, is_stacked in zip(paths, jax.tree.leaves(params), stacks, strict=True):
-        if is_stacked and not jnp.ndim(w):
-            raise ValueError(
-                f"`QuantSpec(stacked=...)` must name leaves whose first axis counts layers; {path!r} has no axis."
-            )
-    return stacks
-
-
-def paths_of(tree: PyTree) -> list[str]:
-    """The paths of the leaves, such as "stage1_block1/conv1/kernel"."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _override(path: str, spec: QuantSpec, bits: Any) -> Any:
-    for pattern, fixed in spec.overrides:
-        if fnmatch.fnmatchcase(path, pattern):
-            bits = fixed
-    return bits
-
-
-def _matches(field: str, patterns: tuple[str, ...], paths: list[str]) -> list[bool]:
-    """For every path, whether one of the patterns matches it."""
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(_no_match(field, pattern, "", paths))
-    return [any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
-
-
-def _no_match(field: str, pattern: str, kind: str, paths: list[str]) -> str:
-    return (
-        f"`QuantSpec({field}=...)` has a pattern that matches no {kind}leaf: {pattern!r}; of {len(paths)},"
-        f" the first is {paths[0]!r}."
-    )
-
-
 def _goes_with(field: str, value: Any, other: str, kind: str, wanted: str | None = None) -> None:
     wanted = wanted or field
     if (value is not None) != (kind == wanted):
         rule = "be given with" if kind == wanted else "be left out without"
-        raise ValueError(f"`QuantSpec({field}=...)` must {rule} {other}={wanted!r}; got {value!r} and {kind!r}.")
+        raise ArgumentError(f"`QuantSpec({field}=...)` must {rule} {other}={wanted!r}; got {value!r} and {kind!r}.")
 
 
 PRESETS = {

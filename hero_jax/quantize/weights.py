@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from hero_jax import _check, _tree
-from hero_jax.quantize import _grid
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, bits_of_leaves, paths_of, select, stacked_leaves
+from hero_jax.quantize import _grid, _plan
+from hero_jax.quantize.spec import QuantSpec
+
+__all__ = ["QuantizedArray", "dequantize", "fake_quantize", "quantize", "rounding_noise"]
 
 PyTree = Any
 
@@ -47,8 +47,8 @@ def fake_quantize(
     params: PyTree,
     bits: PyTree,
     spec: QuantSpec = QuantSpec(),
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     straight_through: bool = False,
 ) -> PyTree:
     """Rounds weights to the grid of `spec`, keeping the tree and its types.
@@ -72,7 +72,7 @@ def fake_quantize(
       its channel NaN; a leaf without entries stays as it is.
 
     Raises:
-      ValueError: `bits` outside 2..16; a mask, a pattern or a tree of bits that does not match `params` or selects
+      ArgumentError: `bits` outside 2..16; a mask, a pattern or a tree of bits that does not match `params` or selects
         nothing; a group size that does not divide the input channels.
       TypeError: `bits` is not an integer; a leaf is not floating point.
 
@@ -87,13 +87,14 @@ def fake_quantize(
     or propagating gradients through stochastic neurons, 2013 (straight-through).
     """
     _check.boolean("fake_quantize(straight_through=...)", straight_through)
-    return on_plan(params, plan_of("fake_quantize", params, bits, spec, mask), spec, straight_through)
+    return on_plan(params, _plan.plan_of("fake_quantize", params, bits, spec, mask), spec, straight_through)
 
 
 def quantize(
     params: PyTree,
     bits: PyTree,
     spec: QuantSpec = QuantSpec(),
+    *,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Turns weights into integer codes, scales and zero points.
@@ -121,13 +122,13 @@ def quantize(
     >>> q["kernel"].scale
     Array([[0.33333334, 1.3333334 ]], dtype=float32)
     """
-    plan = static("quantize", plan_of("quantize", params, bits, spec, mask), "fake_quantize")
+    plan = _plan.static("quantize", _plan.plan_of("quantize", params, bits, spec, mask), "fake_quantize")
 
     def leaf(w: jax.Array, width: int, is_stacked: bool) -> QuantizedArray:
         scale, zero_point = _grid.fit(w, width, spec, is_stacked)
         return packed(w, width, spec, _grid.encode(w, scale, zero_point, width, spec), scale, zero_point)
 
-    return map_selected(leaf, params, plan, spec)
+    return _plan.map_selected(leaf, params, plan, spec)
 
 
 def dequantize(tree: PyTree) -> PyTree:
@@ -148,16 +149,17 @@ def dequantize(tree: PyTree) -> PyTree:
     def leaf(q: Any) -> Any:
         if not isinstance(q, QuantizedArray):
             return q
-        wide = jnp.promote_types(q.dtype, jnp.float32)
+        wide = _tree.wide_type(q.dtype)
         return _grid.decode(q.codes.astype(wide), q.scale, q.zero_point).astype(q.dtype)
 
     return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
 def rounding_noise(
-    key: jax.Array,
     params: PyTree,
     bits: PyTree,
+    key: jax.Array,
+    *,
     spec: QuantSpec = QuantSpec(),
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
@@ -170,8 +172,8 @@ def rounding_noise(
     transformations sees their gradient; the weights themselves stay without noise.
 
     Args:
-      key: of this draw: a new one each step.
       params, bits, spec, mask: as in `fake_quantize`.
+      key: of this draw: a new one each step.
 
     Returns:
       A tree like `params`: u, and zeros where nothing is quantized. NaN in the channels where the scale is.
@@ -182,14 +184,15 @@ def rounding_noise(
     Cost: element-wise. Pure, works under jit and vmap; derivatives flow through the scale.
 
     >>> import jax, jax.numpy as jnp
-    >>> u = rounding_noise(jax.random.key(0), {"kernel": jnp.array([[3.0, 0.0], [-1.0, 0.0]]), "bias": jnp.ones(2)}, 3)
+    >>> w = {"kernel": jnp.array([[3.0, 0.0], [-1.0, 0.0]]), "bias": jnp.ones(2)}
+    >>> u = rounding_noise(w, 3, jax.random.key(0))
     >>> [bool(jnp.all(jnp.abs(x) <= most)) for x, most in ((u["kernel"], jnp.array([0.5, 0.0])), (u["bias"], 0.0))]
     [True, True]
 
     Source: Baskin et al., UNIQ: uniform noise injection for non-uniform quantization of neural networks, ACM
     Transactions on Computer Systems 2021 (there with a grid of quantiles, a few layers at a time).
     """
-    plan = plan_of("rounding_noise", params, bits, spec, mask)
+    plan = _plan.plan_of("rounding_noise", params, bits, spec, mask)
     leaves, structure = jax.tree.flatten(params)
 
     def leaf(key: jax.Array, w: jax.Array, width: Any, is_stacked: bool) -> jax.Array:
@@ -200,7 +203,7 @@ def rounding_noise(
         return _grid.decode(draw, scale, None).astype(w.dtype)
 
     keys = jax.random.split(key, len(leaves))
-    stacks = stacked_leaves(params, spec)
+    stacks = _plan.stacked_leaves(params, spec)
     each = zip(keys, map(jnp.asarray, leaves), plan, stacks, strict=True)
     return structure.unflatten([leaf(*arguments) for arguments in each])
 
@@ -226,7 +229,7 @@ def on_plan(params: PyTree, plan: list[Any], spec: QuantSpec, straight_through: 
         codes = _grid.encode(w, scale, zero_point, width, spec, snap)
         return _grid.decode(codes, scale, zero_point).astype(w.dtype)
 
-    return map_selected(leaf, params, plan, spec)
+    return _plan.map_selected(leaf, params, plan, spec)
 
 
 def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[jax.Array, jax.Array]:
@@ -237,70 +240,3 @@ def error_energy(params: PyTree, quantized: PyTree, plan: list[Any]) -> tuple[ja
     )
     rest = _tree.subtract(after, before)
     return _tree.dot(before, before), _tree.dot(rest, rest)
-
-
-def sizes(params: PyTree, plan: list[Any], spec: QuantSpec) -> dict[str, float]:
-    """How large a network is on a plan of concrete bit widths: entries and bytes.
-
-    fraction: of all entries, those that are quantized.
-    mean_bits: average bit width of these, of the leaves where they have no entry; 0 where there is none.
-    ideal_bytes: codes at exactly their bit width, the other leaves as they are: what is usually quoted.
-    stored_bytes: that, with scales and zero points and each leaf filled up to bytes: the tensors of `save`'s file.
-    """
-    entries = code_bits = 0
-    ideal = stored = 0.0
-    for w, width, is_stacked in zip(jax.tree.leaves(params), plan, stacked_leaves(params, spec), strict=True):
-        n = math.prod(jnp.shape(w))
-        if width is None:
-            nbytes = n * jnp.result_type(w).itemsize
-            ideal, stored = ideal + nbytes, stored + nbytes
-            continue
-        width = int(width)
-        scales = math.prod(_grid.scale_shape(jnp.shape(w), spec, is_stacked))
-        entries, code_bits = entries + n, code_bits + n * width
-        ideal += n * width / 8
-        stored += -(-n * width // 8) + scales * (4 + (0 if spec.symmetric else 1 if width <= 8 else 2))
-    total = _tree.size(params)
-    widths = [int(width) for width in plan if width is not None]
-    return {
-        "fraction": entries / total if total else 0.0,
-        "mean_bits": code_bits / entries if entries else sum(widths) / max(1, len(widths)),
-        "ideal_bytes": ideal,
-        "stored_bytes": stored,
-    }
-
-
-def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any) -> list[Any]:
-    """The bit width of every leaf, None where it passes through; raises what `fake_quantize` raises."""
-    chosen = jax.tree.leaves(select(name, params, spec, mask))
-    widths = bits_of_leaves(name, params, bits, spec)
-    stacks = stacked_leaves(params, spec)
-    each = zip(paths_of(params), jax.tree.leaves(params), widths, chosen, stacks, strict=True)
-    for path, w, width, c, is_stacked in each:
-        if c:
-            _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
-            _grid.check_groups(path, jnp.shape(w), spec, is_stacked)
-            if jnp.finfo(jnp.result_type(w)).bits < 16:
-                raise TypeError(f"`params` must have 16 bits or more where quantized; {path!r} is {w.dtype}.")
-    return [width if c else None for width, c in zip(widths, chosen, strict=True)]
-
-
-def traced(plan: list[Any]) -> list[Any]:
-    """A plan whose bit widths are arrays: as an argument of a compiled function, one program serves all widths."""
-    return [None if width is None else jnp.asarray(width, jnp.int32) for width in plan]
-
-
-def static(name: str, plan: list[Any], twin: str) -> list[int | None]:
-    """A plan whose bit widths are Python integers; raises TypeError at a traced one, which `twin` takes."""
-    if any(isinstance(width, Tracer) for width in plan):
-        raise TypeError(f"`{name}(bits=...)` must be Python integers; got a traced one: `{twin}` takes it.")
-    return [None if width is None else int(width) for width in plan]
-
-
-def map_selected(
-    leaf: Callable[[jax.Array, Any, bool], Any], params: PyTree, plan: list[Any], spec: QuantSpec
-) -> PyTree:
-    """The tree with `leaf(w, entry, is_stacked)` in place of each leaf whose entry of `plan` is not None."""
-    leaves, structure = jax.tree.flatten(params)
-    each = zip(leaves, plan, stacked_leaves(params, spec), strict=True)
-    return structure.unflatten([w if entry is None else leaf(jnp.asarray(w), entry, s) for w, entry, s in each])

@@ -55,9 +55,7 @@ class Packing:
     def empty_basis(self, num_rows: int) -> PyTree:
         """A basis with no vector set."""
         if self.is_flat:
-            return jnp.zeros(
-                (num_rows, sum(map(math.prod, self.shapes))), _tree.wide_type(*self.dtypes)
-            )
+            return jnp.zeros((num_rows, sum(map(math.prod, self.shapes))), _tree.wide_type(*self.dtypes))
         leaves = zip(self.shapes, self.dtypes, self.shardings, strict=True)
         return [_tree.place(jnp.zeros((num_rows, *shape), dtype), s, new_axes=1) for shape, dtype, s in leaves]
 
