@@ -440,3 +440,26 @@ def test_errors_of_the_sketch(sketch_size):
         spectrum.trace(problems.operator(lambda v: v, jnp.ones(3)), jax.random.key(0), sketch_size=sketch_size)
     with pytest.raises(ValueError, match=r"`operator\(z\)` must have the shapes of `z`"):
         spectrum.trace(problems.operator(lambda v: v[:2], jnp.ones(3)), jax.random.key(0), sketch_size=1)
+
+
+@pytest.mark.parametrize("estimator", [spectrum.trace, spectrum.frobenius_norm, spectrum.layer_traces])
+def test_rtol_of_zero_asks_for_no_error_at_all(estimator):
+    """It stops where the samples agree exactly; None takes every probe, and a finished estimate has converged."""
+    diagonal = problems.operator(lambda v: jnp.array([3.0, -1.0, 2.0]) * v, jnp.zeros(3))
+    exact = estimator(diagonal, jax.random.key(0), num_probes=50, rtol=0.0)
+    assert exact.converged
+    assert exact.num_probes == 10
+    matrix, _ = problems.symmetric([1.0, 2.0, 5.0], dtype=np.float32)
+    dense = problems.operator(lambda v: jnp.asarray(matrix) @ v, jnp.zeros(3))
+    never = estimator(dense, jax.random.key(0), num_probes=50, rtol=0.0)
+    assert not never.converged
+    assert never.num_probes == 50
+    finished = estimator(dense, jax.random.key(0), num_probes=50)
+    assert finished.converged
+    assert finished.num_probes == 50
+    np.testing.assert_array_equal(jax.tree.leaves(finished.mean), jax.tree.leaves(never.mean))
+
+
+def test_broken_product_is_not_converged_without_rtol():
+    broken = problems.operator(lambda v: jnp.full(3, jnp.nan), jnp.zeros(3))
+    assert not spectrum.trace(broken, jax.random.key(0), num_probes=5).converged
