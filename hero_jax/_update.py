@@ -15,7 +15,7 @@ from hero_jax import _check, _tree, parallel
 from hero_jax.errors import ArgumentError
 from hero_jax.penalties import Penalized, Penalty, Point
 from hero_jax.perturbations import Mask, ascent_on, leaves_of
-from hero_jax.spectrum.power import relative_residual
+from hero_jax.spectrum._residual import relative_residual
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike | optax.Schedule

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hero_jax import _check, _tree
 from hero_jax.operators import Operator, like_of
-from hero_jax.spectrum import _basis, krylov
+from hero_jax.spectrum import _basis, _krylov
 
 __all__ = ["SpectralDensity", "spectral_density"]
 
@@ -110,7 +110,7 @@ def spectral_density(
     if bandwidth is None:
         eps, size = jnp.finfo(nodes.dtype).eps, jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
         # Of a multiple of the identity there is no width; any will do that its size makes visible.
-        is_wide = highest - lowest > krylov.ROUNDING * eps * size
+        is_wide = highest - lowest > _krylov.ROUNDING * eps * size
         width = jnp.where(is_wide, highest - lowest, jnp.where(size == 0, 1, size)) / num_steps
         # Cells near the spacing of floats would have centers that coincide.
         width = jnp.maximum(width, 2 * num_points * eps * size)
@@ -138,8 +138,8 @@ def spectral_density(
 
 def _quadrature(operator: Operator, start: PyTree, num_steps: int) -> tuple[jax.Array, ...]:
     """Nodes and weights from one start, which are set, products taken, asymmetry, scale; the space itself is let go."""
-    space = krylov.krylov_space(operator, start, num_steps)
-    ritz = krylov.ritz_pairs(space, 0.0)
+    space = _krylov.krylov_space(operator, start, num_steps)
+    ritz = _krylov.ritz_pairs(space, 0.0)
     return ritz.values, ritz.components[0] ** 2, ritz.is_set, space.num_matvecs, space.asymmetry, space.scale
 
 

@@ -1,18 +1,4 @@
-"""Lanczos iterations: several eigenpairs at once, each with its residual.
-
-Every product is orthogonalised against all vectors before it, twice, and all coefficients are kept. With Q the
-orthonormal vectors as columns, j of them multiplied so far, this measures an identity that holds to rounding for any
-operator:
-
-    H Q_j = Q T,    T = Q^T H Q_j
-
-so the residual of a Ritz pair (theta, y = Q_j s) is known without another product:
-
-    ||H y - theta y|| = ||T s - theta [s; 0]||
-
-exactly until a restart leaves a part of T out, and at most that plus the length of what was left out from then on;
-and ||T_j - T_j^T|| says how far the operator is from symmetric, where T_j is T without its last rows.
-"""
+"""Lanczos iterations: several eigenpairs at once, each with its residual."""
 
 from __future__ import annotations
 
@@ -28,15 +14,12 @@ from jax.core import Tracer
 from hero_jax import _check, _loop, _tree
 from hero_jax.errors import ArgumentError
 from hero_jax.operators import Operator, like_of
-from hero_jax.spectrum import _basis
-from hero_jax.spectrum.power import relative
+from hero_jax.spectrum import _basis, _krylov
 
 __all__ = ["WHICH", "Eigenpairs", "Lanczos", "lanczos", "top_eigenpairs"]
 
 PyTree = Any
 WHICH = ("magnitude", "largest", "smallest")
-# A length of at most this many eps ||H|| is rounding error.
-ROUNDING = 64
 # Where the space was invariant, the largest eigenvalue outside it is to be known to this relative residual.
 OUTSIDE_RTOL = 0.1
 
@@ -156,10 +139,10 @@ def top_eigenpairs(
     packing = _basis.Packing.of(like)
     solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts, packing)
     carry = _loop.run(solver, operator, _start(solver, v0, key, rtol, max_matvecs))
-    values, residuals = _marked(carry.ritz)
+    values, residuals = _krylov.marked(carry.ritz)
     return Eigenpairs(
         eigenvalues=values,
-        eigenvectors=_ritz_vectors(packing, carry.ritz, carry.space, like),
+        eigenvectors=_krylov.ritz_vectors(packing, carry.ritz, carry.space, like),
         residuals=residuals,
         converged=carry.ritz.converged,
         num_matvecs=carry.space.num_matvecs,
@@ -211,105 +194,18 @@ def lanczos(
     length = jax.jit(_tree.norm)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ArgumentError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")
-    space = krylov_space(operator, v0, num_steps)
-    ritz = ritz_pairs(space, rtol)
-    values, residuals = _marked(ritz)
+    space = _krylov.krylov_space(operator, v0, num_steps)
+    ritz = _krylov.ritz_pairs(space, rtol)
+    values, residuals = _krylov.marked(ritz)
     return Lanczos(
         eigenvalues=values,
-        eigenvectors=_ritz_vectors(_basis.Packing.of(v0), ritz, space, v0),
+        eigenvectors=_krylov.ritz_vectors(_basis.Packing.of(v0), ritz, space, v0),
         components=ritz.components[0],
         residuals=residuals,
         converged=ritz.converged,
         num_matvecs=space.num_matvecs,
         asymmetry=space.asymmetry,
     )
-
-
-class Space(NamedTuple):
-    """What the iteration has built: `H basis[:num_multiplied] = basis coefficients`, up to `defects`.
-
-    basis: m + b rows, those beyond the ones found being zero; b is the number of start vectors.
-    coefficients: (m + b, m), T above.
-    defects: (m,), at most the length of the part of H q that a restart left out.
-    num_multiplied: rows whose product is in `coefficients`; row `num_multiplied` is multiplied next.
-    num_matvecs: products taken; more than `num_multiplied` after a restart.
-    scale: the longest product so far, a lower bound of ||H||.
-    asymmetry: see `Eigenpairs`.
-    is_invariant: the Krylov space is complete, or the whole space is spanned: there is no row to multiply.
-    """
-
-    basis: PyTree
-    coefficients: jax.Array
-    defects: jax.Array
-    num_multiplied: jax.Array
-    num_matvecs: jax.Array
-    scale: jax.Array
-    asymmetry: jax.Array
-    is_invariant: jax.Array
-
-
-class Ritz(NamedTuple):
-    """Ritz pairs: values (k,), components (m, k) on the multiplied rows, residual norms (k,), converged (k,).
-
-    is_set: (k,), False where there are fewer than k; all else is 0 and not converged there.
-    """
-
-    values: jax.Array
-    components: jax.Array
-    residual_norms: jax.Array
-    converged: jax.Array
-    is_set: jax.Array
-
-
-def krylov_space(operator: Callable[[PyTree], PyTree], v0: PyTree, num_steps: int) -> Space:
-    """The Krylov space of `v0`, of at most `num_steps` dimensions and at most that of the whole space."""
-    solver = _Krylov(min(num_steps, _tree.size(v0)), _basis.Packing.of(v0))
-    # The empty space goes straight into the loop, so that nothing else holds its memory.
-    start = jax.tree.map(lambda x: jnp.asarray(x)[None], v0)
-    return _loop.run(solver, operator, _empty(solver.num_steps, solver.packing, start))
-
-
-def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest", first: Any = 0) -> Ritz:
-    """The k wanted Ritz pairs (default all, ascending) of the rows from `first` on."""
-    coefficients, j = space.coefficients, space.num_multiplied
-    num_columns = coefficients.shape[1]
-    k = num_columns if k is None else k
-    is_set = (jnp.arange(num_columns) < j) & (jnp.arange(num_columns) >= first)
-    projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
-    # Rows not set yet get an eigenvalue of their own, far from all others, so that they mix with none.
-    bound = jnp.max(jnp.sum(jnp.abs(projected), 1))
-    far = jnp.where(bound > 0, 4 * bound, 1)
-    matrix = (projected + projected.T) / 2 + jnp.diag(jnp.where(is_set, 0, far))
-    values, vectors = jnp.linalg.eigh(matrix)
-    is_real = jnp.sum(jnp.where(is_set[:, None], vectors**2, 0), 0) > 0.5
-    rank = {"magnitude": -jnp.abs(values), "largest": -values, "smallest": values}[which]
-    chosen = jnp.argsort(jnp.where(is_real, rank, jnp.inf))[:k]
-    is_real = is_real[chosen]
-    values = jnp.where(is_real, values[chosen], 0)
-    components = jnp.where(is_real, vectors[:, chosen], 0)
-    padded = jnp.zeros_like(coefficients, shape=(len(coefficients), k)).at[:num_columns].set(components)
-    lengths = jax.vmap(_tree.norm, 1)(_product(coefficients, components) - padded * values[None, :])
-    residual_norms = jnp.where(is_real, lengths + _left_out(space, components), 0)
-    # A comparison with NaN is False.
-    converged = is_real & ((residual_norms <= rtol * jnp.abs(values)) | (residual_norms <= _rounding(space)))
-    return Ritz(values, components, residual_norms, converged, is_real)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Krylov:
-    """Lanczos from one vector, to the end of its Krylov space."""
-
-    num_steps: int
-    packing: _basis.Packing
-
-    def is_running(self, carry: Space) -> jax.Array:
-        return ~carry.is_invariant & jnp.isfinite(carry.scale) & (carry.num_multiplied < self.num_steps)
-
-    def argument(self, carry: Space) -> PyTree:
-        return self.packing.unpack(_basis.row(carry.basis, carry.num_multiplied))
-
-    def advance(self, carry: Space, product: PyTree) -> Space:
-        return _extend(carry, self.packing, product, 1, None)[0]
 
 
 class _Carry(NamedTuple):
@@ -321,8 +217,8 @@ class _Carry(NamedTuple):
       known to `OUTSIDE_RTOL` and leave the wanted ones as they are.
     """
 
-    space: Space
-    ritz: Ritz
+    space: _krylov.Space
+    ritz: _krylov.Ritz
     random_row: jax.Array
     is_confirmed: jax.Array
     key: jax.Array
@@ -351,13 +247,13 @@ class _TopEigenpairs:
     def advance(self, carry: _Carry, product: PyTree) -> _Carry:
         j, (rtol, _) = carry.space.num_multiplied, carry.limits
         key_random, key = jax.random.split(carry.key)
-        space, has_ended = _extend(carry.space, self.packing, product, self.num_starts, key_random)
-        ritz = ritz_pairs(space, rtol, self.k, self.which)
+        space, has_ended = _krylov.extend(carry.space, self.packing, product, self.num_starts, key_random)
+        ritz = _krylov.ritz_pairs(space, rtol, self.k, self.which)
         change = jnp.abs(ritz.values - carry.ritz.values)
-        is_same = (change <= rtol * jnp.abs(ritz.values)) | (change <= _rounding(space))
+        is_same = (change <= rtol * jnp.abs(ritz.values)) | (change <= _krylov.rounding(space))
         is_stable = (is_same & ritz.is_set & carry.ritz.is_set).all()
         was_invariant = carry.random_row >= 0
-        outside = ritz_pairs(space, OUTSIDE_RTOL, 1, self.which, first=carry.random_row)
+        outside = _krylov.ritz_pairs(space, OUTSIDE_RTOL, 1, self.which, first=carry.random_row)
         is_explored = (j >= carry.random_row) & outside.converged.all()
         carry = _Carry(
             space=space,
@@ -375,18 +271,18 @@ class _TopEigenpairs:
         space, (rtol, _) = carry.space, carry.limits
         m, b = self.basis_size, self.num_starts
         num_kept = min(self.k + (m - self.k) // 2, m - 1)
-        kept = ritz_pairs(space, rtol, num_kept, self.which)
+        kept = _krylov.ritz_pairs(space, rtol, num_kept, self.which)
         rotation = jnp.zeros_like(space.coefficients, shape=(m + b, m + b))
         rotation = rotation.at[:num_kept, :m].set(kept.components.T)
         rotation = rotation.at[num_kept + jnp.arange(b), m + jnp.arange(b)].set(1)
         coefficients = jnp.zeros_like(space.coefficients).at[:num_kept, :num_kept].set(jnp.diag(kept.values))
         coefficients = coefficients.at[num_kept : num_kept + b, :num_kept].set(
-            _product(space.coefficients[m:], kept.components)
+            _krylov.product(space.coefficients[m:], kept.components)
         )
         # Of H y, the part in the old span but not along y is what asymmetry and rounding leave.
-        left_out = _product(space.coefficients[:m], kept.components) - kept.components * kept.values[None, :]
-        lengths = jnp.stack([jax.vmap(_tree.norm, 1)(left_out), _left_out(space, kept.components)])
-        defects = _added(space, lengths)
+        left_out = _krylov.product(space.coefficients[:m], kept.components) - kept.components * kept.values[None, :]
+        lengths = jnp.stack([jax.vmap(_tree.norm, 1)(left_out), _krylov.left_out(space, kept.components)])
+        defects = _krylov.added(space, lengths)
         space = space._replace(
             basis=_basis.combine(rotation, space.basis),
             coefficients=coefficients,
@@ -395,7 +291,7 @@ class _TopEigenpairs:
         )
         return carry._replace(
             space=space,
-            ritz=ritz_pairs(space, rtol, self.k, self.which),
+            ritz=_krylov.ritz_pairs(space, rtol, self.k, self.which),
             # A space outside that was being explored goes on from the first row not multiplied.
             random_row=jnp.where(carry.random_row < 0, -1, num_kept + jnp.maximum(carry.random_row - m, 0)),
         )
@@ -406,146 +302,16 @@ def _start(solver: _TopEigenpairs, v0: PyTree | None, key: jax.Array, rtol: Any,
     key_default, key_start, key = jax.random.split(key, 3)
     if v0 is None:
         v0 = jax.tree.map(lambda x: x[None], _tree.random_normal(key_default, solver.packing.like()))
-    space = _empty(solver.basis_size, solver.packing, v0, key_start)
+    space = _krylov.empty(solver.basis_size, solver.packing, v0, key_start)
     limits = (jnp.asarray(rtol, space.scale.dtype), jnp.asarray(max_matvecs, jnp.int32))
     return _Carry(
         space=space,
-        ritz=ritz_pairs(space, limits[0], solver.k, solver.which),
+        ritz=_krylov.ritz_pairs(space, limits[0], solver.k, solver.which),
         random_row=jnp.full((), -1, jnp.int32),
         is_confirmed=jnp.zeros((), bool),
         key=key,
         limits=limits,
     )
-
-
-def _marked(ritz: Ritz) -> tuple[jax.Array, jax.Array]:
-    """Values and relative residuals, NaN in the places that are not set."""
-    residuals = relative(ritz.residual_norms, ritz.values)
-    return _tree.nan_where(~ritz.is_set, ritz.values), _tree.nan_where(~ritz.is_set, residuals)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _stacked(packing: _basis.Packing, ritz: Ritz, space: Space) -> PyTree:
-    """The vectors y = Q s, stacked."""
-    num_columns = space.coefficients.shape[1]
-    rows = _basis.combine(ritz.components.T, jax.tree.map(lambda q: q[:num_columns], space.basis))
-    return jax.vmap(packing.unpack)(rows)
-
-
-def _ritz_vectors(packing: _basis.Packing, ritz: Ritz, space: Space, like: PyTree) -> PyTree:
-    """The vectors, in the types of `like`."""
-    return jax.tree.map(lambda v, x: v.astype(jnp.result_type(x)), _stacked(packing, ritz, space), like)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _empty(num_columns: int, packing: _basis.Packing, v0: PyTree, key: jax.Array | None = None) -> Space:
-    """A space with nothing multiplied and the orthonormalised start vectors as its first rows.
-
-    A start vector that depends on those before it is replaced by a random one where there is a `key`.
-    """
-    v0 = jax.vmap(packing.pack)(v0)
-    num_starts = len(jax.tree.leaves(v0)[0])
-    basis = packing.empty_basis(num_columns + num_starts)
-    for i in range(num_starts):
-        vector, _ = _tree.normalize(_basis.row(v0, i))
-        vector, _ = _basis.orthogonalize(basis, vector)
-        left = _tree.norm(vector)
-        vector, _ = _tree.normalize(vector)
-        if key is not None:
-            key, key_random = jax.random.split(key)
-            # NaN or zero starts are replaced as well.
-            is_new = left > 1e-3
-            vector = jax.tree.map(
-                lambda a, b, is_new=is_new: jnp.where(is_new, a, b),
-                vector,
-                _basis.random_direction(key_random, basis, packing),
-            )
-            vector, _ = _tree.normalize(_basis.orthogonalize(basis, vector)[0])
-        basis = _basis.with_row(basis, i, vector)
-    dtype = _tree.dot(v0, v0).dtype
-    return Space(
-        basis=basis,
-        coefficients=jnp.zeros((num_columns + num_starts, num_columns), dtype),
-        defects=jnp.zeros(num_columns, dtype),
-        num_multiplied=jnp.zeros((), jnp.int32),
-        num_matvecs=jnp.zeros((), jnp.int32),
-        scale=jnp.zeros((), dtype),
-        asymmetry=jnp.zeros((), dtype),
-        is_invariant=jnp.zeros((), bool),
-    )
-
-
-def _extend(
-    space: Space, packing: _basis.Packing, product: PyTree, num_starts: int, key: jax.Array | None
-) -> tuple[Space, jax.Array]:
-    """The space after the product of its next row is known, with a new row at its end, and whether the product lay in
-    it.
-
-    If so, the new row is a random direction, or, without a `key`, there is none.
-    """
-    j = space.num_multiplied
-    num_columns = space.coefficients.shape[1]
-    _check.matching_tree("operator(v)", product, packing.unpack(_basis.row(space.basis, 0)), than="v")
-    product = packing.pack(product)
-    dtype = space.scale.dtype
-    scale = jnp.maximum(space.scale, _tree.norm(product).astype(dtype))
-    space = space._replace(scale=scale)
-    rest, column = _basis.orthogonalize(space.basis, product)
-    length = _tree.norm(rest).astype(dtype)
-    has_ended = length <= _rounding(space)
-    unit, _ = _tree.normalize(rest)
-    # What is cut off here stays in the residuals.
-    defects = space.defects.at[j].set(jnp.where(has_ended, length, 0))
-    length = jnp.where(has_ended, 0, length)
-    if key is None:
-        unit = _tree.scale(jnp.where(has_ended, 0, 1), unit)
-    else:
-        unit = jax.lax.cond(has_ended, lambda: _basis.random_direction(key, space.basis, packing), lambda: unit)
-    new = j + num_starts
-    coefficients = space.coefficients.at[:, j].set(column.astype(dtype).at[new].set(length))
-    basis = _basis.with_row(space.basis, new, unit)
-    is_set = jnp.arange(num_columns) <= j
-    projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
-    size = _tree.norm(projected)
-    asymmetry = _tree.norm(projected - projected.T) / jnp.where(size > 0, size, 1)
-    next_row = _basis.row(basis, jnp.minimum(j + 1, num_columns + num_starts - 1))
-    space = Space(
-        basis=basis,
-        coefficients=coefficients,
-        defects=defects,
-        num_multiplied=j + 1,
-        num_matvecs=space.num_matvecs + 1,
-        scale=scale,
-        asymmetry=jnp.maximum(space.asymmetry, asymmetry),
-        # NaN is not zero: a broken product is not an invariant space.
-        is_invariant=_tree.largest(next_row) == 0,
-    )
-    return space, has_ended
-
-
-def _rounding(space: Space) -> jax.Array:
-    """The length below which a vector is rounding error of the operator."""
-    return ROUNDING * jnp.finfo(space.scale.dtype).eps * space.scale
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in full: accelerators round the factors to 8 or 11 bits by default."""
-    return jnp.matmul(a, b, precision="highest")
-
-
-def _left_out(space: Space, components: jax.Array) -> jax.Array:
-    """The length that the defects of the rows add up to in each combination of rows."""
-    return _added(space, jnp.abs(space.defects[:, None] * components))
-
-
-def _added(space: Space, lengths: jax.Array) -> jax.Array:
-    """The length of the sum, over the first axis, of vectors whose lengths alone are known.
-
-    At most the sum of the lengths; the root of the sum of their squares where all are rounding errors, which are
-    independent of each other.
-    """
-    most = lengths.sum(0)
-    return jnp.where(most > _rounding(space), most, jax.vmap(_tree.norm, 1)(lengths))
 
 
 def _check_starts(v0: PyTree, like: PyTree) -> int:

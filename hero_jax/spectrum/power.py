@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from hero_jax import _check, _loop, _tree
 from hero_jax.errors import ArgumentError
+from hero_jax.spectrum import _residual
 
 __all__ = ["Eigenpair", "power_iteration"]
 
@@ -122,19 +123,7 @@ class _PowerIteration:
         _check.matching_tree("operator(v0)", product, v, than="v0")
         # v^T v is 1 to rounding only, and to 3 digits in bfloat16.
         eigenvalue = (_tree.dot(v, product) / _tree.dot(v, v)).astype(rtol.dtype)
-        residual = relative_residual(v, product, eigenvalue).astype(rtol.dtype)
+        residual = _residual.relative_residual(v, product, eigenvalue).astype(rtol.dtype)
         unit, _ = _tree.normalize(product)
         result = Eigenpair(eigenvalue, v, residual, residual <= rtol, result.num_matvecs + 1)
         return _Carry(_tree.cast_like(unit, v), result, limits)
-
-
-def relative_residual(v: PyTree, product: PyTree, eigenvalue: jax.Array) -> jax.Array:
-    """||H v - lambda v|| / |lambda| for a unit v, with 0 / 0 = 0: a vector that H maps to zero is an eigenvector."""
-    return relative(_tree.norm(_tree.add(product, v, -eigenvalue)), eigenvalue)
-
-
-def relative(residual_norm: jax.Array, eigenvalue: jax.Array) -> jax.Array:
-    """||H v - lambda v|| / |lambda|, 0 where both vanish, infinite where lambda alone does."""
-    magnitude = jnp.abs(eigenvalue)
-    ratio = residual_norm / jnp.where(magnitude == 0, 1, magnitude)
-    return jnp.where(residual_norm == 0, 0, jnp.where(magnitude == 0, jnp.inf, ratio))
