@@ -45,6 +45,14 @@ METHODS: dict[str, optax.GradientTransformationExtraArgs] = {
     "grad_l1": hero_jax.grad_l1(1e-3),
     **{f"hero {name}": hero_jax.hero(RHO, GAMMA, penalty=name) for name in penalties.PENALTIES},
 }
+# Gradients of a step: what it costs at least, if nothing else did.
+FLOORS = {
+    "sgd": penalties.UNPERTURBED.cost,
+    "sam": penalties.PERTURBED.cost,
+    "asam": penalties.PERTURBED.cost,
+    "grad_l1": penalties.GRADIENT_L1.cost,
+    **{f"hero {name}": penalty.cost for name, penalty in penalties.PENALTIES.items()},
+}
 TORCH_MODELS = ("resnet20", "resnet32", "resnet56")
 # Images of the check against PyTorch: float64 convolutions are slow.
 CHECKED = 16
@@ -232,7 +240,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     best = peak(jax.devices()[0].device_kind, arguments.dtype)
     rows = []
     for name, times in interleaved(steps, arguments.repeats).items():
-        row = {"method": name, **costs[name], **times}
+        row = {"method": name, "floor": FLOORS[name], **costs[name], **times}
         row["flop_ratio"] = row["gigaflops"] / costs["sgd"]["gigaflops"]
         row["peak_fraction"] = None if best is None else row["gigaflops"] / 1e3 / row["seconds"] / best[0]
         rows.append(row)
@@ -319,6 +327,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "ms": lambda row: milliseconds(row["seconds"]),
         "quartiles": lambda row: "-".join(map(milliseconds, row["quartiles"])),
         "x SGD": lambda row: f"{row['ratio']:.2f}",
+        "floor": lambda row: f"{row['floor']:g}" if "floor" in row else "",
         "img/s": lambda row: f"{row['images_per_second']:.0f}",
         "flops": lambda row: f"{row['flop_ratio']:.2f}" if "flop_ratio" in row else "",
         "peak": lambda row: f"{row['peak_fraction']:.1%}" if row.get("peak_fraction") is not None else "",

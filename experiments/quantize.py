@@ -135,7 +135,7 @@ def evaluate(
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
         classify = classifier(forward, batch_size=trainers.EVAL_BATCH)
     for path, why in left_out.items():
-        cli.console.print(f"{spec.name}, {step}: {path} has no calibration: {why}.")
+        cli.console.print(f"{spec.name}, {step}: {path} stays as it is: {why}.")
     test = network.dataset.test.first(config.images)
 
     def eval_fn(params: PyTree) -> dict[str, Any]:

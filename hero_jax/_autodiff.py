@@ -6,14 +6,12 @@ A `jax.custom_vjp` has none. What `jax.jvp` makes of one fails at once outside a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from hero_jax import _tree
+from hero_jax import _program, _tree
 
 PyTree = Any
 
@@ -27,13 +25,9 @@ def jvp(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> tuple
         J v = d/du <J^T u, v>
     """
     tangent = _tree.cast_like(vector, params)
-    forward = functools.partial(jax.jvp, fn)
-    try:
-        if not _is_traced() or not _fails_later(jax.make_jaxpr(forward)((params,), (tangent,)).jaxpr):
-            return forward((params,), (tangent,))
-    except (TypeError, NotImplementedError) as error:
-        if not _lacks_forward_mode(error):
-            raise
+    found = _forward(fn, params, tangent)
+    if found is not None:
+        return found
     outputs, pullback = jax.vjp(fn, params)
     # Linear, so that any point will do; that of the outputs has their types and varies over the devices that they do.
     _, transposed = jax.vjp(lambda u: pullback(u)[0], outputs)
@@ -47,38 +41,24 @@ def second_order(fn: Callable[[PyTree], jax.Array], params: PyTree, direction: P
     def slope(params: PyTree) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(fn, (params,), (direction,))
 
-    forward = functools.partial(jax.jvp, slope)
-    try:
-        if not _is_traced() or not _fails_later(jax.make_jaxpr(forward)((params,), (direction,)).jaxpr):
-            (value, first), (_, second) = forward((params,), (direction,))
-            return value, first, second
-    except (TypeError, NotImplementedError) as error:
-        if not _lacks_forward_mode(error):
-            raise
+    found = _forward(slope, params, direction)
+    if found is not None:
+        (value, first), (_, second) = found
+        return value, first, second
     grads, product = jvp(jax.grad(fn), params, direction)
     return fn(params), _tree.dot(grads, direction), _tree.dot(direction, product)
 
 
-def _is_traced() -> bool:
-    """Whether operations are recorded here rather than run."""
-    return _tree.is_traced(jnp.zeros(()))
-
-
-def _fails_later(jaxpr: Any) -> bool:
-    """Whether a program holds the forward mode of a `custom_vjp`."""
-    return "custom_lin" in set(_operations(jaxpr))
-
-
-def _lacks_forward_mode(error: Exception) -> bool:
-    """Whether it is the forward mode of a `custom_vjp` that failed. JAX has no class of its own for this."""
-    return any(name in str(error) for name in ("custom_vjp", "custom_lin"))
-
-
-def _operations(jaxpr: Any) -> Iterator[str]:
-    """The names of all operations in a program and in the programs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _operations(inner)
+def _forward(fn: Callable[[PyTree], PyTree], params: PyTree, tangent: PyTree) -> tuple[PyTree, PyTree] | None:
+    """`jax.jvp`, or None where a `custom_vjp` is met."""
+    try:
+        if _tree.is_tracing():
+            jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(fn, (p,), (t,)))(params, tangent).jaxpr
+            if any(equation.primitive.name == "custom_lin" for equation in _program.equations(jaxpr)):
+                return None
+        return jax.jvp(fn, (params,), (tangent,))
+    except (TypeError, NotImplementedError) as error:
+        # JAX has no class of its own for this.
+        if not any(name in str(error) for name in ("custom_vjp", "custom_lin")):
+            raise
+        return None

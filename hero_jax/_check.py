@@ -76,12 +76,11 @@ def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> 
 
 def bools(argument: str, value: Any) -> None:
     """Raises unless `value` is a Python bool, a tree of them, or a function (which makes one)."""
-    if callable(value):
+    if _is_function(value):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None):
         if not isinstance(leaf, bool | np.bool_):
-            where = f"; at {_path('params', path)} it has" if path else "; got"
-            raise TypeError(f"`{argument}` must be True or False, or a tree of these{where} {brief(leaf)}.")
+            raise TypeError(f"`{argument}` must hold Python bools; at {_path('params', path)} it has {brief(leaf)}.")
 
 
 def function(argument: str, value: Any) -> None:
@@ -194,9 +193,7 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
 
     Raises when it does not match `params`, holds anything but bools, or selects no leaf.
     """
-    # A module that is a pytree of bools may be callable too (Equinox): a callable is a function where it is a leaf.
-    leaves = jax.tree.leaves(mask)
-    if callable(mask) and len(leaves) == 1 and leaves[0] is mask:
+    if _is_function(mask):
         mask = mask(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
@@ -222,6 +219,12 @@ def brief(value: Any) -> str:
         return f"a function ({value.__name__})"
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def _is_function(value: Any) -> bool:
+    """Whether a mask is a function. A module that is a pytree of bools may be callable too (Equinox)."""
+    leaves = jax.tree.leaves(value)
+    return callable(value) and len(leaves) == 1 and leaves[0] is value
 
 
 def _is_scalar(value: Any, kind: Any) -> bool:

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hero_jax import _tree, parallel
+from hero_jax import _program, _tree, parallel
 from hero_jax.errors import ArgumentError
 from hero_jax.examples import Examples, Stream, check_batch
 
@@ -139,6 +138,8 @@ class StreamedMean:
 
     def __call__(self, *args: PyTree) -> PyTree:
         """The mean, after one pass over the batches."""
+        if _tree.is_traced(args) or _tree.is_tracing():
+            raise TypeError("A mean over a `Stream` runs on the host and cannot be traced; call it outside jax.jit.")
         weight_fn, sums, previous = self._stream.weight_fn, None, None
         is_first_pass = self._weight is None
         for batch in self._iterate():
@@ -207,7 +208,7 @@ def check_uncoupled(name: str, loss_fn: LossFn, params: PyTree, weight_fn: Weigh
     batch, its last one included, where padding is. Nothing is checked of traced values.
     """
     size = num_examples(batch)
-    if size < 2 or any(isinstance(x, Tracer) for x in jax.tree.leaves((batch, params))):
+    if size < 2 or _tree.is_tracing() or _tree.is_traced((batch, params)):
         return
     indices = np.linspace(0, size - 1, min(COUPLING_EXAMPLES, size)).round().astype(int)
     # What lies on the host is picked there, so that no more is sent.
@@ -217,7 +218,7 @@ def check_uncoupled(name: str, loss_fn: LossFn, params: PyTree, weight_fn: Weigh
         batch = _picked(batch, indices, size)
     losses = _grouped_losses(loss_fn, weight_fn, params, batch)
     whole, split, compared = (float(x) for x in losses)
-    rtol = max(COUPLING_RTOL, 4 * float(jnp.finfo(losses[0].dtype).eps))
+    rtol = max(COUPLING_RTOL, 4 * _precision(loss_fn, params, batch))
     # Two NaN are no sign of coupling, one is.
     if not np.isclose(whole, split, rtol=0, atol=rtol * np.nan_to_num(compared), equal_nan=True):
         raise ArgumentError(
@@ -226,6 +227,15 @@ def check_uncoupled(name: str, loss_fn: LossFn, params: PyTree, weight_fn: Weigh
             " a batch: give it running statistics, or say that the mean over batches is what you want. A loss that"
             " leaves out masked examples, or divides by tokens, needs a `weight_fn`."
         )
+
+
+def _precision(loss_fn: LossFn, params: PyTree, batch: PyTree) -> float:
+    """The rounding of the narrowest type that a loss is computed in."""
+    program = jax.make_jaxpr(loss_fn)(params, batch).jaxpr
+    types = {v.aval.dtype for e in _program.equations(program) for v in e.outvars if hasattr(v.aval, "dtype")}
+    rounding = max((float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.floating)), default=0.0)
+    # Accelerators take the factors of a float32 product in TF32 or bfloat16.
+    return rounding if jax.default_backend() == "cpu" else max(rounding, float(jnp.finfo(jnp.bfloat16).eps))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -250,8 +260,8 @@ def _grouped_losses(
     """The loss of all examples, the mean of the losses of one and the others, and the size of what is compared."""
     parts = [jax.tree.map(lambda x: x[:1], batch), jax.tree.map(lambda x: x[1:], batch)]
     weights = [weight_of(weight_fn, part) for part in parts]
-    losses = [jnp.mean(jnp.asarray(loss_fn(params, part))) for part in parts]
-    whole = jnp.mean(jnp.asarray(loss_fn(params, batch)))
+    losses = [jnp.mean(_tree.wide(loss_fn(params, part))) for part in parts]
+    whole = jnp.mean(_tree.wide(loss_fn(params, batch)))
     total = jnp.asarray(sum(weights), whole.dtype)
     shares = [jnp.where(w == 0, 0, w * x / total) for w, x in zip(weights, losses, strict=True)]
     # Where these examples have no weight, nothing can be said. Shares that cancel leave their rounding errors.

@@ -100,7 +100,7 @@ def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
 
 
 def nan_where(is_missing: jax.Array, x: jax.Array) -> jax.Array:
-    """NaN where `is_missing`, `x` elsewhere: a mark in a result, no accident for `jax_debug_nans` to stop at."""
+    """NaN where `is_missing`, `x` elsewhere: a mark, at which `jax_debug_nans` does not stop (but for inside a jit)."""
     with jax.debug_nans(False):
         return jnp.where(is_missing, jnp.nan, x)
 
@@ -165,6 +165,11 @@ def is_explicit(sharding: Any) -> bool:
 def is_traced(tree: PyTree) -> bool:
     """Whether any leaf is a tracer."""
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
+def is_tracing() -> bool:
+    """Whether operations are recorded here rather than run."""
+    return is_traced(jnp.zeros(()))
 
 
 def size(tree: PyTree) -> int:

@@ -14,7 +14,7 @@ import optax
 from hero_jax import _check, _tree, parallel
 from hero_jax.errors import ArgumentError
 from hero_jax.penalties import Penalized, Penalty, Point
-from hero_jax.perturbations import Mask, ascent_on, leaves_of
+from hero_jax.perturbations import Mask, ascent_on, moved_leaves, scaled_leaves
 from hero_jax.spectrum._residual import relative_residual
 
 PyTree = Any
@@ -91,6 +91,8 @@ class Transformation:
     def __post_init__(self) -> None:
         _check.boolean(f"{self.name}(sync=...)", self.sync)
         _check.axis_name(f"{self.name}(axis_name=...)", self.axis_name)
+        if self.mask is not None:
+            _check.bools(f"{self.name}(mask=...)", self.mask)
         if not self.sync and self.axis_name is None:
             raise ArgumentError(
                 f"`{self.name}(sync=False)` needs `axis_name`: without one there is no device to be local to."
@@ -189,10 +191,9 @@ class Transformation:
         """Which leaves are scaled and which are perturbed, as trees of bools."""
         if self.perturbation is None:
             return None, None
-        mask = True if self.perturbation.mask is None else self.perturbation.mask
         return (
-            leaves_of(f"{self.name}(adaptive=...)", self.perturbation.adaptive, params),
-            leaves_of(f"{self.name}(perturb_mask=...)", mask, params),
+            scaled_leaves(f"{self.name}(adaptive=...)", self.perturbation.adaptive, params),
+            moved_leaves(f"{self.name}(perturb_mask=...)", self.perturbation.mask, params),
         )
 
     def _perturb(self, params: PyTree, grads: PyTree, count: jax.Array) -> PyTree | None:

@@ -142,10 +142,10 @@ def hessian_operator(
       or wider but computed in the types of `params`; symmetric up to rounding.
 
     Raises:
-      ArgumentError: no examples; batch leaves of different lengths; data whose total weight is 0, or changes from pass
-        to pass; a loss that couples a batch that is to be split (found by comparing the loss of four examples with that
-        of one and three; of a stream, in every batch of the first pass). Values are looked at outside a trace only;
-        under one a total weight of 0 gives NaN.
+      ArgumentError: no examples; batch leaves of different lengths; a stream whose total weight is 0, or changes from
+        pass to pass; a loss that couples a batch that is to be split (found by comparing the loss of four examples with
+        that of one and three; of a stream, in every batch of the first pass). Values are looked at outside a trace
+        only. Of examples at hand a total weight of 0 gives NaN.
       TypeError: parameters that are not floating point.
 
     Which batch statistics: those `loss_fn` uses. Running statistics (evaluation mode) are constants of the function;

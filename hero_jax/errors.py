@@ -4,7 +4,8 @@ __all__ = ["ArgumentError"]
 
 
 class ArgumentError(ValueError):
-    """An argument with a value, a shape or a structure that a function cannot take: one line that names all three.
+    """An argument with a value, a shape or a structure that a function cannot take: one line with the argument,
+    the rule and the value.
 
     Arguments of the wrong kind (a string for a number, say) raise TypeError instead.
 

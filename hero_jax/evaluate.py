@@ -105,13 +105,12 @@ def classifier(
     @jax.jit
     def score(params: PyTree, inputs: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
         logits = apply_fn(params, inputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(_tree.wide(logits), labels)
-        found = logits.argmax(-1)
+        found, classes, wide = logits.argmax(-1), logits.shape[-1], labels.astype(int)
         # The loss takes -1 for the last class; the accuracy does not.
-        wide, classes = labels.astype(int), logits.shape[-1]
         wrong = mask & ((wide < 0) | (wide >= classes))
+        losses = optax.softmax_cross_entropy_with_integer_labels(_tree.wide(logits), jnp.clip(wide, 0, classes - 1))
         first_wrong = jnp.where(wrong.any(), wrong.argmax(), -1)
-        hits, total = jnp.sum(mask & (found == labels)), jnp.sum(jnp.where(mask, losses, 0))
+        hits, total = jnp.sum(mask & (found == wide)), jnp.sum(jnp.where(mask, losses, 0))
         return hits, total, found, first_wrong, jnp.asarray(classes)
 
     def evaluate(

@@ -74,6 +74,8 @@ class Examples:
         check_batch("Examples(batch=...)", self.batch)
         if self.microbatch_size is not None:
             _check.integer("Examples(microbatch_size=...)", self.microbatch_size, low=1)
+            if isinstance(self.microbatch_size, jax.Array):
+                raise TypeError("`Examples(microbatch_size=...)` must be a Python integer; got an array.")
         _check.optional_function("Examples(weight_fn=...)", self.weight_fn)
         _check.axis_name("Examples(axis_name=...)", self.axis_name)
 

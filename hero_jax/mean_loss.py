@@ -30,7 +30,8 @@ class MeanLoss:
       coupled: accept a loss that couples the examples of a batch that is split, as there.
 
     Raises:
-      As `curvature.hessian_operator`; what concerns values is raised by the first call with them.
+      As `curvature.hessian_operator`; what concerns values is raised by the first call with them. TypeError where it is
+      traced over a stream.
 
     Cost: one forward pass over the data per call, compiled once.
 
@@ -52,7 +53,7 @@ class MeanLoss:
         if self._value is not None:
             return self._value(params)
         value = over_data("MeanLoss", self, Value, params)
-        if not _tree.is_traced((params, self.data)):
+        if not _tree.is_tracing() and not _tree.is_traced((params, self.data)):
             # Coupling is looked at once, with values.
             self._value = value
         return value(params)

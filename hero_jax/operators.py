@@ -49,6 +49,8 @@ class Operator:
     def __post_init__(self) -> None:
         name = type(self).__name__
         _check.function(f"{name}(matvec=...)", self.matvec)
+        if isinstance(self.matvec, HostOperator):
+            raise TypeError(f"`{name}(matvec=...)` must not be a HostOperator: it is an operator already.")
         _check.floating_tree(f"{name}(like=...)", self.like)
         object.__setattr__(self, "like", jax.tree.map(_shape_of, self.like))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hero_jax import _check, _tree
 
@@ -62,8 +63,8 @@ def ascent(
     Normalization layers are all that sharpness-aware minimization needs, NeurIPS 2023 (SAM-ON).
     """
     _check.one_of("ascent(scope=...)", scope, SCOPES)
-    is_scaled = leaves_of("ascent(adaptive=...)", adaptive, params)
-    is_moved = leaves_of("ascent(mask=...)", True if mask is None else mask, params)
+    is_scaled = scaled_leaves("ascent(adaptive=...)", adaptive, params)
+    is_moved = moved_leaves("ascent(mask=...)", mask, params)
     return ascent_on(is_scaled, is_moved, params, grads, rho, scope, eps)
 
 
@@ -100,8 +101,13 @@ def ascent_on(
     return jax.tree.map(lambda f, d, keep: _tree.scale(f if keep else 0.0, d), factors, directions, is_moved)
 
 
-def leaves_of(argument: str, choice: bool | Mask, params: PyTree) -> PyTree:
-    """A tree of bools: `choice` for every leaf where it is True or False, otherwise the mask that it is."""
-    if isinstance(choice, bool):
-        return jax.tree.map(lambda _: choice, params)
-    return _check.bool_tree(argument, choice, params)
+def scaled_leaves(argument: str, adaptive: bool | Mask, params: PyTree) -> PyTree:
+    """A tree of bools: which leaves are scaled, one of True and False for all or a mask."""
+    if isinstance(adaptive, bool | np.bool_):
+        return jax.tree.map(lambda _: bool(adaptive), params)
+    return _check.bool_tree(argument, adaptive, params)
+
+
+def moved_leaves(argument: str, mask: Mask | None, params: PyTree) -> PyTree:
+    """A tree of bools: which leaves are perturbed, all or those of a mask, which must name one at least."""
+    return _check.bool_tree(argument, True if mask is None else mask, params)

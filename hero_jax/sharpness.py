@@ -13,15 +13,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hero_jax import _autodiff, _check, _loop, _tree, curvature, spectrum
 from hero_jax.errors import ArgumentError
-from hero_jax.examples import Batches, Stream
+from hero_jax.examples import Batches, Examples, Stream
 from hero_jax.mean_loss import MeanLoss, Value, over_data
 
 __all__ = [
@@ -121,7 +122,7 @@ def worst_case(
     begin at random points of the sphere. The best of all points visited is kept.
 
     Args:
-      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
+      mean_loss: `params -> scalar`, L, which JAX can trace; or a `MeanLoss`, also over a stream.
       params: pytree of floating-point arrays, w.
       key: for the random starts.
       rho: radius of the ball: in weights, or relative to each weight where `adaptive`.
@@ -186,7 +187,7 @@ def average_case(
     order it is sigma^2 / 2 tr(S H S), S the diagonal matrix of s.
 
     Args:
-      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
+      mean_loss: `params -> scalar`, L, which JAX can trace; or a `MeanLoss`, also over a stream.
       params: pytree of floating-point arrays, w.
       key: for the noise.
       sigma: standard deviation of the noise: in weights, or relative to each weight where `adaptive`. (Its length is
@@ -232,7 +233,7 @@ def increase_along(mean_loss: MeanLossFn, params: PyTree, direction: PyTree) -> 
     For a quantization error d = quantized - w this says how much of the damage the Hessian explains.
 
     Args:
-      mean_loss: `params -> scalar`, L; a `MeanLoss` where the data are split.
+      mean_loss: `params -> scalar`, L, which JAX can trace; or a `MeanLoss`, also over a stream.
       params: pytree of floating-point arrays, w.
       direction: d, with the structure and shapes of `params`; taken in their types.
 
@@ -276,7 +277,7 @@ def batch_eigenvalues(
 
         lambda_b of H_b = Hessian of loss_fn(w, b), by Lanczos: `spectrum.top_eigenpairs`
 
-    A step of SGD meets H_b, not their mean H. The largest eigenvalue of H is at most the mean of those of H_b.
+    A step of SGD meets H_b, not their mean H, whose largest magnitude of an eigenvalue is at most the mean of theirs.
 
     Args:
       loss_fn: `(params, batch) -> scalar`, the mean over the batch. It may couple the examples: no batch is split.
@@ -292,7 +293,8 @@ def batch_eigenvalues(
     Raises:
       ArgumentError: no batch; otherwise as `curvature.hessian_operator` and `spectrum.top_eigenpairs`.
 
-    Cost: `num_matvecs` products, each of one batch; compiled once for each size of batch.
+    Cost: `num_matvecs` products, each of one batch, compiled once for each size of batch; memory as
+    `spectrum.top_eigenpairs` of one.
 
     >>> import jax, jax.numpy as jnp
     >>> batches = [jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0], [0.0, 1.0]])]
@@ -303,11 +305,12 @@ def batch_eigenvalues(
     Source: Jastrzebski, Szymczak, Fort, Arpit, Tabor, Cho and Geras, The break-even point on optimization trajectories
     of deep neural networks, ICLR 2020 (the spectral norm along minibatches).
     """
-    made = batches if isinstance(batches, Stream) else batches() if callable(batches) else batches
     found = []
-    for batch in made:
+    for batch in _batches(batches):
         operator = curvature.hessian_operator(loss_fn, params, batch, mask=mask)
-        found.append(spectrum.top_eigenpairs(operator, key, k=1, rtol=rtol, max_matvecs=max_matvecs))
+        pairs = spectrum.top_eigenpairs(operator, key, k=1, rtol=rtol, max_matvecs=max_matvecs)
+        # The vectors of all batches would be as many copies of the parameters.
+        found.append(pairs._replace(eigenvectors=None))
     if not found:
         raise ArgumentError("`batch_eigenvalues(batches=...)` must give at least one batch; got none.")
     return BatchEigenvalues(
@@ -316,6 +319,18 @@ def batch_eigenvalues(
         converged=jnp.concatenate([x.converged for x in found]),
         num_matvecs=jnp.stack([x.num_matvecs for x in found]).sum(dtype=jnp.int32),
     )
+
+
+def _batches(batches: Any) -> Iterable[PyTree]:
+    """A pass over batches; raises where it is one batch."""
+    made = batches() if callable(batches) else batches
+    is_data = isinstance(made, Examples | Mapping | jax.Array | np.ndarray)
+    if is_data or not isinstance(made, Iterable):
+        raise TypeError(
+            "`batch_eigenvalues(batches=...)` must be an iterable of batches, a function that returns one or a Stream;"
+            f" got {_check.brief(made)}."
+        )
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ def hero(
       reduction: "mean" (the authors' code) or "sum" over the entries of each leaf in G; "eigenvalue" has none.
       mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2, which
         in attention heads and scanned layers includes biases. Perturbation and update do not depend on it.
-        Under `optax.inject_hyperparams`, a callable needs `static_args="mask"`.
+        Under `optax.inject_hyperparams` a callable, here and in the other masks, needs `static_args`, which else takes
+        it for a schedule.
       perturb_mask: likewise, the leaves that are perturbed; the norm in e is over these. Default: all. (SAM-ON perturbs
         normalisation layers alone.)
       axis_name: name (or tuple of names) of the mapped axis under `vmap`, `pmap` or `shard_map`: every axis that the
@@ -81,7 +82,7 @@ def hero(
     Returns:
       A transformation with state `HeroState`. `update(updates, state, params, grad_fn=...)` needs `params` and, by
       keyword, `grad_fn: params -> grads` (or `value_fn: params -> scalar`, whose gradient is taken where there is no
-      `grad_fn`); it ignores extra arguments, but for two that make a step cheaper. `penalize=False`, static, leaves
+      `grad_fn`); it ignores extra arguments, except two that make a step cheaper. `penalize=False`, static, leaves
       the penalty out of it: a step of SAM or ASAM, at its cost. `penalty_grad_fn: params -> grads`, the gradient of a
       part of the batch, takes the place of `grad_fn` in H and T alone: with a fraction f of the batch "detached" costs
       2 + 3 f gradients, less than without where f < 2/3. Where the part is drawn at random and normalised alike, the
@@ -166,8 +167,9 @@ def sam(
 
     Args:
       rho: radius, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
-      adaptive: False for SAM, True for ASAM.
+      adaptive: False for SAM, True for ASAM, or a mask of the leaves that are scaled, as in `hero`.
       scope: "global" or "leaf", where the norm in e is taken.
+      perturb_mask: the leaves that are perturbed, as in `hero`; default all.
       axis_name: the mapped axis, as in `hero`.
       sync: False perturbs with the gradient of the device (m-sharpness) and needs `axis_name`.
       eps: guards the norm in e.
@@ -248,6 +250,8 @@ def _perturbation(
     _check.one_of(f"{name}(scope=...)", scope, SCOPES)
     _check.non_negative(f"{name}(eps=...)", eps)
     _check.bools(f"{name}(adaptive=...)", adaptive)
+    if mask is not None:
+        _check.bools(f"{name}(perturb_mask=...)", mask)
     return Perturbation(rho, adaptive, scope, mask, eps)
 
 

@@ -133,7 +133,7 @@ def zeros(dtype):
 
 def classified(dtype):
     classify = evaluate.classifier(lambda w, x: x @ w["kernel"], batch_size=3)
-    found = classify(params_of(dtype), batch_of(dtype)["x"], np.array([0, 1, 1, 0]))
+    found = classify(params_of(dtype), batch_of(dtype)["x"], np.array([0, 1, 1, 0], np.uint8))
     return found["loss"], found["accuracy"]
 
 

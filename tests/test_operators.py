@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import hero_jax
-from hero_jax import Examples, HostOperator, Operator, Stream, curvature, spectrum
+from hero_jax import Examples, HostOperator, Operator, Stream, curvature, sharpness, spectrum
 from tests import problems, reference
 
 PACKAGE = str(Path(hero_jax.__file__).parent)
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 TREE = {"kernel": (3, 2), "bias": (2,)}
 
 
@@ -180,3 +181,56 @@ class TestData:
         # It would have been wrong.
         wrong = curvature.hessian_operator(masked_loss, at, made(None), coupled=True)(at)
         assert reference.norm(reference.subtract(wrong, expected)) > 0.01 * reference.norm(expected)
+
+    def test_operator_is_made_inside_jit_of_arrays_that_are_closed_over(self):
+        """Nothing is checked under a trace, also where the data themselves are not traced."""
+        data, at = Examples(batch(), microbatch_size=2), params()
+        found = jax.jit(lambda v: curvature.hessian_operator(loss_fn, at, data)(v))(params())
+        problems.assert_close(found, curvature.hvp(loss_fn, at, params(), batch()), rtol=1e-5)
+        mean_loss = hero_jax.MeanLoss(loss_fn, data)
+        np.testing.assert_allclose(
+            jax.jit(lambda scale: scale * mean_loss(at))(2.0), 2 * loss_fn(at, batch()), rtol=1e-5
+        )
+
+    def test_mean_over_a_stream_is_not_traced(self):
+        mean_loss = hero_jax.MeanLoss(loss_fn, Stream([batch()]))
+        for call in (mean_loss, lambda p: sharpness.increase_along(mean_loss, p, p).measured):
+            with pytest.raises(TypeError, match=r"A mean over a `Stream` runs on the host .* outside jax.jit"):
+                jax.jit(call)(params())
+
+    def test_rounding_of_sixteen_bits_inside_a_loss_is_no_coupling(self):
+        """A network in bfloat16 with float32 logits rounds batches of 1, 3 and 4 differently."""
+        x = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
+        for seed in range(12):
+            keys = jax.random.split(jax.random.key(seed), 3)
+            at = [jax.random.normal(keys[0], (3, 3, 3, 16)) / 3, jax.random.normal(keys[1], (3, 3, 16, 16)) / 8]
+
+            def network(at, x):
+                x = x.astype(jnp.bfloat16)
+                for kernel in at:
+                    kernel = kernel.astype(jnp.bfloat16)
+                    x = jax.nn.relu(
+                        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
+                    )
+                logits = x.mean((1, 2)).astype(jnp.float32)
+                return -jax.nn.log_softmax(3 * logits)[:, 0].mean()
+
+            curvature.hessian_operator(network, at, Examples(x, microbatch_size=2))
+
+    def test_microbatch_size_is_a_python_integer(self):
+        with pytest.raises(
+            TypeError, match=r"`Examples\(microbatch_size=...\)` must be a Python integer; got an array"
+        ):
+            Examples(batch(), microbatch_size=jnp.int32(2))
+
+    def test_host_operator_is_no_matvec(self):
+        host = HostOperator(lambda v: v, jnp.zeros(2))
+        with pytest.raises(TypeError, match=r"`Operator\(matvec=...\)` must not be a HostOperator"):
+            Operator(host, jnp.zeros(2))
+
+    @pytest.mark.parametrize(
+        "batches", [jnp.ones((4, 3)), np.ones((4, 3)), {"x": jnp.ones((4, 3))}, Examples(jnp.ones((4, 3))), 3]
+    )
+    def test_one_batch_is_no_iterable_of_batches(self, batches):
+        with pytest.raises(TypeError, match=r"`batch_eigenvalues\(batches=...\)` must be an iterable of batches"):
+            sharpness.batch_eigenvalues(loss_fn, params(), batches, jax.random.key(0))

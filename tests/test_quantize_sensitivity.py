@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hero_jax import curvature, spectrum
+from hero_jax import ArgumentError, Operator, curvature, spectrum
 from hero_jax.quantize import QuantSpec, allocation, fake_quantize, sensitivity
 
 SHAPES = {"conv": {"kernel": (3, 4), "bias": (4,)}, "head": {"kernel": (5, 3)}, "mid": {"kernel": (2, 3, 2)}}
@@ -28,6 +28,10 @@ def quadratic(minimum, diagonal):
         return 7.0 + sum(jax.tree.leaves(terms)) / 2
 
     return loss_fn, lambda v: jax.tree.map(jnp.multiply, diagonal, v)
+
+
+def is_none(x):
+    return x is None
 
 
 def sums(diagonal):
@@ -113,6 +117,45 @@ class TestSensitivities:
             w, d = params[layer]["kernel"], quantized[layer]["kernel"] - params[layer]["kernel"]
             expected = (square * jnp.sum(d**2) + 2 * jnp.vdot(w, d) ** 2) / 2
             np.testing.assert_allclose(row.by_hessian, expected, rtol=1e-9)
+
+    def test_restricted_operator_and_its_traces_need_no_mask_again(self):
+        """What is not quantized is None in both."""
+        params, diagonal = tree(0), tree(1, "random")
+        loss_fn, matvec = quadratic(params, diagonal)
+        mask = jax.tree.map(lambda x: x.ndim > 1, params)
+
+        def restricted(vector):
+            filled = jax.tree.map(lambda v, w: jnp.zeros_like(w) if v is None else v, vector, params, is_leaf=is_none)
+            return curvature.restrict(matvec(filled), mask)
+
+        operator = Operator(restricted, curvature.restrict(params, mask))
+        traces = spectrum.layer_traces(operator, jax.random.key(0), num_probes=2).mean
+        assert traces["conv"]["bias"] is None
+        found = sensitivity.sensitivities(loss_fn, params, 3, traces, operator=operator)
+        expected = sensitivity.sensitivities(loss_fn, params, 3, sums(diagonal), operator=matvec)
+        for row, wanted in zip(found, expected, strict=True):
+            assert row.layer == wanted.layer
+            np.testing.assert_allclose(row[2:], wanted[2:], rtol=1e-9)
+        assert sensitivity.predicted_costs(params, traces, (3,)) == sensitivity.predicted_costs(
+            params, sums(diagonal), (3,)
+        )
+        head = Operator(lambda v: v, {**jax.tree.map(lambda _: None, params), "head": params["head"]})
+        with pytest.raises(
+            ValueError, match=r"`sensitivities\(operator=...\)` must have every leaf .* no 'conv/kernel'"
+        ):
+            sensitivity.sensitivities(loss_fn, params, 3, traces, operator=head)
+
+    def test_traces_of_another_structure(self):
+        params = {"a": jnp.ones((2, 3)), "n": None, "c": jnp.ones((3, 2))}
+        found = sensitivity.predicted_costs(
+            params, {"a": 1.0, "n": None, "c": None}, (3,), mask={"a": True, "n": None, "c": False}
+        )
+        assert list(found) == ["a"]
+        for traces in ({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, {"a": 1.0}):
+            with pytest.raises(
+                ArgumentError, match=r"`predicted_costs\(traces=...\)` must have the structure of `params`"
+            ):
+                sensitivity.predicted_costs(params, traces, (3,))
 
 
 class TestSensitivityOptions:

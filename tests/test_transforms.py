@@ -643,6 +643,12 @@ class TestWhatIsPerturbed:
         expected, _ = updated(one, params, loss_fn)
         problems.assert_close(jax.jit(mapped)(params, jnp.array([0.5, 1.5])), expected, rtol=1e-9)
 
+    def test_numpy_bools_are_bools(self):
+        params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}
+        for adaptive in (True, False):
+            found = perturbations.ascent(params, grads, 0.5, adaptive=np.bool_(adaptive))
+            problems.assert_close(found, perturbations.ascent(params, grads, 0.5, adaptive=adaptive))
+
     def test_bias_of_zero_moves_where_it_is_not_scaled(self):
         params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         grad_fn = jax.grad(lambda p: jnp.sum(jnp.ones(2) @ p["kernel"] + p["bias"]))
@@ -665,17 +671,24 @@ class TestErrors:
             (
                 lambda: hero_jax.sam(0.1, adaptive=1),
                 TypeError,
-                r"`sam\(adaptive=...\)` must be True or False, or a tree",
+                r"`sam\(adaptive=...\)` must hold Python bools; at params it has 1",
             ),
             (
                 lambda: hero_jax.sam(0.1, adaptive=None),
                 TypeError,
-                r"`sam\(adaptive=...\)` must be True or False, .* None",
+                r"`sam\(adaptive=...\)` must hold Python bools; .* None",
             ),
             (
                 lambda: hero_jax.sam(0.1, adaptive={"w": 2}),
                 TypeError,
-                r"`sam\(adaptive=...\)` must be .*; at params\['w'\] it has 2",
+                r"`sam\(adaptive=...\)` must hold .*; at params\['w'\] it has 2",
+            ),
+            (lambda: hero_jax.sam(0.1, perturb_mask=3), TypeError, r"`sam\(perturb_mask=...\)` must hold Python bools"),
+            (lambda: hero_jax.hero(0.1, 1.0, mask=3), TypeError, r"`hero\(mask=...\)` must hold Python bools; .* 3"),
+            (
+                lambda: hero_jax.sam(0.1, perturb_mask=False).init({"w": jnp.ones(2)}),
+                ValueError,
+                r"`sam\(perturb_mask=...\)` must select at least one leaf",
             ),
             (
                 lambda: hero_jax.sam(0.1, perturb_mask={"v": True}).init({"w": jnp.ones(2)}),

@@ -289,12 +289,18 @@ def _layer_traces(name: str, traces: PyTree, params: PyTree, plan: list[Any]) ->
 
 def _kept(argument: str, tree: PyTree, params: PyTree) -> tuple[bool, ...]:
     """Which leaves of `params` a tree has that may have None in place of some."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-    if len(leaves) != len(jax.tree.leaves(params)):
-        leaves, structure = jax.tree.flatten(tree)
-    filled = structure.unflatten([y if x is None else x for x, y in zip(leaves, jax.tree.leaves(params), strict=False)])
-    _check.matching_tree(argument, filled, params)
-    return tuple(x is not None for x in leaves)
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    has_leaf = [x is not None for x in jax.tree.leaves(params, is_leaf=is_none)]
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
+    if structure != jax.tree.structure(params, is_leaf=is_none):
+        _check.matching_tree(argument, tree, params)
+    wanted = jax.tree.leaves(params, is_leaf=is_none)
+    filled = [y if x is None else x for x, y in zip(leaves, wanted, strict=True)]
+    _check.matching_tree(argument, structure.unflatten(filled), params)
+    return tuple(x is not None for x, is_there in zip(leaves, has_leaf, strict=True) if is_there)
 
 
 def _check_covers(argument: str, kept: tuple[bool, ...], params: PyTree, chosen: Iterable[int]) -> None:

@@ -64,8 +64,8 @@ def fake_quantize(
       mask: bool tree, prefix of one, or callable from params to one, naming the leaves to quantize; the others pass
         through. Default: those of `spec`, which by default are the leaves with two or more axes.
       straight_through: differentiate as if rounding were the identity: d w_hat / d w = 1 inside the range and 0 where
-        w is clipped, the scale held constant. Otherwise derivatives are those of the function as it is: zero, but for
-        what flows through the scale.
+        w is clipped, the scale held constant. Otherwise derivatives are those of the function as it is: zero, except
+        for what flows through the scale.
 
     Returns:
       The tree with w_hat in place of w. A leaf (or channel, or group) of zeros stays zero; a NaN or an infinity makes
