@@ -91,8 +91,6 @@ class Transformation:
     def __post_init__(self) -> None:
         _check.boolean(f"{self.name}(sync=...)", self.sync)
         _check.axis_name(f"{self.name}(axis_name=...)", self.axis_name)
-        if self.mask is not None:
-            _check.bools(f"{self.name}(mask=...)", self.mask)
         if not self.sync and self.axis_name is None:
             raise ArgumentError(
                 f"`{self.name}(sync=False)` needs `axis_name`: without one there is no device to be local to."

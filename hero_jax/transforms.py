@@ -250,8 +250,6 @@ def _perturbation(
     _check.one_of(f"{name}(scope=...)", scope, SCOPES)
     _check.non_negative(f"{name}(eps=...)", eps)
     _check.bools(f"{name}(adaptive=...)", adaptive)
-    if mask is not None:
-        _check.bools(f"{name}(perturb_mask=...)", mask)
     return Perturbation(rho, adaptive, scope, mask, eps)
 
 
