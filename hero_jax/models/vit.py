@@ -76,7 +76,9 @@ class VisionTransformer(nn.Module):
         del train
         n, h, w, _ = x.shape
         if h % self.patch or w % self.patch:
-            raise ArgumentError(f"`patch` must divide the images' height and width; got {self.patch} and {h} x {w}.")
+            raise ArgumentError(
+                f"`patch` must divide the height and width of the images; got {self.patch} and {h} x {w}."
+            )
         if self.width % self.heads:
             raise ArgumentError(f"`heads` must divide `width`; got {self.heads} and {self.width}.")
 
