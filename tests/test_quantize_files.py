@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from hero_jax.quantize import QuantizedArray, QuantSpec, dequantize, files, quantize
+from hero_jax.quantize._plan import plan_of, sizes
 from hero_jax.quantize.files import from_qwix, load, save, to_qwix
-from hero_jax.quantize.weights import plan_of, sizes
 
 KINDS = [("narrow", True), ("full", True), ("stretched", True), ("full", False)]
 SPECS = [
@@ -467,9 +467,9 @@ class TestErrors:
     def test_missing_packages(self, path, monkeypatch):
         for name in ("safetensors", "safetensors.numpy", "qwix"):
             monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=r'`save` needs safetensors.numpy: pip install "hero_jax\[experiments\]"'):
+        with pytest.raises(ImportError, match=r'`save` needs safetensors.numpy: pip install "hero_jax\[files\]"'):
             save(path, {}, QuantSpec())
-        with pytest.raises(ImportError, match=r'`load` needs safetensors: pip install "hero_jax\[experiments\]"'):
+        with pytest.raises(ImportError, match=r'`load` needs safetensors: pip install "hero_jax\[files\]"'):
             load(path)
         for function in (to_qwix, from_qwix):
             with pytest.raises(ImportError, match="needs qwix: pip install qwix"):
