@@ -597,7 +597,7 @@ class TestLeaves:
 
     def test_overrides_with_a_mask(self):
         mask = {"conv": False, "head": True}
-        result = fake_quantize(self.PARAMS, 3, QuantSpec(overrides=(("*/kernel", 8),)), mask)
+        result = fake_quantize(self.PARAMS, 3, QuantSpec(overrides=(("*/kernel", 8),)), mask=mask)
         assert self.changed(result) == {"head/kernel", "head/bias"}
         np.testing.assert_array_equal(result["head"]["kernel"], fake_quantize(self.PARAMS["head"]["kernel"], 8))
 
