@@ -6,6 +6,7 @@ A `jax.custom_vjp` has none. What `jax.jvp` makes of one fails at once outside a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,12 +52,13 @@ def second_order(fn: Callable[[PyTree], jax.Array], params: PyTree, direction: P
 
 def _forward(fn: Callable[[PyTree], PyTree], params: PyTree, tangent: PyTree) -> tuple[PyTree, PyTree] | None:
     """`jax.jvp`, or None where a `custom_vjp` is met."""
+    forward = functools.partial(jax.jvp, fn)
     try:
         if _tree.is_tracing():
-            jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(fn, (p,), (t,)))(params, tangent).jaxpr
+            jaxpr = jax.make_jaxpr(forward)((params,), (tangent,)).jaxpr
             if any(equation.primitive.name == "custom_lin" for equation in _program.equations(jaxpr)):
                 return None
-        return jax.jvp(fn, (params,), (tangent,))
+        return forward((params,), (tangent,))
     except (TypeError, NotImplementedError) as error:
         # JAX has no class of its own for this.
         if not any(name in str(error) for name in ("custom_vjp", "custom_lin")):

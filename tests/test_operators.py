@@ -116,7 +116,7 @@ class TestOperator:
         def failing(params, batch):
             raise RuntimeError("here")
 
-        for data, most in ((batch(), 6), (Examples(batch(), microbatch_size=2), 7), (Stream([batch()]), 8)):
+        for data, most in ((batch(), 7), (Examples(batch(), microbatch_size=2), 8), (Stream([batch()]), 9)):
             operator = curvature.hessian_operator(failing, params(), data, coupled=True)
             with pytest.raises(RuntimeError, match="here") as raised:
                 operator(params())
