@@ -76,11 +76,8 @@ def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> 
 
 def bools(argument: str, value: Any) -> None:
     """Raises unless `value` is a Python bool, a tree of them, or a function (which makes one)."""
-    if _is_function(value):
-        return
-    for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None):
-        if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(f"`{argument}` must hold Python bools; at {_path('params', path)} it has {brief(leaf)}.")
+    if not _is_function(value):
+        _hold_bools(argument, value, is_leaf=lambda x: x is None)
 
 
 def function(argument: str, value: Any) -> None:
@@ -195,9 +192,7 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
     """
     if _is_function(mask):
         mask = mask(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
-        if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(f"`{argument}` must hold Python bools; at {_path('params', path)} it has {brief(leaf)}.")
+    _hold_bools(argument, mask)
     try:
         full = jax.tree.broadcast(mask, params)
     except ValueError:
@@ -219,6 +214,12 @@ def brief(value: Any) -> str:
         return f"a function ({value.__name__})"
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def _hold_bools(argument: str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(f"`{argument}` must hold Python bools; at {_path('params', path)} it has {brief(leaf)}.")
 
 
 def _is_function(value: Any) -> bool:

@@ -212,15 +212,16 @@ def check_uncoupled(name: str, loss_fn: LossFn, params: PyTree, weight_fn: Weigh
         return
     indices = np.linspace(0, size - 1, min(COUPLING_EXAMPLES, size)).round().astype(int)
     # What lies on the host is picked there, so that no more is sent.
-    batch = jax.tree.map(lambda x: x[indices] if isinstance(x, np.ndarray) else x, batch)
-    is_picked = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(batch))
-    if not is_picked:
-        batch = _picked(batch, indices, size)
+    batch = jax.tree.map(lambda x: x[indices] if isinstance(x, np.ndarray) else _picked(x, indices), batch)
     losses = _grouped_losses(loss_fn, weight_fn, params, batch)
     whole, split, compared = (float(x) for x in losses)
-    rtol = max(COUPLING_RTOL, 4 * _precision(loss_fn, params, batch))
-    # Two NaN are no sign of coupling, one is.
-    if not np.isclose(whole, split, rtol=0, atol=rtol * np.nan_to_num(compared), equal_nan=True):
+
+    def differ(rtol: float) -> bool:
+        # Two NaN are no sign of coupling, one is.
+        return not np.isclose(whole, split, rtol=0, atol=rtol * np.nan_to_num(compared), equal_nan=True)
+
+    # The types that the loss is computed in are asked for last: that takes a trace of it.
+    if differ(COUPLING_RTOL) and differ(4 * _precision(loss_fn, params, batch)):
         raise ArgumentError(
             f"`{name}` needs a loss whose batches can be split, or `coupled=True`; of {len(indices)} examples together"
             f" it is {whole:.6g}, of 1 and {len(indices) - 1} {split:.6g}. Batch normalisation in training mode couples"
@@ -238,19 +239,13 @@ def _precision(loss_fn: LossFn, params: PyTree, batch: PyTree) -> float:
     return rounding if jax.default_backend() == "cpu" else max(rounding, float(jnp.finfo(jnp.bfloat16).eps))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _picked(batch: PyTree, indices: np.ndarray, size: int) -> PyTree:
+@jax.jit
+def _picked(x: jax.Array, indices: np.ndarray) -> jax.Array:
     """These examples, on all devices where the axis is split over them by explicit types."""
-
-    def pick(x: jax.Array) -> jax.Array:
-        if x.shape[0] != size:
-            return x  # picked on the host already
-        sharding = _tree.sharding_of(x)
-        if sharding is None:
-            return x[indices]
-        return x.at[indices].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
-
-    return jax.tree.map(pick, batch)
+    sharding = _tree.sharding_of(x)
+    if sharding is None:
+        return x[indices]
+    return x.at[indices].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

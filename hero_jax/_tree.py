@@ -100,7 +100,7 @@ def peak_scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
 
 
 def nan_where(is_missing: jax.Array, x: jax.Array) -> jax.Array:
-    """NaN where `is_missing`, `x` elsewhere: a mark, at which `jax_debug_nans` does not stop (but for inside a jit)."""
+    """NaN where `is_missing`, `x` elsewhere: a mark, at which `jax_debug_nans` stops inside a jit only."""
     with jax.debug_nans(False):
         return jnp.where(is_missing, jnp.nan, x)
 
