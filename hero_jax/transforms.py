@@ -99,11 +99,11 @@ def hero(
     of ResNet20 at batch 64, in gradients: 2.5, 4.8, 5.2 and 3.0 in the order above; 1 for gamma = 0.
 
     `grad_fn` must be differentiable: host callbacks are not; a `custom_vjp` is, and where its backward function has one
-    too, products take two reverse passes in place of one forward. 16-bit parameters
-    round w + e; where rho is below their resolution nothing is perturbed, which `metrics.perturbation_norm` shows: keep
-    float32 parameters and cast them inside the loss. Model state stays with the caller: `grad_fn` closes over BatchNorm
-    statistics and drops the updated ones. `optax.MultiSteps` around it is wrong (the perturbed gradient would see the
-    last microbatch only); accumulate inside `grad_fn` instead, with `optax.microbatching`.
+    too, products take two reverse passes instead of one forward. 16-bit parameters round w + e; where rho is below
+    their resolution nothing is perturbed, which `metrics.perturbation_norm` shows: keep float32 parameters and cast
+    them inside the loss. Model state stays with the caller: `grad_fn` closes over BatchNorm statistics and drops the
+    updated ones. `optax.MultiSteps` around it is wrong (the perturbed gradient would see the last microbatch only);
+    accumulate inside `grad_fn` instead, with `optax.microbatching`.
 
     >>> import hero_jax, jax, jax.numpy as jnp, optax
     >>> def loss_fn(params, batch):
