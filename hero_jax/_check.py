@@ -36,6 +36,12 @@ def non_negative(argument: str, value: Any) -> None:
         raise ArgumentError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
 
 
+def fraction_schedule(argument: str, value: Any) -> None:
+    """Raises unless `value` is a function of a step count, or else `fraction`."""
+    if not callable(value):
+        fraction(argument, value)
+
+
 def scalar(argument: str, value: Any) -> None:
     """Raises unless `value` is one real number, traced or not."""
     if not (_is_scalar(value, jnp.floating) or _is_scalar(value, jnp.integer)):
@@ -160,6 +166,16 @@ def floating_tree(argument: str, tree: PyTree) -> None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"`{argument}` must have floating-point leaves; at {_path(argument, path)} it has"
+                f" {jnp.result_type(leaf)}."
+            )
+
+
+def wide_tree(argument: str, tree: PyTree, reason: str) -> None:
+    """Raises where a leaf of `tree`, which has real floating-point leaves, has 16 bits."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.finfo(jnp.result_type(leaf)).bits < 32:
+            raise ArgumentError(
+                f"`{argument}` must be float32 or wider: {reason}; at {_path(argument, path)} it has"
                 f" {jnp.result_type(leaf)}."
             )
 

@@ -36,6 +36,7 @@ __all__ = [
     "Stream",
     "empirical_fisher_operator",
     "ggn_operator",
+    "grad_difference",
     "grad_product",
     "hessian_operator",
     "hvp",
@@ -117,6 +118,64 @@ def grad_product(grad_fn: Callable[[PyTree], PyTree], params: PyTree, vector: Py
     _check.floating_tree("params", params)
     _check.matching_tree("vector", vector, params)
     return _autodiff.jvp(grad_fn, params, vector)[1]
+
+
+def grad_difference(
+    grad_fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree, grads: PyTree | None = None
+) -> PyTree:
+    """Approximates `grad_product` by a difference of two gradients, for smooth losses and one gradient less.
+
+        H(w) u ~ [grad_fn(w + t u) - grad_fn(w)] / t,   t = sqrt(eps) ||w|| / (10 ||u||)
+
+    eps is that of the coarsest type in `params`; ||w|| is taken as 1 where it is 0. The error has two parts: t/2
+    T(w)[u, u] with T the third derivative, and the rounding of the two gradients (and of w + t u) divided by t. In
+    float32 they are of the order of 1e-3 of H(w) u together, in float64 of 1e-7. In 16 bits nothing is left of the
+    difference, and such parameters are refused.
+
+    **Where the loss has kinks, as every network of ReLUs or max-pooling has, this is not the Hessian.** Each unit that
+    changes its sign between w and w + t u adds a jump divided by t. On ResNet8 the result has almost nothing in common
+    with the exact product, at any step. Use it with smooth activations (tanh, GELU, SiLU) and without max-pooling. A
+    gradient function that computes in 16 bits inside is no use either, which cannot be seen here.
+
+    Args:
+      grad_fn: `params -> gradient`, as for `grad_product`.
+      params: pytree of float32 or float64 arrays, w.
+      vector: pytree with the structure and shapes of `params`, u.
+      grads: `grad_fn(params)` where it is known; default: it is computed.
+
+    Returns:
+      The quotient, shaped like `params`, in float32 or wider. For u = 0 it is 0.
+
+    Raises:
+      ArgumentError: `vector` or `grads` does not match `params`; a leaf of `params` has 16 bits.
+      TypeError: a leaf of `params` is not floating point.
+
+    Cost: 1 gradient, or 2 without `grads`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> grad_fn = jax.grad(lambda w: (w**3).sum())
+    >>> product = grad_difference(grad_fn, jnp.array([1.0, 2.0]), jnp.array([1.0, -1.0]))
+    >>> bool(jnp.allclose(product, jnp.array([6.0, -12.0]), rtol=0.01))
+    True
+
+    Source: Nocedal and Wright, Numerical Optimization, 2nd edition, 2006, section 8.1; Knoll and Keyes, Jacobian-free
+    Newton-Krylov methods, Journal of Computational Physics 2004, section 2.3.
+    """
+    _check.floating_tree("params", params)
+    _check.wide_tree("params", params, "a difference of 16-bit gradients has no correct digit")
+    _check.matching_tree("vector", vector, params)
+    if grads is None:
+        grads = grad_fn(params)
+    else:
+        _check.matching_tree("grads", grads, params)
+    eps = max(float(jnp.finfo(jnp.result_type(w)).eps) for w in jax.tree.leaves(params))
+    along, peak = _tree.peak_scaled(vector)
+    size, length = _tree.norm(params), _tree.norm(along)
+    step = 0.1 * eps**0.5 * jnp.where(size > 0, size, 1) / jnp.where(length > 0, length, 1)
+    there = grad_fn(_tree.cast_like(_tree.add(params, along, step), params))
+    quotient = _tree.scale(peak / step, _tree.subtract(there, grads))
+    # Where u is 0 the two gradients may still differ, by rounding.
+    return jax.tree.map(lambda x: jnp.where(peak == 0, 0, x), quotient)
 
 
 def hessian_operator(
