@@ -2,7 +2,9 @@
 
 Training
   hero_jax.transforms     hero, sam, grad_l1: Optax gradient transformations
-  hero_jax.perturbations  where the second gradient is taken (SAM, ASAM)
+  hero_jax.momentum_sam   msam: SAM for one gradient per step, around any Optax optimizer
+  hero_jax.noise_stability  nso: gradients at weights with symmetric noise
+  hero_jax.perturbations  where the second gradient is taken (SAM, ASAM, noise)
   hero_jax.penalties      the curvature penalties and their exact gradients
   hero_jax.parallel       per-device gradients under vmap, pmap and shard_map
 Measuring
@@ -31,6 +33,8 @@ from hero_jax import (
     examples,
     landscape,
     mean_loss,
+    momentum_sam,
+    noise_stability,
     operators,
     parallel,
     penalties,
@@ -43,6 +47,8 @@ from hero_jax import (
 from hero_jax.errors import ArgumentError
 from hero_jax.examples import Examples, Stream
 from hero_jax.mean_loss import MeanLoss
+from hero_jax.momentum_sam import MsamState, msam, msam_eval_params
+from hero_jax.noise_stability import NsoState, nso
 from hero_jax.operators import HostOperator, Operator
 from hero_jax.transforms import HeroState, Metrics, grad_l1, hero, sam
 
@@ -58,6 +64,8 @@ __all__ = [
     "HostOperator",
     "MeanLoss",
     "Metrics",
+    "MsamState",
+    "NsoState",
     "Operator",
     "Stream",
     "curvature",
@@ -68,6 +76,11 @@ __all__ = [
     "hero",
     "landscape",
     "mean_loss",
+    "momentum_sam",
+    "msam",
+    "msam_eval_params",
+    "noise_stability",
+    "nso",
     "operators",
     "parallel",
     "penalties",

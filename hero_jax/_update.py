@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hero_jax import _check, _tree, parallel
 from hero_jax.errors import ArgumentError
-from hero_jax.penalties import Penalized, Penalty, Point
-from hero_jax.perturbations import Mask, ascent_on, moved_leaves, scaled_leaves
+from hero_jax.penalties import UNPERTURBED, Penalized, Penalty, Point
+from hero_jax.perturbations import Mask, ascent_on, moved_leaves, scaled_leaves, suppressed
 from hero_jax.spectrum._residual import relative_residual
 
 PyTree = Any
@@ -28,7 +29,7 @@ class Metrics(NamedTuple):
     """What the last step saw, as float32 scalars.
 
     grad_norm: ||g||, the gradient at the weights.
-    perturbed_grad_norm: ||g*||, the gradient at the perturbed weights.
+    perturbed_grad_norm: ||g*||, the gradient at the perturbed weights, before anything of it is suppressed.
     perturbation_norm: ||w* - w||, which is ||e|| up to the rounding of w + e to the types of the parameters.
     penalty: G, without gamma.
     penalty_grad_norm: ||gamma grad G||, the norm of what the penalty added to g*.
@@ -77,11 +78,15 @@ class Transformation:
 
     name: of the public function, for its errors.
     perturbation: None where the penalty does not perturb.
+    suppress: the Python number 0 leaves g* as it is, at no cost.
+    by_difference: whether the products are differences of gradients.
     """
 
     name: str
     penalty: Penalty
     perturbation: Perturbation | None = None
+    suppress: Scalar = 0.0
+    by_difference: bool = False
     gamma: Scalar = 0.0
     reduction: str = "mean"
     mask: Mask | None = None
@@ -105,6 +110,7 @@ class Transformation:
         if jax.tree.leaves(params):  # optax.tree.map_params asks for the state of a placeholder without any
             _check.no_masked_nodes("params", params)
             _check.floating_tree("params", params)
+            self._check_products(params)
             self._penalized_leaves(params)
             self._perturbed_leaves(params)
         follows = self.penalty.follows_eigenvector
@@ -124,42 +130,66 @@ class Transformation:
         grad_fn: GradFn | None = None,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
         penalty_grad_fn: GradFn | None = None,
+        part_grad_fn: GradFn | None = None,
+        ascent: PyTree | None = None,
         penalize: bool = True,
+        perturb: bool = True,
         **extra_args: Any,
     ) -> tuple[PyTree, OptState]:
         """One step, in five: gradient, perturbation, penalty, direction, state."""
         del extra_args
         _check.boolean(f"{self.name} update(penalize=...)", penalize)
-        penalty = self.penalty if penalize else self.penalty.without
-        grad_fn = _required_grad_fn(self.name, updates, params, grad_fn, value_fn)
-        part_fn = grad_fn
+        _check.boolean(f"{self.name} update(perturb=...)", perturb)
+        penalty = (self.penalty if penalize else self.penalty.without) if perturb else UNPERTURBED
+        grad_fn = required_grad_fn(self.name, updates, params, grad_fn, value_fn)
+        compared_fn = grad_fn if part_grad_fn is None else _checked_grad_fn(self.name, "part_grad_fn", part_grad_fn)
+        part_fn = compared_fn
         if penalty_grad_fn is not None:
             part_fn = _checked_grad_fn(self.name, "penalty_grad_fn", penalty_grad_fn)
+        if ascent is not None:
+            _check.matching_tree("ascent", ascent, params)
+        self._check_products(params)
         self._check_state(state, params, penalty)
 
         # 1. The gradient at w, averaged with `sync`. A jvp of a device's own gradient function is right in every mode.
-        grad_fn, part_fn = (parallel.local_grad_fn(fn, self.axis_name) for fn in (grad_fn, part_fn))
+        local = {fn: parallel.local_grad_fn(fn, self.axis_name) for fn in {grad_fn, compared_fn, part_fn}}
+        grad_fn, compared_fn, part_fn = (local[fn] for fn in (grad_fn, compared_fn, part_fn))
         mean = functools.partial(parallel.mean, axis_name=self.axis_name if self.sync else None)
-        grads = mean(self._device_updates(updates, params, grad_fn))
+        grads = mean(self._device_updates(updates, params, compared_fn))
         eigenvector = state.eigenvector
+        if ascent is not None:
+            ascent = mean(ascent)
         if not self.sync:
             assert self.axis_name is not None
-            params, eigenvector = parallel.vary((params, eigenvector), self.axis_name)
+            params, eigenvector, ascent = parallel.vary((params, eigenvector, ascent), self.axis_name)
 
         # 2. The perturbed weights.
-        e = self._perturb(params, grads, state.count)
+        e = self._perturb(params, grads if ascent is None else ascent, state.count) if perturb else None
         perturbed = params if e is None else _tree.cast_like(_tree.add(params, e), params)
 
         # 3. The gradient there, and that of the penalty.
         diagonal = _diagonal(self._penalized_leaves(params), params, self.reduction)
         if penalty.follows_eigenvector:
             eigenvector = _started(eigenvector, grads, diagonal)
-        point = Point(params, grads, e, perturbed, grad_fn, part_fn, mean, diagonal, eigenvector)
+        point = Point(
+            params,
+            grads,
+            e,
+            perturbed,
+            grad_fn,
+            compared_fn,
+            part_fn,
+            mean,
+            diagonal,
+            eigenvector,
+            self.by_difference,
+        )
         found = penalty.at(point)
 
         # 4. The direction, and what the step saw.
         added = self._strengthened(found, state.count)
-        direction = found.perturbed_grads if added is None else _tree.add(found.perturbed_grads, added)
+        kept = found.perturbed_grads if e is None else self._kept(point, found.perturbed_grads, state.count)
+        direction = kept if added is None else _tree.add(kept, added)
         direction = _tree.cast_like(direction, params)
         metrics = _metrics(point, found, added)
         product = found.product
@@ -198,13 +228,21 @@ class Transformation:
         """e, or None where nothing is perturbed."""
         if self.perturbation is None:
             return None
-        rho = _at(f"{self.name}(rho=...)", self.perturbation.rho, count)
+        rho = at(f"{self.name}(rho=...)", self.perturbation.rho, count)
         leaves = self._perturbed_leaves(params)
         return ascent_on(*leaves, params, grads, rho, self.perturbation.scope, self.perturbation.eps)
 
+    def _kept(self, point: Point, perturbed_grads: PyTree, count: jax.Array) -> PyTree:
+        """g*, less what is suppressed of it."""
+        share = at(f"{self.name}(suppress=...)", self.suppress, count)
+        if is_zero(share):
+            return perturbed_grads
+        compared = point.compared(perturbed_grads)
+        return suppressed(point.grads, perturbed_grads, share, compared)
+
     def _strengthened(self, found: Penalized, count: jax.Array) -> PyTree | None:
         """gamma grad G, or None where there is no penalty."""
-        strength = _at(f"{self.name}(gamma=...)", self.gamma, count)
+        strength = at(f"{self.name}(gamma=...)", self.gamma, count)
         if found.grads is None:
             return None
         # A strength of 0 adds nothing, even to a product that is not finite (0 * inf is NaN).
@@ -225,6 +263,11 @@ class Transformation:
         ):
             return device_grads(params)
         return updates
+
+    def _check_products(self, params: PyTree) -> None:
+        if self.by_difference:
+            reason = f"`{self.name}(product='difference')` has no correct digit in 16 bits"
+            _check.wide_tree("params", params, reason)
 
     def _check_state(self, state: Any, params: PyTree, penalty: Penalty) -> None:
         if not isinstance(state, HeroState):
@@ -261,7 +304,7 @@ def _metrics(point: Point, found: Penalized, added: PyTree | None) -> Metrics:
     return Metrics(*(m.astype(jnp.float32) for m in metrics))
 
 
-def _required_grad_fn(
+def required_grad_fn(
     name: str,
     updates: PyTree,
     params: PyTree | None,
@@ -301,7 +344,12 @@ def _checked_grad_fn(name: str, argument: str, grad_fn: Any) -> Callable[[PyTree
     return checked_grad_fn
 
 
-def _at(argument: str, value: Scalar, count: jax.Array) -> jax.typing.ArrayLike:
+def is_zero(value: Scalar) -> bool:
+    """Whether a hyper-parameter is the Python (or NumPy) number 0, which is known before anything is traced."""
+    return isinstance(value, int | float | np.number) and bool(value == 0)
+
+
+def at(argument: str, value: Scalar, count: jax.Array) -> jax.typing.ArrayLike:
     """The value of a hyper-parameter at this step."""
     if not callable(value):
         return value

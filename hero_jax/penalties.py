@@ -13,8 +13,9 @@ In each of them e (and v) is constant when differentiating. Products are `jax.jv
 for the third derivative, each along its vector scaled to a largest entry of 1: D d underflows in float16. `grad_fn` is
 that of one device and `mean` the average over devices: what goes together is averaged together, linear combinations
 after they are formed. H and T are those of `part_fn`, the same gradient or that of a part of the batch; g, g* and d are
-those of `grad_fn`. (`jax.experimental.jet`, the other way to it, fails on a Flax BatchNorm network in jax 0.10,
-with a leaked tracer.)
+those of `grad_fn`, or g and d are those of another part, `compared_fn`. With `by_difference` the products are
+`curvature.grad_difference`, one gradient less for each. (`jax.experimental.jet`, the other way to it, fails on a Flax
+BatchNorm network in jax 0.10, with a leaked tracer.)
 
 `PENALTIES` is the table of those that `hero` knows, `GRADIENT_L1` that of `grad_l1`.
 
@@ -33,11 +34,22 @@ import jax.numpy as jnp
 
 from hero_jax import _autodiff, _tree, curvature
 
-__all__ = ["GRADIENT_L1", "PENALTIES", "PERTURBED", "REDUCTIONS", "UNPERTURBED", "Penalized", "Penalty", "Point"]
+__all__ = [
+    "GRADIENT_L1",
+    "PENALTIES",
+    "PERTURBED",
+    "PRODUCTS",
+    "REDUCTIONS",
+    "UNPERTURBED",
+    "Penalized",
+    "Penalty",
+    "Point",
+]
 
 PyTree = Any
 GradFn = Callable[[PyTree], PyTree]
 REDUCTIONS = ("mean", "sum")
+PRODUCTS = ("exact", "difference")
 
 
 class Point(NamedTuple):
@@ -48,10 +60,12 @@ class Point(NamedTuple):
     perturbation: e, in float32 or wider.
     perturbed: w* = w + e, in the types of w.
     grad_fn: `params -> gradient` of this device.
+    compared_fn: that of the part of the batch that g, and so e and d, is of; `grad_fn` where that is all of it.
     part_fn: that of the part of the batch that H and T are of.
     mean: the average of a tree over devices.
     diagonal: D, a Python float for each leaf.
     eigenvector: v, for the penalty that follows one; otherwise None.
+    by_difference: whether products are differences of gradients.
     """
 
     params: PyTree
@@ -59,13 +73,23 @@ class Point(NamedTuple):
     perturbation: PyTree
     perturbed: PyTree
     grad_fn: GradFn
+    compared_fn: GradFn
     part_fn: GradFn
     mean: Callable[[PyTree], PyTree]
     diagonal: PyTree
     eigenvector: PyTree | None
+    by_difference: bool = False
 
-    def product(self, params: PyTree, vector: PyTree) -> PyTree:
-        """H(params) vector, of this device."""
+    def compared(self, perturbed_grads: PyTree) -> PyTree:
+        """The gradient at w* of the part of the batch that g is of, given that of the whole batch."""
+        is_whole = self.compared_fn is self.grad_fn
+        return perturbed_grads if is_whole else self.mean(self.compared_fn(self.perturbed))
+
+    def product(self, params: PyTree, vector: PyTree, grads: PyTree) -> PyTree:
+        """H(params) vector, of this device; `grads` is the gradient there of the part that g is of."""
+        if self.by_difference:
+            known = grads if self.part_fn is self.compared_fn else None
+            return curvature.grad_difference(self.part_fn, params, vector, known)
         return curvature.grad_product(self.part_fn, params, vector)
 
 
@@ -84,12 +108,14 @@ class Penalty:
 
     at: `Point -> Penalized`.
     cost: gradients of a step with it, that of the caller included, in operations as XLA counts them.
+    cost_by_difference: the same where products are differences of gradients; None where none can be.
     perturbs: whether g* is taken at w + e; otherwise there is no perturbation, and g* is g.
     follows_eigenvector: whether it needs v and gives H(w*) v.
     """
 
     at: Callable[[Point], Penalized]
     cost: float
+    cost_by_difference: float | None = None
     perturbs: bool = True
     follows_eigenvector: bool = False
 
@@ -110,20 +136,26 @@ def _perturbed_gradient(point: Point) -> Penalized:
 def _detached(point: Point) -> Penalized:
     """grad G = 2 H(w*) D d."""
     perturbed_grads = point.mean(point.grad_fn(point.perturbed))
-    d = _tree.subtract(perturbed_grads, point.grads)
+    compared = point.compared(perturbed_grads)
+    d = _tree.subtract(compared, point.grads)
     scaled = _times(point.diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
-    product = point.mean(point.product(point.perturbed, along))
+    product = point.mean(point.product(point.perturbed, along, compared))
     return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
 
 
 def _difference(point: Point) -> Penalized:
     """grad G = 2 [H(w*) - H(w)] D d."""
     perturbed_grads = point.mean(point.grad_fn(point.perturbed))
-    d = _tree.subtract(perturbed_grads, point.grads)
+    compared = point.compared(perturbed_grads)
+    d = _tree.subtract(compared, point.grads)
     scaled = _times(point.diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
-    change = _tree.subtract(point.product(point.perturbed, along), point.product(point.params, along))
+    there, here = (
+        point.product(params, along, grads)
+        for params, grads in ((point.perturbed, compared), (point.params, point.grads))
+    )
+    change = _tree.subtract(there, here)
     return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, point.mean(change)))
 
 
@@ -132,7 +164,7 @@ def _hvp(point: Point) -> Penalized:
     along, peak = _tree.peak_scaled(point.perturbation)
 
     def product(params: PyTree) -> PyTree:
-        return point.product(params, along)
+        return curvature.grad_product(point.part_fn, params, along)
 
     curved = _tree.scale(peak, point.mean(product(point.params)))
     scaled = _times(point.diagonal, curved)
@@ -147,7 +179,7 @@ def _eigenvalue(point: Point) -> Penalized:
     along, peak = _tree.peak_scaled(point.eigenvector)
 
     def product(params: PyTree) -> PyTree:
-        return point.product(params, along)
+        return curvature.grad_product(point.part_fn, params, along)
 
     curved, third = _autodiff.jvp(product, point.perturbed, along)
     perturbed_grads, curved, third = point.mean((point.grad_fn(point.perturbed), curved, third))
@@ -161,7 +193,7 @@ def _eigenvalue(point: Point) -> Penalized:
 def _gradient_l1(point: Point) -> Penalized:
     """grad G = H(w) sign(g) on R."""
     signs = _times(point.diagonal, jax.tree.map(jnp.sign, point.grads))
-    product = point.mean(point.product(point.params, signs))
+    product = point.mean(curvature.grad_product(point.part_fn, point.params, signs))
     return Penalized(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
 
 
@@ -169,8 +201,8 @@ UNPERTURBED = Penalty(_gradient, cost=1, perturbs=False)
 PERTURBED = Penalty(_perturbed_gradient, cost=2)
 GRADIENT_L1 = Penalty(_gradient_l1, cost=3, perturbs=False)
 PENALTIES = {
-    "detached": Penalty(_detached, cost=4),
-    "difference": Penalty(_difference, cost=6),
+    "detached": Penalty(_detached, cost=4, cost_by_difference=3),
+    "difference": Penalty(_difference, cost=6, cost_by_difference=4),
     "hvp": Penalty(_hvp, cost=8.5),
     "eigenvalue": Penalty(_eigenvalue, cost=6.3, follows_eigenvector=True),
 }

@@ -1,4 +1,4 @@
-"""The weight perturbations of sharpness-aware training: where the second gradient of a step is taken."""
+"""The weight perturbations of sharpness-aware training: where its gradients are taken, and which parts are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hero_jax import _check, _tree
 
-__all__ = ["SCOPES", "ascent"]
+__all__ = ["SCOPES", "ascent", "noise", "suppressed"]
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -66,6 +66,86 @@ def ascent(
     is_scaled = scaled_leaves("ascent(adaptive=...)", adaptive, params)
     is_moved = moved_leaves("ascent(mask=...)", mask, params)
     return ascent_on(is_scaled, is_moved, params, grads, rho, scope, eps)
+
+
+def noise(
+    params: PyTree,
+    sigma: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    sample: Callable[[PyTree, jax.Array], PyTree] | None = None,
+    mask: Mask | None = None,
+) -> PyTree:
+    """Draws a random perturbation of the weights.
+
+        u = sigma z,   z ~ N(0, 1) for every entry, or z = sample(params, key);   u = 0 outside `mask`
+
+    Args:
+      params: pytree of arrays, w.
+      sigma: standard deviation of an entry, in the units of the weights, or a factor of what `sample` draws; may be
+        traced.
+      key: `jax.random.key`.
+      sample: `(params, key) -> tree` like `params`, another distribution. Noise within a bin of a quantizer's grid is
+        `lambda params, key: quantize.rounding_noise(params, 3, key)`.
+      mask: bool tree, prefix of one, or callable from params to one: the leaves to perturb; default all.
+
+    Returns:
+      u with the structure of `params`, in float32 or wider.
+
+    Raises:
+      ArgumentError: a mask that does not match `params` or selects nothing, a sample of another structure.
+
+    Cost: one random number for each weight.
+
+    >>> import jax, jax.numpy as jnp
+    >>> u = noise({"w": jnp.ones((300, 40)), "b": jnp.ones(2)}, 0.1, jax.random.key(0), mask={"w": True, "b": False})
+    >>> f"{jnp.std(u['w']):.2f}", u["b"].tolist()
+    ('0.10', [0.0, 0.0])
+
+    Source: Zhang, Li, Kakade and Zhang, Noise stability optimization, 2023 (arXiv 2306.08553).
+    """
+    drawn = _tree.random_normal(key, params) if sample is None else sample(params, key)
+    _check.matching_tree("sample(params, key)", drawn, params)
+    is_moved = moved_leaves("noise(mask=...)", mask, params)
+    return jax.tree.map(lambda z, keep: _tree.scale(sigma if keep else 0.0, z), drawn, is_moved)
+
+
+def suppressed(
+    grads: PyTree, perturbed_grads: PyTree, share: jax.typing.ArrayLike, compared: PyTree | None = None
+) -> PyTree:
+    """Weakens the components of a perturbed gradient that fit noisy labels.
+
+        g*_i (1 - share)   where 0 < c_i / g_i < 1,   g*_i elsewhere
+
+    They are those that point the way of the clean gradient and are smaller: SGD takes them larger, and on networks
+    trained with wrong labels they are what learns these.
+
+    Args:
+      grads: pytree of arrays, g, the gradient at the weights.
+      perturbed_grads: pytree like it, g*, that at the perturbed weights.
+      share: how much is taken away, in [0, 1]; may be traced. 0 leaves g*, 1 removes the components.
+      compared: pytree like it, c, the gradient at the perturbed weights of the examples that g is of; default g*.
+
+    Returns:
+      The tree, in float32 or wider.
+
+    Cost: element-wise.
+
+    >>> import jax.numpy as jnp
+    >>> suppressed(jnp.array([2.0, 2.0, 2.0, 0.0]), jnp.array([1.0, 3.0, -1.0, 1.0]), 0.5)
+    Array([ 0.5,  3. , -1. ,  1. ], dtype=float32)
+
+    Source: Luong et al., Understanding SAM's robustness to noisy labels through gradient down-weighting, AISTATS 2026
+    (arXiv 2411.17132), where it is called SANER.
+    """
+
+    def leaf(g: jax.Array, perturbed: jax.Array, c: jax.Array) -> jax.Array:
+        # Signs rather than the quotient, which under- and overflows.
+        g, perturbed, c = _tree.wide(g), _tree.wide(perturbed), _tree.wide(c)
+        is_smaller = (jnp.sign(g) == jnp.sign(c)) & (jnp.abs(c) < jnp.abs(g))
+        return jnp.where(is_smaller, 1 - _tree.scale_like(share, perturbed), 1) * perturbed
+
+    return jax.tree.map(leaf, grads, perturbed_grads, perturbed_grads if compared is None else compared)
 
 
 def ascent_on(
