@@ -12,6 +12,8 @@ LABELS = {
     "sgd": "SGD",
     "noise": "Weight noise",
     "ema": "EMA",
+    "nso": "NSO",
+    "msam": "MSAM",
     "sam": "SAM",
     "asam": "ASAM",
     "grad_l1": "GRAD L1",
@@ -23,16 +25,18 @@ DTYPES = ("float32", "bfloat16")
 # Fields that say when a run pauses or asks the host, and nothing about what it computes.
 PACE = ("save_minutes", "max_minutes", "steps_per_call")
 # The hyper-parameters each method has, besides those of SGD.
-_OF_ASCENT = ("rho", "scope", "noise_bits")
-_OF_PENALTY = ("gamma", "gamma_warmup", "interval", "penalty_batch_size")
+_OF_ASCENT = ("rho", "scope", "noise_bits", "suppress", "ascent_decay", "ascent_batch_size", "perturb_from")
+_OF_PENALTY = ("gamma", "gamma_warmup", "interval", "penalty_batch_size", "penalize_from")
 TAKES = {
     "sgd": (),
     "noise": ("noise_bits",),
     "ema": ("ema_decay",),
+    "nso": ("sigma", "noise_bits", "perturb_from"),
+    "msam": ("rho", "scope", "adaptive", "ascent_decay", "perturb_from"),
     "sam": _OF_ASCENT,
     "asam": _OF_ASCENT,
     "grad_l1": (*_OF_PENALTY, "noise_bits"),
-    "hero": (*_OF_ASCENT, *_OF_PENALTY, "penalty", "reduction"),
+    "hero": (*_OF_ASCENT, *_OF_PENALTY, "adaptive", "penalty", "reduction", "product"),
 }
 
 
@@ -41,7 +45,8 @@ class TrainConfig:
     """One training run. What is left out takes the preset of data set, model and method (`experiments/presets.py`)."""
 
     method: str = "hero"
-    """sgd, noise (SGD around weights with noise), ema (SGD, averaged weights), sam, asam, grad_l1 or hero."""
+    """sgd, noise (SGD around weights with noise), ema (SGD, averaged weights), nso (noise of both signs), msam
+    (momentum-SAM), sam, asam, grad_l1 or hero."""
     dataset: str = "digits"
     """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
     model: str | None = None
@@ -55,7 +60,9 @@ class TrainConfig:
     weight_decay: float | None = None
     """Coupled weight decay on all parameters, taken at the unperturbed weights."""
     rho: float | None = None
-    """Radius of the perturbation (sam, asam, hero)."""
+    """Radius of the perturbation (msam, sam, asam, hero)."""
+    adaptive: bool | None = None
+    """Scale the perturbation with the weights, as ASAM does, or not (msam, hero)."""
     gamma: float | None = None
     """Strength of the penalty (grad_l1, hero)."""
     gamma_warmup: int | None = None
@@ -63,12 +70,30 @@ class TrainConfig:
     penalty: str | None = None
     """Penalty of hero: detached, difference, hvp or eigenvalue."""
     scope: str | None = None
-    """Norm of the perturbation: global (that of the whole tree) or leaf (sam, asam, hero)."""
+    """Norm of the perturbation: global (that of the whole tree) or leaf (msam, sam, asam, hero)."""
+    suppress: float | None = None
+    """Share taken from the components of the perturbed gradient that point the way of the gradient and are smaller:
+    those that fit noisy labels (sam, asam, hero)."""
+    ascent_decay: float | None = None
+    """Perturb along a momentum of the gradients with this decay per step (msam; sam, asam, hero where given)."""
+    ascent_batch_size: int | None = None
+    """Images of a batch, evenly spread over it, on which the perturbation and the penalty are taken (sam, asam, hero),
+    at a lower cost; default all. The loss that is reported and BatchNorm's statistics are of these images too."""
+    perturb_from: float | None = None
+    """Fraction of training before which nothing is perturbed or penalised, at the cost of SGD (nso, msam, sam, asam,
+    hero)."""
     reduction: str | None = None
     """The penalty of a kernel is the mean over its entries, or their sum (hero)."""
+    product: str | None = None
+    """Products with the Hessian: exact, or the difference of two gradients, cheaper and for smooth networks alone, of
+    which hero_jax.models has vit_tiny (hero)."""
+    penalize_from: float | None = None
+    """Fraction of training before which the penalty is left out, at that lower cost (grad_l1, hero)."""
+    sigma: float | None = None
+    """Standard deviation of the noise on every weight (nso)."""
     noise_bits: int | None = None
     """Every pass of a step is taken around weights with uniform noise as wide as a bin of the grid channel-narrow of so
-    many bits (noise; sam, asam, grad_l1, hero where given)."""
+    many bits (noise; sam, asam, grad_l1, hero where given); the noise of nso, instead of `sigma`."""
     ema_decay: float | None = None
     """Decay a step of the exponential average of weights and statistics that is evaluated and saved (ema)."""
     interval: int | None = None
@@ -145,6 +170,7 @@ class TrainConfig:
             "groups",
             "interval",
             "penalty_batch_size",
+            "ascent_batch_size",
             "microbatch_size",
             "steps_per_call",
         )
@@ -157,7 +183,7 @@ class TrainConfig:
             _check.positive("max_minutes", self.max_minutes)
         if self.gamma_warmup is not None:
             _check.integer("gamma_warmup", self.gamma_warmup, low=0)
-        for name in ("learning_rate", "weight_decay", "rho", "gamma", "save_minutes"):
+        for name in ("learning_rate", "weight_decay", "rho", "gamma", "sigma", "save_minutes"):
             if getattr(self, name) is not None:
                 _check.non_negative(name, getattr(self, name))
         _check.one_of("dtype", self.dtype, DTYPES)
@@ -167,13 +193,24 @@ class TrainConfig:
             _check.one_of("reduction", self.reduction, penalties.REDUCTIONS)
         if self.noise_bits is not None:
             _check.integer("noise_bits", self.noise_bits, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
-        if self.ema_decay is not None:
-            _check.fraction("ema_decay", self.ema_decay)
-        _check.fraction("label_noise", self.label_noise)
+        if self.product is not None:
+            _check.one_of("product", self.product, penalties.PRODUCTS)
+        for name in ("ema_decay", "suppress", "ascent_decay", "perturb_from", "penalize_from", "label_noise"):
+            if getattr(self, name) is not None:
+                _check.fraction(name, getattr(self, name))
         _check.one_of("label_noise_kind", self.label_noise_kind, label_noise.KINDS)
         for name in {name for names in TAKES.values() for name in names}:
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
+        if self.sigma is not None and self.noise_bits is not None:
+            raise ValueError(f"`sigma` must be left out where noise_bits is given; got {self.sigma!r}.")
+        if self.product == "difference" and self.dtype != "float32":
+            raise ValueError(f"`product` must be 'exact' with dtype {self.dtype}; got 'difference'.")
+        if self.ascent_batch_size is not None and self.penalty_batch_size is not None:
+            raise ValueError(
+                "`penalty_batch_size` must be left out where ascent_batch_size is given, which the penalty takes too;"
+                f" got {self.penalty_batch_size}."
+            )
         self._check_layout()
 
     def _check_layout(self) -> None:
@@ -196,6 +233,8 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """This configuration with every preset filled in."""
         defaults = presets.of(self.dataset, self.model, self.method, self.penalty, TAKES[self.method])
+        if self.noise_bits is not None:
+            defaults.pop("sigma", None)  # the noise of nso is that of the bits then
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 

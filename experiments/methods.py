@@ -1,13 +1,16 @@
 """The methods compared: Optax pipelines, the noise a step is taken around, and the average that is evaluated.
 
-SGD, SAM, ASAM, GRAD L1, HERO    direction -> + weight decay -> SGD with momentum      (hero_jax's transformations)
-Weight noise                     SGD whose gradient is that at w + u; a new u every step  (`noise`)
-EMA                              SGD; the average of its weights is evaluated             (`averaged`)
+SGD, SAM, ASAM, GRAD L1, HERO, NSO    direction -> + weight decay -> SGD with momentum   (hero_jax's transformations)
+MSAM                     the wrapper around weight decay and SGD; its weights without e are evaluated     (`evaluated`)
+Weight noise             SGD whose gradient is that at w + u; a new u in every step                       (`noise`)
+EMA                      SGD; the average of its weights is evaluated                                     (`evaluated`)
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import optax
 
 import hero_jax
 from experiments.config import TrainConfig
-from hero_jax import parallel, quantize
+from hero_jax import parallel, penalties, quantize
 
 PyTree = Any
 NOISE_SPEC = quantize.named("channel-narrow")
@@ -36,57 +39,193 @@ def optimizer(
     assert config.weight_decay is not None
     assert config.epochs is not None
     cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs)
-    return optax.chain(
-        direction(config, steps_per_epoch, axis_name),
+    base = (
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
+    if config.method == "msam":
+        base = (_msam(config, optax.chain(*base), steps_per_epoch),)
+    return optax.chain(direction(config, steps_per_epoch, axis_name), *base)
 
 
 def direction(
     config: TrainConfig, steps_per_epoch: int, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of the raw gradient that makes the method."""
-    if config.method in ("sgd", "noise", "ema"):
+    """The transformation of the raw gradient that makes the method; that of MSAM, around the optimizer, is not here."""
+    if config.method in ("sgd", "noise", "ema", "msam"):
         return optax.with_extra_args_support(optax.stateless(lambda grads, _: parallel.mean(grads, axis_name)))
     where: dict[str, Any] = {} if axis_name is None else {"axis_name": axis_name, "sync": config.sync}
-    if config.method in ("sam", "asam"):
-        assert config.rho is not None
-        assert config.scope is not None
-        return hero_jax.sam(config.rho, adaptive=config.method == "asam", scope=config.scope, **where)
-    gamma = _after_warmup(config, steps_per_epoch)
+    if config.method == "nso":
+        if config.noise_bits is None:
+            assert config.sigma is not None
+            return hero_jax.nso(config.sigma, seed=0, **where)
+        return hero_jax.nso(1.0, seed=0, sample=functools.partial(_bin_noise, config.noise_bits), **where)
     if config.method == "grad_l1":
-        return hero_jax.grad_l1(gamma, **where)
+        return hero_jax.grad_l1(_after_warmup(config, steps_per_epoch), **where)
     assert config.rho is not None
     assert config.scope is not None
-    assert config.penalty is not None
-    assert config.reduction is not None
-    return hero_jax.hero(
-        config.rho, gamma, scope=config.scope, penalty=config.penalty, reduction=config.reduction, **where
-    )
+    assert config.suppress is not None
+    shared: dict[str, Any] = {"scope": config.scope, "suppress": config.suppress, **where}
+    if config.method in ("sam", "asam"):
+        made = hero_jax.sam(config.rho, adaptive=config.method == "asam", **shared)
+    else:
+        assert config.adaptive is not None
+        assert config.penalty is not None
+        assert config.reduction is not None
+        assert config.product is not None
+        shared |= {"adaptive": config.adaptive, "product": config.product}
+        gamma = _after_warmup(config, steps_per_epoch)
+        made = hero_jax.hero(config.rho, gamma, penalty=config.penalty, reduction=config.reduction, **shared)
+    return made if config.ascent_decay is None else _along_momentum(made, config.ascent_decay, axis_name)
+
+
+class Phase(NamedTuple):
+    """What a step has: arguments of the update, which are static."""
+
+    perturb: bool
+    penalize: bool
+
+
+def phases(config: TrainConfig, steps_per_epoch: int) -> tuple[list[Phase], Callable[[Any], Any]]:
+    """The kinds of steps that a run has, and which of them a step is: a function of its number, traced or not."""
+    assert config.epochs is not None
+    last = config.epochs * steps_per_epoch
+    perturb_at, penalize_at = (round((x or 0.0) * last) for x in (config.perturb_from, config.penalize_from))
+    interval = config.interval or 1
+    kinds = [Phase(True, True)]
+    # MSAM has no such step: its rho is 0 until then.
+    perturbs_late, penalizes_late = perturb_at > 0 and config.method != "msam", penalize_at > 0 or interval > 1
+    if penalizes_late:
+        kinds.append(Phase(True, False))
+    if perturbs_late:
+        kinds.append(Phase(False, False))
+
+    def kind(step: Any) -> Any:
+        is_plain = perturbs_late & (step < perturb_at)
+        is_without = penalizes_late & ((step < penalize_at) | (step % interval != 0))
+        return is_plain * (len(kinds) - 1) + (1 - is_plain) * is_without
+
+    return kinds, kind
+
+
+def gradients(config: TrainConfig) -> float:
+    """Gradients of the whole batch that a step takes on average: the cost of a resolved configuration, SGD's being 1.
+
+    Counted from the formulas (`hero_jax.penalties`), not measured.
+    """
+    assert config.batch_size is not None
+    perturb_from, penalize_from = config.perturb_from or 0.0, config.penalize_from or 0.0
+    perturbed, penalized = 1 - perturb_from, (1 - max(perturb_from, penalize_from)) / (config.interval or 1)
+    if config.method in ("sgd", "noise", "ema", "msam"):
+        return 1.0
+    if config.method == "nso":
+        return 1 + perturbed
+    if config.method in ("sam", "asam"):
+        part = (config.ascent_batch_size or config.batch_size) / config.batch_size
+        return 1 + part * perturbed
+    made = penalties.GRADIENT_L1 if config.method == "grad_l1" else penalties.PENALTIES[str(config.penalty)]
+    by_difference = config.product == "difference"
+    whole = made.cost_by_difference if by_difference else made.cost
+    assert whole is not None
+    if config.ascent_batch_size is not None:
+        part = config.ascent_batch_size / config.batch_size
+        return 1 + part * (perturbed + (whole - 1) * penalized)
+    added = whole - made.without.cost
+    if config.penalty_batch_size is not None:
+        # On a part the gradient that a product begins with is not there yet.
+        begun = 2 if config.penalty == "difference" else 1
+        added = min(1.0, config.penalty_batch_size / config.batch_size) * (added + begun)
+    return 1 + (made.without.cost - 1) * perturbed + added * penalized
 
 
 def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
     """u of a step: uniform within a bin of the grid of `noise_bits` bits on the kernels, 0 elsewhere; None without."""
-    return (
-        None if config.noise_bits is None else quantize.rounding_noise(params, config.noise_bits, key, spec=NOISE_SPEC)
-    )
+    if config.noise_bits is None or config.method == "nso":
+        return None
+    return _bin_noise(config.noise_bits, params, key)
 
 
-def averaged(config: TrainConfig, average: PyTree, variables: PyTree, step: jax.Array) -> PyTree:
-    """The exponential average of weights and statistics after `variables` of a step, counted from 0.
+def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state: PyTree, step: jax.Array) -> PyTree:
+    """What is evaluated in place of the `variables` after a step, counted from 0; empty where these are.
+
+    Of MSAM the weights without the perturbation. Of EMA the exponential average of weights and statistics,
 
         average = beta average + (1 - beta) variables,   beta = min(ema_decay, (1 + step) / (10 + step))
 
-    so that it forgets the initial weights early; empty where the method has none.
+    so that it forgets the initial weights early.
 
     Source: Polyak and Juditsky, 1992; the schedule of beta is that of TensorFlow's ExponentialMovingAverage.
     """
+    if config.method == "msam":
+        return variables | {"params": hero_jax.msam_eval_params(opt_state, variables["params"])}
     if config.ema_decay is None:
         return {}
     step = step.astype(jnp.float32)
     beta = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda a, x: a + (1 - beta).astype(x.dtype) * (x - a), average, variables)
+    return jax.tree.map(lambda a, x: a + (1 - beta).astype(x.dtype) * (x - a), before, variables)
+
+
+def has_evaluated(config: TrainConfig) -> bool:
+    """Whether `evaluated` gives anything."""
+    return config.method == "msam" or config.ema_decay is not None
+
+
+def seeded(opt_state: PyTree, seed: jax.Array) -> PyTree:
+    """The first state of the optimizer with the noise of this seed (the data of a key)."""
+    return jax.tree.map(
+        lambda x: x._replace(key=seed) if isinstance(x, hero_jax.NsoState) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, hero_jax.NsoState),
+    )
+
+
+def metrics(opt_state: PyTree) -> dict[str, float]:
+    """The metrics of the transformation at the last step, where the method has any."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, hero_jax.HeroState))
+    found = next((x.metrics for x in states if isinstance(x, hero_jax.HeroState)), None)
+    return {} if found is None else {k: float(v) for k, v in found._asdict().items()}
+
+
+class _MomentumState(NamedTuple):
+    momentum: PyTree
+    inner: Any
+
+
+def _along_momentum(
+    tx: optax.GradientTransformationExtraArgs, decay: float, axis_name: str | None
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, which perturbs along m = decay m + g, the gradients of the batches so far, in place of g."""
+
+    def init_fn(params: PyTree) -> Any:
+        return _MomentumState(jax.tree.map(jnp.zeros_like, params), tx.init(params))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
+        mean = parallel.mean(updates, axis_name)
+        momentum = jax.tree.map(lambda g, m: g + decay * m, mean, state.momentum)
+        updates, inner = tx.update(updates, state.inner, params, ascent=momentum, **extra_args)
+        return updates, _MomentumState(momentum, inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _msam(
+    config: TrainConfig, base: optax.GradientTransformationExtraArgs, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """`base` in the wrapper, whose rho is 0 before `perturb_from`."""
+    assert config.epochs is not None
+    assert config.rho is not None
+    assert config.scope is not None
+    assert config.adaptive is not None
+    assert config.ascent_decay is not None
+    rho: Any = config.rho
+    start = round((config.perturb_from or 0.0) * config.epochs * steps_per_epoch)
+    if start:
+        rho = optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(config.rho)], [start])
+    return hero_jax.msam(base, rho, decay=config.ascent_decay, adaptive=config.adaptive, scope=config.scope)
+
+
+def _bin_noise(bits: int, params: PyTree, key: jax.Array) -> PyTree:
+    return quantize.rounding_noise(params, bits, key, spec=NOISE_SPEC)
 
 
 def _after_warmup(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:

@@ -22,12 +22,22 @@ from experiments.config import LABELS, METHODS
 if TYPE_CHECKING:
     from experiments.compare import Measured, Row
 
-# Okabe and Ito, Color Universal Design, 2008.
-_PALETTE = ("#000000", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00")
-COLORS = dict(zip(METHODS, _PALETTE, strict=True))
-MARKERS = dict(zip(METHODS, ("o", "p", "<", "s", "D", "^", "v"), strict=True))
-# For what is not a method. Tol, Colour Schemes, SRON technical note, 2021: muted.
-_OTHERS = ("#882255", "#999933", "#332288", "#999999")
+# Okabe and Ito, Color Universal Design, 2008; the two of NSO and MSAM, and those for what is not a method: Tol, Colour
+# Schemes, SRON technical note, 2021, muted.
+_STYLES = {
+    "sgd": ("#000000", "o"),
+    "noise": ("#CC79A7", "p"),
+    "ema": ("#E69F00", "<"),
+    "nso": ("#999933", "X"),
+    "msam": ("#882255", ">"),
+    "sam": ("#56B4E9", "s"),
+    "asam": ("#0072B2", "D"),
+    "grad_l1": ("#009E73", "^"),
+    "hero": ("#D55E00", "v"),
+}
+COLORS = {method: _STYLES[method][0] for method in METHODS}
+MARKERS = {method: _STYLES[method][1] for method in METHODS}
+_OTHERS = ("#332288", "#999999", "#44AA99", "#DDCC77")
 
 
 def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:

@@ -17,7 +17,14 @@ EVERYWHERE: dict[str, Any] = {
     "reduction": "mean",
     "gamma_warmup": 1,
     "interval": 1,
+    "suppress": 0.0,
+    "product": "exact",
+    "perturb_from": 0.0,
+    "penalize_from": 0.0,
 }
+
+# HERO perturbs as its authors do, MSAM as SAM does; the momentum of Becker et al., 2024 (arXiv 2401.12033).
+METHODS: dict[str, dict[str, Any]] = {"hero": {"adaptive": True}, "msam": {"adaptive": False, "ascent_decay": 0.9}}
 
 # Each penalty is of another size: "eigenvalue" is an eigenvalue, not a mean square. Starting points.
 PENALTIES: dict[str, dict[str, Any]] = {"eigenvalue": {"gamma": 0.1}}
@@ -45,11 +52,15 @@ def _methods(*, sam: float, asam: float, **others: dict[str, Any]) -> dict[str, 
 
     rho of SAM: Foret et al., ICLR 2021, by data set. Of ASAM: Kwon et al., ICML 2021, section 5 (0.5 for CIFAR-10, 1.0
     for CIFAR-100 and ImageNet). HERO takes ASAM's, so that the two differ by the penalty alone, and the authors' gamma.
-    The gamma of GRAD L1, the bits of the noise and the decay of EMA are starting points.
+    rho of MSAM: the default of its authors' code (Becker et al., 2024). sigma of NSO: Zhang et al., 2023 (arXiv
+    2306.08553), where it is 0.008 to 0.012. The gamma of GRAD L1, the bits of the noise and the decay of EMA are
+    starting points.
     """
     return {
         "noise": {"noise_bits": 3},
         "ema": {"ema_decay": 0.999},
+        "nso": {"sigma": 0.01},
+        "msam": {"rho": 0.3},
         "sam": {"rho": sam},
         "asam": {"rho": asam},
         "grad_l1": {"gamma": 1e-3},
@@ -105,6 +116,7 @@ def of(dataset: str, model: str | None, method: str, penalty: str | None, takes:
         everywhere
         | preset
         | by_model.get(model or preset["model"], {})
+        | METHODS.get(method, {})
         | methods.get(method, {})
         | PENALTIES.get(penalty or "", {})
     )

@@ -1,8 +1,8 @@
-"""Searches rho and gamma of a method: `python -m experiments.search --method hero --rho 0.5 1 2 --gamma 0 100`.
+"""Searches the settings of a method: `python -m experiments.search --method hero --rho 0.5 1 2 --gamma 0 100`.
 
-Every pair is trained with the same seeds and judged by the accuracy after the last epoch on training images that are
-held out; the test images have no part in it. Leaves search.json, search.png and the runs; a search that was ended is
-continued by the same command, and takes more values and seeds.
+Every combination is trained with the same seeds and judged by the accuracy after the last epoch on training images that
+are held out; the test images have no part in it. Leaves search.json, search.png and the runs; a search that was ended
+is continued by the same command, and takes more values and seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from experiments.config import LABELS, METHODS, TAKES, TrainConfig
 from hero_jax import _check
 from hero_jax.evaluate import Spread
 
-SEARCHED = ("rho", "gamma")
+# Those that every method has come last: a combination is named after the others, and after these where they are tried.
+SEARCHED = ("rho", "gamma", "sigma", "suppress", "learning_rate", "weight_decay")
+OF_EVERY_METHOD = ("learning_rate", "weight_decay")
 # What a search may have more of than the one that its folder holds.
 MAY_DIFFER = (*SEARCHED, "seeds")
 
@@ -35,19 +37,27 @@ class SearchConfig:
     """What to search. Everything else of a run is the preset of its data set, model and method."""
 
     method: str = "hero"
-    """sam, asam, grad_l1 or hero."""
+    """A method of experiments.train."""
     dataset: str = "digits"
     """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
     model: str | None = None
     """A name in hero_jax.models; default the preset."""
     rho: tuple[float, ...] = ()
-    """Radii to try (sam, asam, hero); default the preset alone."""
+    """Radii to try (msam, sam, asam, hero); default the preset alone."""
     gamma: tuple[float, ...] = ()
     """Strengths to try (grad_l1, hero); default the preset alone."""
+    sigma: tuple[float, ...] = ()
+    """Standard deviations to try (nso); default the preset alone."""
+    suppress: tuple[float, ...] = ()
+    """Shares to try (sam, asam, hero); default the preset alone."""
+    learning_rate: tuple[float, ...] = ()
+    """Learning rates to try (all); default the preset alone."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decays to try (all); default the preset alone."""
     penalty: str | None = None
     """Penalty of hero; default the preset."""
     seeds: int = 3
-    """Runs of each pair, with seeds 0, 1, ..."""
+    """Runs of each combination, with seeds 0, 1, ..."""
     epochs: int | None = None
     """Passes over the training images; default the preset."""
     batch_size: int | None = None
@@ -55,7 +65,7 @@ class SearchConfig:
     train_size: int | None = None
     """Train on this many images; default all that are not held out."""
     validation_size: int = 360
-    """Training images held out, on which every pair is judged."""
+    """Training images held out, on which every combination is judged."""
     test_size: int | None = None
     """Evaluate, beside them, on this many test images, which have no part in the choice; default all."""
     eval_every: int = 1
@@ -68,12 +78,12 @@ class SearchConfig:
     """symmetric, uniform or asymmetric: see docs/data.md."""
 
     def __post_init__(self) -> None:
-        _check.one_of("method", self.method, [name for name in METHODS if set(SEARCHED) & set(TAKES[name])])
+        _check.one_of("method", self.method, METHODS)
         for name in ("seeds", "validation_size"):
             _check.integer(name, getattr(self, name), low=1)
         for name in SEARCHED:
             values = getattr(self, name)
-            if values and name not in TAKES[self.method]:
+            if values and name not in (*TAKES[self.method], *OF_EVERY_METHOD):
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {values!r}.")
             for value in values:
                 _check.non_negative(name, value)
@@ -82,25 +92,25 @@ class SearchConfig:
         assert self.runs()
 
     def runs(self) -> dict[str, TrainConfig]:
-        """The resolved configuration of each pair, by name."""
+        """The resolved configuration of each combination, by name."""
         fixed: dict[str, Any] = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in (*SEARCHED, "seeds")
         }
         grids = [[(name, value) for value in getattr(self, name)] or [(name, None)] for name in SEARCHED]
-        made = (TrainConfig(**fixed, **dict(pair)).resolved() for pair in itertools.product(*grids))
-        return {_name(run): run for run in made}
+        made = (TrainConfig(**fixed, **dict(chosen)).resolved() for chosen in itertools.product(*grids))
+        return {self._name(run): run for run in made}
 
-
-def _name(run: TrainConfig) -> str:
-    """The method with its rho and gamma, those it has."""
-    settings = ((name, getattr(run, name)) for name in SEARCHED)
-    return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
+    def _name(self, run: TrainConfig) -> str:
+        """The method with its rho and gamma, those it has, and the other settings that are tried."""
+        named = [name for name in SEARCHED if name in ("rho", "gamma") or getattr(self, name)]
+        settings = ((name, getattr(run, name)) for name in named)
+        return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
 
 
 def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:
-    """For each pair its validation accuracy (fraction, mean and deviation over n seeds); n = 0 where all diverged."""
+    """The validation accuracy of each combination (fraction, mean and deviation over n seeds; n = 0: all diverged)."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for name, run in configs.items():
@@ -108,8 +118,7 @@ def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> li
             spread = Spread.of(accuracies) if accuracies else Spread(math.nan, math.nan, 0)
             yield {
                 "method": run.method,
-                "rho": run.rho,
-                "gamma": run.gamma,
+                **{field: getattr(run, field) for field in SEARCHED},
                 "n": spread.n,
                 "validation_accuracy": spread.mean,
                 "std": spread.std,
@@ -119,7 +128,7 @@ def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> li
 
 
 def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of highest mean accuracy, of equal ones that of the smallest gamma and rho; None where all diverged.
+    """The row of highest mean accuracy, of equal ones that of the smallest settings; None where all diverged.
 
     Of those of which the most seeds ended well: the mean of others is that of their survivors.
     """
@@ -127,7 +136,8 @@ def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if most == 0:
         return None
     rows = [row for row in grid if row["n"] == most]
-    return min(rows, key=lambda row: (-round(row["validation_accuracy"], 6), row["gamma"] or 0, row["rho"] or 0))
+    by_size = ("gamma", "rho", *(name for name in SEARCHED if name not in ("gamma", "rho")))
+    return min(rows, key=lambda row: (-round(row["validation_accuracy"], 6), *(row.get(name) or 0 for name in by_size)))
 
 
 def main(
@@ -135,7 +145,7 @@ def main(
     out: Path | None = None,
     data_dir: Path | None = None,
 ) -> None:
-    """Searches rho and gamma on training images that are held out, never on the test images.
+    """Searches the settings of a method on training images that are held out, never on the test images.
 
     Args:
         config: The search.
@@ -157,15 +167,18 @@ def main(
     record = {"config": runs.to_json(config), "grid": grid, "best": best, "environment": runs.environment()}
     runs.write_json(out / "search.json", record)
     if best is None:
-        raise AllDiverged("Every run of the search diverged; smaller values of `rho` and `gamma` may help.")
+        raise AllDiverged("Every run of the search diverged; smaller values of what is searched may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
     if len(varied) == 2:
-        values = {(row["rho"], row["gamma"]): 100 * row["validation_accuracy"] for row in grid}
-        plots.heat_map(values, ("rho", "gamma", "validation accuracy, %"), out / "search.png")
-    header = ["rho", "gamma", "n", "validation accuracy, %", ""]
+        first, second = varied
+        values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
+        plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
+    # What the method has, though only one value of it is tried.
+    shown = [name for name in SEARCHED if name in varied or name in ("rho", "gamma")]
+    header = [*shown, "n", "validation accuracy, %", ""]
     lines = [
         [
-            *("" if row[name] is None else f"{row[name]:g}" for name in SEARCHED),
+            *("" if row[name] is None else f"{row[name]:g}" for name in shown),
             str(row["n"]),
             tables.cell(100 * row["validation_accuracy"], 100 * row["std"]) if row["n"] else "diverged",
             "best" if row == best else "",

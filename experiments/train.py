@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import cli, data, parallel, plots, progress, runs, streams
+from experiments import cli, data, methods, parallel, plots, progress, runs, streams
 from experiments.config import TrainConfig
 from experiments.parallel import TrainState
 from experiments.tensorboard import events
@@ -149,9 +149,8 @@ class _Run:
             images, labels = self._train
             self.state, losses = self.trainer.steps(self.state, images, labels, order)
         else:
-            penalize = self.step % (self.config.interval or 1) == 0
             batch = (order[0],) if self._batches is None else next(self._batches)
-            self.state, losses = self.trainer.step(self.state, *self._train, *batch, penalize=penalize)
+            self.state, losses = self.trainer.step(self.state, *self._train, *batch, kind=self.trainer.kind(self.step))
         self._losses.append(losses)
         if self._batches is not None and len(self._losses) > streams.AHEAD:
             # The device keeps the images of every step that it has not made.
@@ -172,7 +171,7 @@ class _Run:
             host = self.trainer.layout.to_host(self.state)
             variables = _variables(host._asdict())
             self.metrics = self._measured(variables)
-            row |= {"step": self.step, **self.metrics, **_hero_metrics(host.opt_state)}
+            row |= {"step": self.step, **self.metrics, **methods.metrics(host.opt_state)}
             if is_measured:
                 row |= self._curvature(variables)
             if self.folder is not None:
@@ -359,12 +358,6 @@ def _altered(dataset: data.Dataset) -> dict[str, data.Split]:
 def _variables(state: dict[str, PyTree]) -> PyTree:
     """The variables of a state on the host that are evaluated, on the default device."""
     return jax.tree.map(jnp.asarray, runs.evaluated(state))
-
-
-def _hero_metrics(opt_state: PyTree) -> dict[str, float]:
-    """The metrics of the transformation at the last step, where the method has any."""
-    metrics = getattr(opt_state[0], "metrics", None)
-    return {} if metrics is None else {k: float(v) for k, v in metrics._asdict().items()}
 
 
 def main(

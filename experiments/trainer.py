@@ -29,11 +29,12 @@ class Trainer(NamedTuple):
 
     layout: where state, data and batches lie.
     init: `seed -> TrainState`, laid out.
-    step: `(state, images, labels, indices, penalize=True) -> (state, mean loss of the batch)`, the loss at the
-      unperturbed weights (with `noise_bits` at the noisy ones, whose BatchNorm statistics are kept too), with the
-      images and labels on every device (`layout.replicate`) and the indices of the whole batch on the host; without
-      `penalize` the step is one of SAM, ASAM or SGD. Of a stream: `(state, images, labels, penalize=True)`, with those
-      of the rows of this process (`layout.local_rows`), on the host.
+    step: `(state, images, labels, indices, kind=0) -> (state, mean loss of the batch)`, the loss at the unperturbed
+      weights (with `noise_bits` at the noisy ones, of MSAM at the perturbed ones, whose BatchNorm statistics are kept
+      too; with `ascent_batch_size` of those images), with the images and labels on every device (`layout.replicate`)
+      and the indices of the whole batch on the host; `kind` is that of `methods.phases`. Of a stream:
+      `(state, images, labels, kind=0)`, with those of the rows of this process (`layout.local_rows`), on the host.
+    kind: the kind of a step, by its number.
     steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
       (steps, batch) of their batches; not of a stream.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
@@ -46,6 +47,7 @@ class Trainer(NamedTuple):
     layout: parallel.One
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
+    kind: Callable[[int], int]
     steps: Callable[[TrainState, jax.Array, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]
     evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
     forward: Callable[[PyTree, jax.Array], jax.Array]
@@ -64,23 +66,14 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     if is_streamed and config.steps_per_call > 1:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {config.steps_per_call}.")
     check_batch_size(config.batch_size, size)
-    batch_size, interval = config.batch_size, config.interval or 1
+    batch_size, steps_per_epoch = config.batch_size, size // config.batch_size
     layout = parallel.layout(config)
     rows = batch_size // layout.num_parts
     if config.microbatch_size is not None and rows % config.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
-    penalty_size = config.penalty_batch_size or batch_size
-    stride = batch_size // penalty_size
-    if batch_size % penalty_size or rows % stride:
-        raise ValueError(
-            f"`penalty_batch_size` must be {batch_size} / k where k divides the {rows} images of a part; got"
-            f" {config.penalty_batch_size}."
-        )
-    if config.microbatch_size is not None and rows // stride % config.microbatch_size:
-        raise ValueError(
-            f"`microbatch_size` must divide the {rows // stride} images of a part that the penalty takes; got"
-            f" {config.microbatch_size}."
-        )
+    stride, ascent_stride = (
+        _stride(config, name, batch_size, rows) for name in ("penalty_batch_size", "ascent_batch_size")
+    )
     # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
     shares_statistics = config.sync and layout.axis_name is not None
     options: dict[str, Any] = {"axis_name": layout.axis_name} if shares_statistics else {}
@@ -90,7 +83,8 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     if config.dtype != "float32":
         options["dtype"] = jnp.dtype(config.dtype)
         apply_in_training = models.create(config.model, dataset.num_classes, **options).apply
-    tx = methods.optimizer(config, size // batch_size, layout.axis_name)
+    tx = methods.optimizer(config, steps_per_epoch, layout.axis_name)
+    kinds, kind_of = methods.phases(config, steps_per_epoch)
     pixels, shape = dataset.pixels, dataset.train.shape
 
     first_variables = jax.jit(model.init)
@@ -101,15 +95,16 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         key = jax.random.key_data(key_steps)
         # Copies: what a step may overwrite must not be there twice.
-        average = {"params": params, "batch_stats": batch_stats} if config.ema_decay is not None else {}
+        evaluated = {"params": params, "batch_stats": batch_stats} if methods.has_evaluated(config) else {}
+        opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_steps, 0)))
         return TrainState(
-            params, batch_stats, jax.tree.map(jnp.copy, average), tx.init(params), jnp.zeros((), jnp.int32), key
+            params, batch_stats, jax.tree.map(jnp.copy, evaluated), opt_state, jnp.zeros((), jnp.int32), key
         )
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, penalize: bool):
-        return step_on(state, images[indices], labels[indices], penalize=penalize)
+    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, phase: methods.Phase):
+        return step_on(state, images[indices], labels[indices], phase=phase)
 
-    def step_on(state: TrainState, images: jax.Array, y: jax.Array, *, penalize: bool):
+    def step_on(state: TrainState, images: jax.Array, y: jax.Array, *, phase: methods.Phase):
         x = data.normalize(images, pixels)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         # Of the numbers folded into a key, those below 2 are what a split makes: crop and flip.
@@ -131,33 +126,37 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
                 value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
             )
 
+        def at(params: PyTree, every: int) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+            part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
+            (loss, batch_stats), grads = value_and_grad(params, *part)
+            return (loss, batch_stats), layout.split(grads)
+
         def grad_fn(params: PyTree, every: int = 1) -> PyTree:
             # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
-            return layout.split(value_and_grad(params, *part)[1])
+            return at(params, every)[1]
 
-        (loss, batch_stats), grads = value_and_grad(state.params, x, y)
+        # Without the perturbation the gradient is the direction, which is that of the whole batch.
+        every = ascent_stride if phase.perturb else 1
+        (loss, batch_stats), grads = at(state.params, every)
         updates, opt_state = tx.update(
-            layout.split(grads),
+            grads,
             state.opt_state,
             state.params,
             grad_fn=grad_fn,
             penalty_grad_fn=None if stride == 1 else functools.partial(grad_fn, every=stride),
-            penalize=penalize,
+            part_grad_fn=None if every == 1 else functools.partial(grad_fn, every=every),
+            **phase._asdict(),
         )
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
         variables = {"params": params, "batch_stats": batch_stats}
-        average = methods.averaged(config, state.averaged, variables, state.step)
-        return TrainState(params, batch_stats, average, opt_state, state.step + 1, state.key), layout.mean(loss)
+        evaluated = methods.evaluated(config, state.averaged, variables, opt_state, state.step)
+        return TrainState(params, batch_stats, evaluated, opt_state, state.step + 1, state.key), layout.mean(loss)
 
     def steps(state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array):
         def one(state: TrainState, indices: jax.Array) -> tuple[TrainState, jax.Array]:
-            arguments = (state, images, labels, indices)
-            if interval == 1:
-                return step(*arguments, penalize=True)
-            with_it, without = (functools.partial(step, penalize=penalize) for penalize in (True, False))
-            return jax.lax.cond(state.step % interval == 0, with_it, without, *arguments)
+            of_kind = [functools.partial(step, phase=phase) for phase in kinds]
+            return jax.lax.switch(kind_of(state.step), of_kind, state, images, labels, indices)
 
         return jax.lax.scan(one, state, order)
 
@@ -186,16 +185,30 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         return {name: sum(share * of_part[name] for share, of_part in found) for name in ("accuracy", "loss")}
 
     batch_step = step_on if is_streamed else step
-    compiled = {
-        penalize: layout.compile(functools.partial(batch_step, penalize=penalize), streamed=is_streamed)
-        for penalize in (True, False)
-    }
+    compiled = [layout.compile(functools.partial(batch_step, phase=phase), streamed=is_streamed) for phase in kinds]
 
-    def compiled_step(*arguments: Any, penalize: bool = True) -> tuple[TrainState, jax.Array]:
-        return compiled[penalize](*arguments)
+    def compiled_step(*arguments: Any, kind: int = 0) -> tuple[TrainState, jax.Array]:
+        return compiled[kind](*arguments)
 
     init = functools.partial(layout.init, init)
-    return Trainer(layout, init, compiled_step, layout.compile(steps), evaluate, forward, statistics, hessian)
+    return Trainer(layout, init, compiled_step, kind_of, layout.compile(steps), evaluate, forward, statistics, hessian)
+
+
+def _stride(config: TrainConfig, name: str, batch_size: int, rows: int) -> int:
+    """Every how many images of a batch one is of the part that a field names; 1 where it is the whole batch.
+
+    Raises ValueError where the part is not evenly spread over the `rows` that are taken together.
+    """
+    size = getattr(config, name) or batch_size
+    stride = batch_size // size
+    if batch_size % size or rows % stride:
+        raise ValueError(f"`{name}` must be {batch_size} / k where k divides the {rows} images of a part; got {size}.")
+    if config.microbatch_size is not None and rows // stride % config.microbatch_size:
+        raise ValueError(
+            f"`microbatch_size` must divide the {rows // stride} images of a part that `{name}` takes; got"
+            f" {config.microbatch_size}."
+        )
+    return stride
 
 
 def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
