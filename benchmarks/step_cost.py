@@ -38,20 +38,44 @@ from hero_jax import _check, models, penalties
 
 PyTree = Any
 RHO, GAMMA = 0.5, 5.0
-METHODS: dict[str, optax.GradientTransformationExtraArgs] = {
-    "sgd": optax.with_extra_args_support(optax.identity()),
-    "sam": hero_jax.sam(0.05),
-    "asam": hero_jax.sam(RHO, adaptive=True),
-    "grad_l1": hero_jax.grad_l1(1e-3),
-    **{f"hero {name}": hero_jax.hero(RHO, GAMMA, penalty=name) for name in penalties.PENALTIES},
-}
-# Gradients of a step: what it costs at least, if nothing else did.
-FLOORS = {
-    "sgd": penalties.UNPERTURBED.cost,
-    "sam": penalties.PERTURBED.cost,
-    "asam": penalties.PERTURBED.cost,
-    "grad_l1": penalties.GRADIENT_L1.cost,
-    **{f"hero {name}": penalty.cost for name, penalty in penalties.PENALTIES.items()},
+Base = optax.GradientTransformationExtraArgs
+
+
+class Method(NamedTuple):
+    """A method that is measured.
+
+    around: the optimizer that it makes of weight decay and SGD.
+    floor: gradients per step: what it costs at least, if nothing else did.
+    part: every how many images of a batch one is of the part that the perturbation and the penalty are taken on.
+    """
+
+    around: Callable[[Base], Base]
+    floor: float
+    part: int = 1
+
+
+def _before(tx: Base, floor: float, part: int = 1) -> Method:
+    """A transformation of the gradient, first in the chain."""
+    return Method(lambda base: optax.chain(tx, base), floor, part)
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method(lambda base: base, penalties.UNPERTURBED.cost),
+    "msam": Method(lambda base: hero_jax.msam(base, 0.1), 1),
+    "sam": _before(hero_jax.sam(0.05), penalties.PERTURBED.cost),
+    "sam suppressed": _before(hero_jax.sam(0.05, suppress=0.5), penalties.PERTURBED.cost),
+    "sam quarter": _before(hero_jax.sam(0.05), 1.25, part=4),
+    "asam": _before(hero_jax.sam(RHO, adaptive=True), penalties.PERTURBED.cost),
+    "nso": _before(hero_jax.nso(0.01, seed=0), 2),
+    "grad_l1": _before(hero_jax.grad_l1(1e-3), penalties.GRADIENT_L1.cost),
+    **{
+        f"hero {name}": _before(hero_jax.hero(RHO, GAMMA, penalty=name), penalty.cost)
+        for name, penalty in penalties.PENALTIES.items()
+    },
+    "hero by difference": _before(
+        hero_jax.hero(RHO, GAMMA, product="difference"), penalties.PENALTIES["detached"].cost_by_difference or 0
+    ),
+    "hero quarter": _before(hero_jax.hero(RHO, GAMMA), 2, part=4),
 }
 TORCH_MODELS = ("resnet20", "resnet32", "resnet56")
 # Images of the check against PyTorch: float64 convolutions are slow.
@@ -157,31 +181,38 @@ def problem(arguments: Arguments, dtype: str, batch_size: int) -> Problem:
 
 
 def training_step(
-    grad_fn: Callable[..., tuple[PyTree, PyTree]], tx: optax.GradientTransformationExtraArgs
+    grad_fn: Callable[..., tuple[PyTree, PyTree]], method: Method
 ) -> tuple[Callable[[PyTree], PyTree], Any]:
     """`init: params -> optimizer state` and the jitted `step(state, images, labels) -> state`, which donates its state.
 
     A state is (params, batch_stats, optimizer state); `grad_fn` is that of `Problem`.
     """
-    chain = optax.chain(tx, optax.add_decayed_weights(5e-4), optax.sgd(1e-3, momentum=0.9))
+    optimizer = method.around(optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(1e-3, momentum=0.9)))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: tuple[PyTree, PyTree, PyTree], images: jax.Array, labels: jax.Array):
         params, batch_stats, opt_state = state
-        grads, new_stats = grad_fn(params, batch_stats, images, labels)
-        updates, opt_state = chain.update(
-            grads, opt_state, params, grad_fn=lambda p: grad_fn(p, batch_stats, images, labels)[0]
+        part = images[:: method.part], labels[:: method.part]
+
+        def part_grad_fn(params: PyTree) -> PyTree:
+            return grad_fn(params, batch_stats, *part)[0]
+
+        grads, new_stats = grad_fn(params, batch_stats, *part)
+        updates, opt_state = optimizer.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=lambda p: grad_fn(p, batch_stats, images, labels)[0],
+            part_grad_fn=None if method.part == 1 else part_grad_fn,
         )
         return optax.apply_updates(params, updates), new_stats, opt_state
 
-    return chain.init, step
+    return optimizer.init, step
 
 
-def compile_step(
-    given: Problem, tx: optax.GradientTransformationExtraArgs
-) -> tuple[Callable[[], float], dict[str, Any]]:
+def compile_step(given: Problem, method: Method) -> tuple[Callable[[], float], dict[str, Any]]:
     """A step that returns its seconds when called, and what its compilation says: flops, temporary MiB, seconds."""
-    init, step = training_step(given.grad_fn, tx)
+    init, step = training_step(given.grad_fn, method)
     batch = (given.images, given.labels)
     # Every method gets buffers of its own: the step donates them.
     state = jax.tree.map(jnp.copy, (given.params, given.batch_stats, init(given.params)))
@@ -240,7 +271,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     best = peak(jax.devices()[0].device_kind, arguments.dtype)
     rows = []
     for name, times in interleaved(steps, arguments.repeats).items():
-        row = {"method": name, "floor": FLOORS[name], **costs[name], **times}
+        row = {"method": name, "floor": METHODS[name].floor, **costs[name], **times}
         row["flop_ratio"] = row["gigaflops"] / costs["sgd"]["gigaflops"]
         row["peak_fraction"] = None if best is None else row["gigaflops"] / 1e3 / row["seconds"] / best[0]
         rows.append(row)
@@ -274,7 +305,7 @@ def direction_difference(arguments: Arguments, device: str) -> float:
     """
     with jax.enable_x64(True):
         given = problem(arguments, "float64", min(CHECKED, arguments.batch_size))
-        tx = METHODS["hero detached"]
+        tx = hero_jax.hero(RHO, GAMMA)
 
         @jax.jit
         def direction(params: PyTree, *rest: PyTree) -> PyTree:

@@ -1,10 +1,12 @@
 """The whole set of experiments by one command: `python -m experiments.reproduce --dataset digits`.
 
-    search       rho and gamma of each method on held-out images, on clean and on noisy labels (`experiments.search`);
-                 what it finds is what the other parts take in place of the presets. A search of your own can take the
-                 place of one: give it --out OUT/search/clean-NAME or noisy-NAME, with NAME of `TUNED`
+    search       the settings of each method on held-out images, on clean and on noisy labels, with equal numbers of
+                 trials (`experiments.search`); what it finds is what the other parts take in place of the presets. A
+                 search of your own can take the place of one: give it --out OUT/search/clean-NAME or noisy-NAME, with
+                 NAME of `TUNED`
     accuracy     every method and variant: accuracy last and best on validation, over bits, Hessian along and at the end
     noise        the methods after training on altered labels, by kind and rate, with what was memorized
+    cost         the methods on clean and on altered labels, each for as many epochs as the gradients of HERO allow it
     ablations    HERO with one setting changed at a time
     landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
 
@@ -24,26 +26,51 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data, label_noise, landscape, progress, report, runs, search, sweep
+from experiments import cli, data, label_noise, landscape, methods, progress, report, runs, search, sweep
 from experiments.config import TrainConfig
 from hero_jax import _check
 
-PARTS = ("search", "accuracy", "noise", "ablations", "landscape")
-# What is searched: methods, and HERO with the penalty that is of another size.
-TUNED = ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue")
-# Multiples of the preset that are tried: the same for all rho, and for the gamma of each method. HERO without gamma is
-# ASAM, which is searched too.
-RHO_FACTORS = (0.5, 1.0, 2.0, 2.5, 3.0)
-GAMMA_FACTORS = {"grad_l1": (0.3, 1.0, 3.0, 10.0), "hero": (0.1, 1.0, 10.0), "hero-eigenvalue": (0.3, 1.0, 3.0, 10.0)}
+PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")
+Settings = Mapping[str, Any]
+# What is searched: methods, and those with a setting that wants others of its own.
+TUNED: dict[str, Settings] = {
+    "sgd": {"method": "sgd"},
+    "nso": {"method": "nso"},
+    "msam": {"method": "msam"},
+    "sam": {"method": "sam"},
+    "sam-suppress": {"method": "sam", "suppress": 0.5},
+    "asam": {"method": "asam"},
+    "grad_l1": {"method": "grad_l1"},
+    "hero": {"method": "hero"},
+    "hero-eigenvalue": {"method": "hero", "penalty": "eigenvalue"},
+}
+# Multiples of the preset that are tried, in every combination: fifteen trials of each. HERO without gamma is ASAM.
+_RHO = (0.5, 1.0, 2.0, 2.5, 3.0)
+_RATE = (0.5, 1.0, 2.0)
+FACTORS: dict[str, dict[str, tuple[float, ...]]] = {
+    "sgd": {"learning_rate": (0.25, 0.5, 1.0, 2.0, 4.0), "weight_decay": (1.0, 4.0, 16.0)},
+    "nso": {"sigma": (0.5, 1.0, 2.0, 4.0, 8.0), "learning_rate": _RATE},
+    "msam": {"rho": _RHO, "learning_rate": _RATE},
+    "sam": {"rho": _RHO, "learning_rate": _RATE},
+    "sam-suppress": {"rho": _RHO, "suppress": (0.5, 1.0, 1.8)},
+    "asam": {"rho": _RHO, "learning_rate": _RATE},
+    "grad_l1": {"gamma": (0.3, 1.0, 3.0, 10.0, 30.0), "learning_rate": _RATE},
+    "hero": {"rho": _RHO, "gamma": (0.1, 1.0, 10.0)},
+    "hero-eigenvalue": {"rho": _RHO, "gamma": (1.0, 3.0, 10.0)},
+}
 # Of asymmetric noise half of a class or more would be the other class.
 MOST_ASYMMETRIC = 0.5
 # Variants that are trained on altered labels.
-ON_NOISY = ("sgd", "noise", "ema", "sam", "asam", "asam-noise", "grad_l1", "hero", "hero-noise", "hero-eigenvalue")
+ON_NOISY = (
+    *("sgd", "noise", "ema", "nso", "msam", "sam", "sam-suppress", "asam", "asam-noise", "grad_l1", "hero"),
+    *("hero-noise", "hero-eigenvalue", "hero-suppress", "hero-late", "hero-part"),
+)
+# Variants that are trained at equal cost.
+AT_EQUAL_COST = ("sgd", "msam", "nso", "sam", "sam-suppress", "asam", "grad_l1", "hero", "hero-late", "hero-part")
 # The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
 PUBLISHED = {"rho": 0.5, "gamma": 5.0}
 # SGD for so many times the epochs takes as many gradients as HERO with penalty "detached".
 LONGER = 4
-Settings = Mapping[str, Any]
 # What a command given again may change: it adds runs, and alters none that are there.
 MAY_DIFFER = ("seeds", "search_seeds", "variants", "noise_rates", "noise_kinds")
 # Fields that all runs share.
@@ -97,7 +124,7 @@ class ReproduceConfig:
             if rate == 0:
                 raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
         for name in self.variants:
-            _check.one_of("variants", name, variants({}, 1))
+            _check.one_of("variants", name, variants({}, 1, 1))
         for kind in self.noise_kinds:
             _check.one_of("noise_kinds", kind, label_noise.KINDS)
         self.run({}, 0)
@@ -123,37 +150,45 @@ class ReproduceConfig:
         return {name: getattr(self, name) for name in OF_EVERY_RUN}
 
 
-def variants(found: Mapping[str, Settings], epochs: int) -> dict[str, Settings]:
-    """Settings of every method and variant, by name, with the rho and gamma that were `found` for it or its method.
+def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dict[str, Settings]:
+    """Settings of every method and variant, by name, with those that were `found` for it or its method.
 
     Those "published" have the published ones. SGD "longer" has the cost of HERO. The penalty of GRAD L1 is on
     throughout, or in the last quarter alone as its authors have it towards the end of training. The perturbation of
-    SAM, ASAM and HERO with noise is taken around noisy weights.
+    SAM, ASAM and HERO with noise is taken around noisy weights. "Late" is SGD in the first three quarters of training,
+    "part" takes perturbation and penalty on a quarter of each batch.
     """
-    made: dict[str, Settings] = {
-        name: {"method": name} for name in ("sgd", "noise", "ema", "sam", "asam", "grad_l1", "hero")
+    part = _fraction_of(batch_size)
+    changed: dict[str, tuple[str, Settings]] = {
+        "noise": ("sgd", {"method": "noise"}),
+        "ema": ("sgd", {"method": "ema"}),
+        "nso-bits": ("nso", {"sigma": None, "noise_bits": 3}),
+        "grad_l1-late": ("grad_l1", {"gamma_warmup": epochs * 3 // 4}),
+        "sam-noise": ("sam", {"noise_bits": 3}),
+        "asam-noise": ("asam", {"noise_bits": 3}),
+        "hero-noise": ("hero", {"noise_bits": 3}),
+        **{f"hero-{name}": ("hero", {"penalty": name}) for name in ("difference", "hvp")},
+        "hero-by_difference": ("hero", {"product": "difference"}),
+        "hero-suppress": ("hero", {"suppress": 0.5}),
+        "hero-momentum": ("hero", {"ascent_decay": 0.9}),
+        "sam-late": ("sam", {"perturb_from": 0.75}),
+        "hero-late": ("hero", {"perturb_from": 0.75}),
+        "sam-part": ("sam", {"ascent_batch_size": part}),
+        "hero-part": ("hero", {"ascent_batch_size": part}),
+        "asam-published": ("asam", {"rho": PUBLISHED["rho"]}),
+        "hero-published": ("hero", PUBLISHED),
+        "sgd-longer": ("sgd", {"epochs": LONGER * epochs}),
     }
-    made |= {
-        "grad_l1-late": {"method": "grad_l1", "gamma_warmup": epochs * 3 // 4},
-        "sam-noise": {"method": "sam", "noise_bits": 3},
-        "asam-noise": {"method": "asam", "noise_bits": 3},
-        "hero-noise": {"method": "hero", "noise_bits": 3},
-        **{f"hero-{name}": {"method": "hero", "penalty": name} for name in ("difference", "hvp", "eigenvalue")},
-        "asam-published": {"method": "asam", "rho": PUBLISHED["rho"]},
-        "hero-published": {"method": "hero", **PUBLISHED},
-        "sgd-longer": {"method": "sgd", "epochs": LONGER * epochs},
-    }
-    return {name: _with_found(found, settings) for name, settings in made.items()}
+    tuned: dict[str, Settings] = {name: {**settings, **_found(found, name)} for name, settings in TUNED.items()}
+    return tuned | {name: {**tuned[base], **settings} for name, (base, settings) in changed.items()}
 
 
-def _with_found(found: Mapping[str, Settings], settings: Settings) -> Settings:
-    """`settings` over those found for their method, or for their method and penalty."""
-    taken = dict(found.get(settings["method"], {}))
-    if settings.get("penalty") == "eigenvalue":
+def _found(found: Mapping[str, Settings], name: str) -> Settings:
+    """What was found for one of `TUNED`; the eigenvalue penalty has the other settings of HERO where it has none."""
+    if name == "hero-eigenvalue":
         # The gamma that was found is for a mean square.
-        taken.pop("gamma", None)
-        taken |= found.get("hero-eigenvalue", {})
-    return taken | dict(settings)
+        return {k: v for k, v in found.get("hero", {}).items() if k != "gamma"} | dict(found.get(name, {}))
+    return found.get(name, {})
 
 
 def ablations(base: TrainConfig, eigenvalue_gamma: float | None) -> dict[str, Settings]:
@@ -201,16 +236,12 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
         first = config.noise[0][0]
         labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
     for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
-        method, _, penalty = name.partition("-")
-        preset = config.run({"method": method, "penalty": penalty or None}, held_out)
-        rho = () if preset.rho is None else tuple(_times(preset.rho, f) for f in RHO_FACTORS)
-        gamma = () if preset.gamma is None else tuple(_times(preset.gamma, f) for f in GAMMA_FACTORS[name])
+        preset = dataclasses.asdict(config.run(TUNED[name], held_out))
+        tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
+        settings: dict[str, Any] = {**TUNED[name], **tried}
         searched = search.SearchConfig(
             **config.shared(),
-            method=method,
-            penalty=penalty or None,
-            rho=rho,
-            gamma=gamma,
+            **settings,
             seeds=config.search_seeds,
             validation_size=held_out,
             label_noise=rate,
@@ -251,34 +282,36 @@ def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settin
         wanted, searched = _what_is_searched(config, prefix, name), _what_was_searched(record["config"])
         if searched != wanted:
             raise ValueError(f"`out` must have a search of {wanted} in {file.parent}; got one of {searched}.")
-        found[name] = {field: record["best"][field] for field in search.SEARCHED if record["best"][field] is not None}
+        best = record["best"]
+        found[name] = {field: best[field] for field in search.SEARCHED if best.get(field) is not None}
     return found
 
 
 def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
     """What a search in the folder PREFIX-NAME is of, in words."""
-    method, _, penalty = name.partition("-")
-    run = config.run({"method": method, "penalty": penalty or None}, 0)
-    return _task(run, prefix == "noisy")
+    run = config.run(TUNED[name], 0)
+    return _task(run, prefix == "noisy", bool(run.suppress))
 
 
 def _what_was_searched(saved: Mapping[str, Any]) -> str:
     """The same of the saved configuration of a search."""
     named = {field: saved[field] for field in ("method", "dataset", "model", "penalty") if field in saved}
-    return _task(TrainConfig(**named).resolved(), bool(saved.get("label_noise")))
+    return _task(TrainConfig(**named).resolved(), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
 
 
-def _task(run: TrainConfig, is_noisy: bool) -> str:
+def _task(run: TrainConfig, is_noisy: bool, suppresses: bool) -> str:
     penalty = "" if run.penalty is None else f" with penalty {run.penalty}"
+    penalty += " with suppression" if suppresses else ""
     return f"{run.method}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {run.dataset} by {run.model}"
 
 
 def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
     """The resolved configurations of a part that trains, by name; raises ValueError for a search that is misplaced."""
-    epochs = config.run({}, held_out).epochs
-    assert epochs is not None
+    plain = config.run({}, held_out)
+    assert plain.epochs is not None
+    assert plain.batch_size is not None
     on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))
-    clean, noisy = variants(on_clean, epochs), variants(on_clean | on_noisy, epochs)
+    clean, noisy = (variants(found, plain.epochs, plain.batch_size) for found in (on_clean, on_clean | on_noisy))
     made: dict[str, TrainConfig] = {}
     if part == "accuracy":
         named = {name: _along(config, config.run(each, held_out)) for name, each in clean.items()}
@@ -289,11 +322,24 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
         chosen = _each_once(named, config.variants or ON_NOISY)
         for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
             made[f"{name}-{kind}_{rate!r}"] = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind)
+    elif part == "cost":
+        chosen = [name for name in AT_EQUAL_COST if not config.variants or name in config.variants]
+        on_altered = [(kind, rate) for kind, rate in config.noise if kind == config.noise_kinds[0]]
+        for name, (kind, rate) in itertools.product(chosen, [("symmetric", 0.0), *on_altered]):
+            run = config.run((noisy if rate else clean)[name], held_out)
+            run = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind, epochs=_for_cost_of_hero(run))
+            made[f"{name}-{kind}_{rate!r}" if rate else name] = run
     elif part == "ablations":
         changed = ablations(config.run(clean["hero"], held_out), on_clean.get("hero-eigenvalue", {}).get("gamma"))
         named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
         made = _each_once(named, tuple(named))
     return made
+
+
+def _for_cost_of_hero(run: TrainConfig) -> int:
+    """The epochs of a run that take the gradients of HERO with the released penalty for those that it has."""
+    assert run.epochs is not None
+    return round(run.epochs * LONGER / methods.gradients(run))
 
 
 def _along(config: ReproduceConfig, run: TrainConfig) -> TrainConfig:
@@ -324,7 +370,7 @@ def main(
 
     Args:
         config: What to reproduce.
-        parts: search, accuracy, noise, ablations, landscape; in this order.
+        parts: search, accuracy, noise, cost, ablations, landscape; in this order.
         out: Folder for everything: new, empty, or that of the same experiments; default runs/reproduce-DATASET.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """

@@ -381,7 +381,7 @@ class TestReproduce:
         path = tmp_path / "all" / "search" / "clean-asam"
         search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
         before = written(path)
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
+        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         config = reproduce.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
@@ -389,8 +389,8 @@ class TestReproduce:
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
 
     def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
-        monkeypatch.setattr(reproduce, "RHO_FACTORS", (1.0, 2.0))
+        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}})
+        monkeypatch.setitem(reproduce.FACTORS, "asam", {"rho": (1.0, 2.0)})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
         config = reproduce.ReproduceConfig(noise_rates=(), **small)
@@ -407,7 +407,7 @@ class TestReproduce:
                 raise search.AllDiverged("Every run of the search diverged")
 
         asked = []
-        monkeypatch.setattr(reproduce, "TUNED", ("asam", "sam"))
+        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}, "sam": {"method": "sam"}})
         monkeypatch.setattr(reproduce.search, "main", searched)
         leave_search(tmp_path, "noisy-asam")
         reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)

@@ -7,6 +7,7 @@ saved       runs and what was measured of them, read back and checked, in cells
 sections    the sections: tables and plots of cells
 summary     that of every claim, a row a network
 differences those of every claim to chosen networks
+cost        gradients and time of every network, and accuracy at equal cost
 curvature   those on the Hessian, the size of the penalty and landscapes
 page        a page of sections as HTML and as Markdown
 """
@@ -24,7 +25,7 @@ import tyro
 
 from experiments import cli, groups, tables
 from experiments.config import LABELS
-from experiments.report import curvature, differences, page, saved, sections, summary
+from experiments.report import cost, curvature, differences, page, saved, sections, summary
 from experiments.report.saved import Run
 from experiments.report.sections import Part, Setup
 
@@ -145,6 +146,7 @@ def main(
     written = {
         "Summary": summary.summary(found.main),
         "Differences": compared,
+        "Cost": cost.cost(found.main, found.at_equal_cost),
         "Accuracy": sections.accuracy([part for part in of_tasks if not part.setup.label_noise], draw),
         "Label noise": sections.label_noise(found.main, draw),
         "Quantization": sections.quantization(every, draw),

@@ -20,7 +20,16 @@ from experiments import groups, runs
 from experiments.config import LABELS, METHODS, TAKES, TrainConfig
 
 # What runs did before their configuration had these fields.
-BEFORE = {"scope": "global", "reduction": "mean", "interval": 1}
+BEFORE = {
+    "scope": "global",
+    "reduction": "mean",
+    "interval": 1,
+    "suppress": 0.0,
+    "product": "exact",
+    "perturb_from": 0.0,
+    "penalize_from": 0.0,
+    "adaptive": True,
+}
 # Relative residual to which training looks for the eigenvalue (the default of `spectrum.top_eigenpairs`).
 RTOL = 1e-3
 
@@ -113,8 +122,13 @@ class Found(NamedTuple):
 
     @property
     def main(self) -> list[Run]:
-        """The finished runs that are neither trials of a search nor below a folder named ablations."""
-        return [run for run in self._finished() if "ablations" not in run.path.parts]
+        """The finished runs that are neither trials of a search nor below a folder named ablations or cost."""
+        return [run for run in self._finished() if not {"ablations", "cost"} & set(run.path.parts)]
+
+    @property
+    def at_equal_cost(self) -> list[Run]:
+        """The finished runs below folders named cost, whose epochs are those that a number of gradients buys."""
+        return [run for run in self._finished() if "cost" in run.path.parts]
 
     @property
     def ablations(self) -> list[Run]:
