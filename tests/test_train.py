@@ -46,8 +46,13 @@ def test_every_method_learns_digits(digits, method):
 
 
 # What a method takes and leaves out unless it is given.
-OPTIONAL = {"sam": {"noise_bits"}, "asam": {"noise_bits"}, "grad_l1": {"noise_bits", "penalty_batch_size"}}
-OPTIONAL["hero"] = OPTIONAL["grad_l1"]
+OPTIONAL = {
+    "nso": {"noise_bits"},
+    "sam": {"noise_bits", "ascent_decay", "ascent_batch_size"},
+    "grad_l1": {"noise_bits", "penalty_batch_size"},
+}
+OPTIONAL["asam"] = OPTIONAL["sam"]
+OPTIONAL["hero"] = OPTIONAL["sam"] | OPTIONAL["grad_l1"]
 
 
 @pytest.mark.parametrize("dataset", presets.DATASETS)
