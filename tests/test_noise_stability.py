@@ -177,7 +177,7 @@ def test_generator_of_the_key_is_kept():
 # --- the mean ---
 
 
-@pytest.mark.parametrize(("sample", "symmetric"), [(None, True), (uniform, True), (uniform, False)])
+@pytest.mark.parametrize(("sample", "symmetric"), [(None, True), (uniform, False)])
 def test_mean_is_the_gradient_of_the_loss_and_half_the_trace(x64, sample, symmetric):
     """Exact for a polynomial of degree 4, whose derivatives of order 4 do not depend on the weights."""
     rng = np.random.default_rng(2)
@@ -216,7 +216,7 @@ def test_second_sign_takes_most_of_the_variance(x64):
 
     def spread(symmetric):
         def direction(key):
-            return updated(hero_jax.nso(0.05, seed=key, symmetric=symmetric), params)[0]["head"]
+            return updated(hero_jax.nso(0.05, seed=key, sample=uniform, symmetric=symmetric), params)[0]["head"]
 
         return np.var(jax.jit(jax.vmap(direction))(jax.random.split(jax.random.key(0), 200)), axis=0).sum()
 
@@ -248,6 +248,7 @@ def test_scan_has_a_stable_state_and_the_noise_of_a_loop(x64):
 
 def test_incoming_gradient_is_not_computed():
     params, batch = problem(jnp.float32)
+    batch = jax.tree.map(lambda x: jnp.tile(x, (100, 1)), batch)  # so that most of a step are its gradients
     tx = hero_jax.nso(0.3, seed=7)
 
     def step(params):
@@ -321,20 +322,17 @@ def test_step_without_perturbation_is_the_mean_of_devices(x64, mesh):
 # --- types and edges ---
 
 
-@pytest.mark.parametrize(
-    ("dtype", "sample"),
-    [(jnp.float16, None), (jnp.bfloat16, uniform), (jnp.float32, None)],
-)
+@pytest.mark.parametrize(("dtype", "sample"), [(jnp.float16, None), (jnp.bfloat16, uniform)])
 def test_types(dtype, sample):
     params, batch = problem(dtype)
     tx = hero_jax.nso(0.3, seed=7, sample=sample)
     state = tx.init(params)
-    direction, after = updated(tx, params, state)
+    direction, after = jax.jit(lambda state: updated(tx, params, state))(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(direction, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, batch))
     expected = defined(*wide, jax.tree.map(lambda x: x.astype(jnp.float32), drawn(params, 0.3, 7, 0, sample)))
-    problems.assert_close(jax.tree.map(jnp.float32, direction), expected, 1e-5 if dtype == jnp.float32 else 0.05)
+    problems.assert_close(jax.tree.map(jnp.float32, direction), expected, rtol=0.05)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
