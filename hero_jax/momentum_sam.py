@@ -25,13 +25,13 @@ class MsamState(NamedTuple):
 
     count: int32 scalar, steps taken.
     momentum: m, shaped like the parameters, in float32 or wider.
-    perturbation: e, likewise: what the loop's parameters are away from w, to the last digit.
+    weights: w, like the parameters, from which the loop's are w + e.
     base_state: the state of the base optimizer.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: PyTree
-    perturbation: PyTree
+    weights: PyTree
     base_state: OptState
 
 
@@ -61,7 +61,8 @@ def msam(
     the way that the weights take; as the learning rate falls to 0 it comes to rest.
 
     It is the whole optimizer: chain nothing after it, which would scale or clip e as well. What changes the gradient
-    (clipping, say) may come before it or in `optimizer`.
+    (clipping, say) may come before it or in `optimizer`. w is in the state: what else changes the loop's parameters is
+    undone by the next step.
 
     Args:
       optimizer: any Optax optimizer, with its learning rate, momentum and weight decay. It gets w as `params`, and the
@@ -124,8 +125,8 @@ def msam(
             _check.floating_tree("params", params)
             leaves(params)
         zeros = jax.tree.map(lambda w: jnp.zeros_like(_tree.wide(w)), params)
-        # Two trees: a step that may overwrite its arguments must not be given one twice.
-        return MsamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), base.init(params))
+        # A copy: a step that may overwrite its arguments must not be given one twice.
+        return MsamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, params), base.init(params))
 
     def update_fn(
         updates: PyTree, state: OptState, params: PyTree | None = None, **extra_args: Any
@@ -138,18 +139,17 @@ def msam(
                 f" {type(state).__name__}. Restore a saved state into the structure of `tx.init(params)`."
             )
         _check.matching_tree("updates", updates, params)
+        _check.matching_tree("state.weights", state.weights, params)
         for name in ("grad_fn", "value_fn"):
             extra_args.pop(name, None)
-        weights = _eval_params(state, params)
         momentum = _tree.add(updates, state.momentum, decay)
-        base_updates, base_state = base.update(updates, state.base_state, weights, **extra_args)
-        weights = optax.apply_updates(weights, base_updates)
+        base_updates, base_state = base.update(updates, state.base_state, state.weights, **extra_args)
+        weights = optax.apply_updates(state.weights, base_updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         e = ascent_on(*leaves(weights), weights, momentum, at("msam(rho=...)", rho, count), scope, eps)
         changes = _tree.cast_like(_tree.subtract(_tree.add(weights, e), params), params)
-        # e as it is after the rounding of what the loop adds, so that no digit of w is lost over the steps.
-        held = jax.tree.map(_rounded_sum, params, changes)
-        return changes, MsamState(count, momentum, _tree.subtract(held, weights), base_state)
+        # w rather than e: params - e has fewer digits than w where |w| < |e|.
+        return changes, MsamState(count, momentum, weights, base_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -157,7 +157,7 @@ def msam(
 def msam_eval_params(state: OptState, params: PyTree) -> PyTree:
     """Returns the weights of a run with `msam`, without the perturbation that the loop's parameters have.
 
-        w = params - e
+        w = params - e, to the last digit of w
 
     Args:
       state: the optimizer's state that came with `params`: an `MsamState`, or a state that has one inside
@@ -170,7 +170,7 @@ def msam_eval_params(state: OptState, params: PyTree) -> PyTree:
     Raises:
       ArgumentError: `state` has no `MsamState`, or several; `params` does not match it.
 
-    Cost: no gradient; element-wise.
+    Cost: no gradient; a copy.
 
     >>> import hero_jax, jax.numpy as jnp, optax
     >>> tx, w = hero_jax.msam(optax.sgd(0.5), rho=5.0), jnp.array([1.0, 2.0])
@@ -186,20 +186,9 @@ def msam_eval_params(state: OptState, params: PyTree) -> PyTree:
         raise ArgumentError(
             f"`msam_eval_params(state=...)` must have one MsamState in it; got {len(inside)} in {_check.brief(state)}."
         )
-    _check.matching_tree("params", params, inside[0].perturbation, "state.perturbation")
-    return _eval_params(inside[0], params)
-
-
-def _eval_params(state: MsamState, params: PyTree) -> PyTree:
-    """w, in the types of `params`."""
-    return _tree.cast_like(_tree.subtract(params, state.perturbation), params)
-
-
-def _rounded_sum(x: jax.Array, change: jax.Array) -> jax.Array:
-    """`x + change` as `optax.apply_updates` rounds it, wide; XLA may drop the rounding of a cast there and back."""
-    info = jnp.finfo(jnp.result_type(x))
-    total = _tree.wide(x) + _tree.wide(change)
-    return total if info.bits >= 32 else jax.lax.reduce_precision(total, info.nexp, info.nmant)
+    _check.matching_tree("state.weights", inside[0].weights, params)
+    # A copy, since a step may overwrite the state.
+    return jax.tree.map(jnp.copy, inside[0].weights)
 
 
 def _is_state(x: Any) -> bool:

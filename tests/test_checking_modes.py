@@ -6,6 +6,7 @@ import gc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hero_jax
@@ -173,6 +174,16 @@ FUNCTIONS = {
     "sam leaf": lambda d: step(hero_jax.sam(0.1, scope="leaf", perturb_mask={"kernel": False, "bias": True}), d),
     "asam": lambda d: step(hero_jax.sam(0.1, adaptive={"kernel": True, "bias": False}), d),
     "grad_l1": lambda d: step(hero_jax.grad_l1(0.1), d),
+    "msam": lambda d: step(hero_jax.msam(optax.sgd(0.1, momentum=0.9), 0.1, adaptive=True), d),
+    "msam schedule": lambda d: step(
+        hero_jax.msam(optax.sgd(0.1), lambda n: jnp.where(n > 1, 0.1, 0.2), scope="leaf"), d
+    ),
+    "nso": lambda d: step(hero_jax.nso(0.1, seed=3), d),
+    "nso one-sided": lambda d: step(hero_jax.nso(lambda n: jnp.where(n > 1, 0.1, 0.2), seed=KEY, symmetric=False), d),
+    "nso rounding": lambda d: step(
+        hero_jax.nso(1.0, seed=3, sample=lambda p, key: quantize.rounding_noise(p, 3, key)), d
+    ),
+    "noise": lambda d: perturbations.noise(params_of(d), 0.1, KEY, mask={"kernel": True, "bias": False}),
     "zero gradient": lambda d: perturbations.ascent(
         params_of(d), jax.tree.map(jnp.zeros_like, params_of(d)), 0.1, adaptive=True
     ),

@@ -21,6 +21,7 @@ FACTORIES = {
     "no penalty": (hero_jax.hero, {"rho": 0.05, "gamma": 0.0}),
     "sam": (hero_jax.sam, {"rho": 0.05}),
     "grad_l1": (hero_jax.grad_l1, {"gamma": 1e-3}),
+    "nso": (functools.partial(hero_jax.nso, seed=3), {"sigma": 0.05}),
 }
 
 
