@@ -1,6 +1,7 @@
 """The methods as they are trained: MSAM, NSO, suppression, cheaper HERO, phases of training; what each costs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,14 @@ from hero_jax import models, quantize
 from tests import problems
 
 
-@pytest.fixture(scope="module")
-def digits():
+@functools.cache
+def images():
     return data.subset(data.load("digits"), 256, 0)
+
+
+@pytest.fixture
+def digits():
+    return images()
 
 
 def short(**options):
@@ -39,19 +45,25 @@ def loss_fn(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def by_hand(config, dataset, step):
+def by_hand(config, step):
     """The weights after a run whose optimizer is that of the configuration, by `step(tx, params, opt_state, x, y)`."""
     tx = methods.optimizer(config, 4)
-    params = jax.tree.map(jnp.copy, trainers.build(config, dataset).init(0).params)
+    params = jax.tree.map(jnp.copy, trainers.build(config, images()).init(0).params)
     opt_state = tx.init(params)
-    for _, x, y in batches(dataset):
+    for _, x, y in batches(images()):
         params, opt_state = step(tx, params, opt_state, x, y)
     return params, opt_state
 
 
-def trained(config, dataset):
-    """The variables that a run leaves."""
-    return training.train(config, dataset).variables["params"]
+@functools.cache
+def run(config):
+    """The weights that a run leaves, and its reports."""
+    rows = []
+    return training.train(config, images(), report=rows.append).variables["params"], rows
+
+
+def trained(config):
+    return run(config)[0]
 
 
 def away(a, b):
@@ -68,7 +80,7 @@ class TestMsam:
             updates, opt_state = tx.update(jax.grad(loss_fn)(params, x, y), opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        held, opt_state = by_hand(config, digits, step)
+        held, opt_state = by_hand(config, step)
         weights = hero_jax.msam_eval_params(opt_state, held)
         assert away(held, weights) > 1e-2
         trainer = trainers.build(config, digits)
@@ -78,6 +90,15 @@ class TestMsam:
         saved = runs.load_variables(tmp_path / "run")
         jax.tree.map(np.testing.assert_array_equal, saved["params"], result.variables["params"])
         assert trainer.evaluate(saved, digits.test) == result.metrics
+
+    def test_parts_of_a_run_are_the_whole_run(self, digits, tmp_path):
+        config = short(method="msam", rho=0.5)
+        trainer = trainers.build(config, digits)
+        for part in ({"max_minutes": 1e-9}, {"max_minutes": 1e-9}, {}):
+            with runs.RunFolder(tmp_path / "run", config) as folder:
+                paced = dataclasses.replace(config, **part)
+                variables = training.train(paced, digits, folder, trainer=trainer).variables
+        jax.tree.map(np.testing.assert_array_equal, variables["params"], trained(config))
 
     def test_is_sgd_before_it_perturbs(self, digits):
         late = short(method="msam", rho=0.5, perturb_from=0.5)
@@ -90,15 +111,15 @@ class TestMsam:
             assert (away(state.params, expected.params) > 1e-3) == (i >= 3), i
 
     @pytest.mark.parametrize("field", ["adaptive", "scope", "ascent_decay"])
-    def test_settings_reach_it(self, digits, field):
+    def test_settings_reach_it(self, field):
         values = {"adaptive": (False, True), "scope": ("global", "leaf"), "ascent_decay": (0.9, 0.5)}[field]
-        one, other = (trained(short(method="msam", rho=0.5, **{field: value}), digits) for value in values)
+        one, other = (trained(short(method="msam", rho=0.5, **{field: value})) for value in values)
         assert away(one, other) > 1e-3
 
 
 class TestNso:
     @pytest.mark.parametrize("noise_bits", [None, 3])
-    def test_is_the_mean_gradient_at_noise_of_both_signs(self, digits, noise_bits):
+    def test_is_the_mean_gradient_at_noise_of_both_signs(self, noise_bits):
         config = short(method="nso", noise_bits=noise_bits, **({} if noise_bits else {"sigma": 0.05}))
         key_steps = jax.random.split(jax.random.key(0))[1]
         counted = iter(range(100))
@@ -119,9 +140,9 @@ class TestNso:
             updates, opt_state = sgd.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        expected, _ = by_hand(config, digits, step)
-        problems.assert_close(trained(config, digits), expected, rtol=1e-4)
-        assert away(expected, trained(short(method="sgd"), digits)) > 1e-3
+        expected, _ = by_hand(config, step)
+        problems.assert_close(trained(config), expected, rtol=1e-4)
+        assert away(expected, trained(short(method="sgd"))) > 1e-3
 
     def test_each_seed_has_its_noise(self, digits):
         trainer = trainers.build(short(method="nso"), digits)
@@ -151,27 +172,19 @@ class TestPhases:
         traced = jax.vmap(kind)(jnp.arange(8)) if len(found) > 1 else jnp.zeros(8, int)
         assert "".join(letters[found[int(i)]] for i in traced) == kinds
 
-    @pytest.mark.parametrize("method", ["sam", "hero", "nso"])
-    @pytest.mark.parametrize("steps_per_call", [1, 4])
-    def test_late_is_sgd_first_and_the_method_then(self, digits, method, steps_per_call):
-        late = short(method=method, perturb_from=0.5, gamma_warmup=0 if method == "hero" else None)
-        rows = {}
-        for name, config in {
-            "late": dataclasses.replace(late, steps_per_call=steps_per_call),
-            "sgd": short(method="sgd"),
-            "method": dataclasses.replace(late, perturb_from=0.0),
-        }.items():
-            made = []
-            rows[name] = (training.train(config, digits, report=made.append).variables["params"], made)
-        losses = {name: [row["train_loss"] for row in made] for name, (_, made) in rows.items()}
-        assert losses["late"][0] == pytest.approx(losses["sgd"][0], rel=1e-6)
-        assert away(rows["late"][0], rows["sgd"][0]) > 1e-4
-        assert away(rows["late"][0], rows["method"][0]) > 1e-4
+    @pytest.mark.parametrize(("method", "steps_per_call"), [("sam", 1), ("sam", 4), ("hero", 1), ("nso", 1)])
+    def test_late_is_sgd_first_and_the_method_then(self, method, steps_per_call):
+        options = {"gamma_warmup": 0} if method == "hero" else {}
+        late = run(short(method=method, perturb_from=0.5, steps_per_call=steps_per_call, **options))
+        sgd, whole = run(short(method="sgd")), run(short(method=method, **options))
+        assert late[1][0]["train_loss"] == pytest.approx(sgd[1][0]["train_loss"], rel=1e-6)
+        assert away(late[0], sgd[0]) > 1e-4
+        assert away(late[0], whole[0]) > 1e-4
 
 
 class TestOnAPartOfTheBatch:
     @pytest.mark.parametrize("method", ["sam", "hero"])
-    def test_perturbation_and_penalty_are_of_the_part_and_the_gradient_of_the_whole(self, digits, method):
+    def test_perturbation_and_penalty_are_of_the_part_and_the_gradient_of_the_whole(self, method):
         options = {"gamma": 1e3, "gamma_warmup": 0} if method == "hero" else {"suppress": 0.5}
         config = short(method=method, rho=0.5, ascent_batch_size=16, **options)
 
@@ -185,14 +198,14 @@ class TestOnAPartOfTheBatch:
             updates, opt_state = tx.update(part_fn(params), opt_state, params, grad_fn=grad_fn, part_grad_fn=part_fn)
             return optax.apply_updates(params, updates), opt_state
 
-        expected, _ = by_hand(config, digits, step)
-        found = trained(config, digits)
+        expected, _ = by_hand(config, step)
+        found = trained(config)
         problems.assert_close(found, expected, rtol=1e-3)
-        assert away(found, trained(dataclasses.replace(config, ascent_batch_size=None), digits)) > 1e-3
+        assert away(found, trained(dataclasses.replace(config, ascent_batch_size=None))) > 1e-3
 
-    def test_before_it_perturbs_it_is_sgd_on_the_whole_batch(self, digits):
+    def test_before_it_perturbs_it_is_sgd_on_the_whole_batch(self):
         late = short(method="sam", perturb_from=1.0, ascent_batch_size=16)
-        problems.assert_close(trained(late, digits), trained(short(method="sgd"), digits), rtol=1e-6)
+        problems.assert_close(trained(late), trained(short(method="sgd")), rtol=1e-6)
 
 
 def test_perturbs_along_a_momentum_where_asked(digits):
@@ -209,8 +222,8 @@ def test_perturbs_along_a_momentum_where_asked(digits):
         direction, _ = sam.update(m, sam.init(params), params, grad_fn=grad_fn)
         updates, opt_state = sgd.update(direction, opt_state, params)
         params = optax.apply_updates(params, updates)
-    problems.assert_close(trained(config, digits), params, rtol=1e-3)
-    assert away(params, trained(short(method="sam", rho=0.5), digits)) > 1e-3
+    problems.assert_close(trained(config), params, rtol=1e-3)
+    assert away(params, trained(short(method="sam", rho=0.5))) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -223,9 +236,9 @@ def test_perturbs_along_a_momentum_where_asked(digits):
         ("hero", "product", ("exact", "difference")),
     ],
 )
-def test_settings_reach_the_transformation(digits, method, field, values):
+def test_settings_reach_the_transformation(method, field, values):
     penalty = {"gamma_warmup": 0, "gamma": 1e3} if method == "hero" else {}
-    one, other = (trained(short(method=method, rho=0.5, **penalty, **{field: value}), digits) for value in values)
+    one, other = (trained(short(method=method, rho=0.5, **penalty, **{field: value})) for value in values)
     assert away(one, other) > 1e-4
 
 

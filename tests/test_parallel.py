@@ -102,6 +102,21 @@ def test_eight_devices_equal_one(problem, method, layout):
     assert_same(curve(problem, method, **LAYOUTS[layout]), curve(problem, method))
 
 
+@pytest.mark.parametrize("layout", ["pmap", "sharded"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("msam", {"rho": 0.5}),
+        ("nso", {"sigma": 0.05}),
+        ("sam", {"rho": 0.5, "ascent_decay": 0.9, "ascent_batch_size": 8, "suppress": 0.5}),
+    ],
+)
+def test_cheaper_methods_on_several_devices_equal_one(method, options, layout):
+    found = curve("mlp", method, devices=4, **options, **LAYOUTS[layout])
+    assert_same(found, curve("mlp", method, **options))
+    assert np.abs(found[0] / curve("mlp", "sgd")[0] - 1).max() > 1e-3
+
+
 def test_the_curves_that_are_compared_tell_methods_and_seeds_apart():
     losses = curve("mlp", "hero")[0]
     for other in (curve("mlp", "sgd"), curve("mlp", "hero", seed=1)):
