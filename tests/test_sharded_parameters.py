@@ -85,7 +85,8 @@ def test_step_equals_one_device(x64, axis_type):
     with jax.set_mesh(mesh):
         found = jax.jit(train)(split(params, mesh), batch)
     for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+        # Each way rounds the differences its own way.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
     for x in jax.tree.leaves((found["product"], found["direction"][0])):
         assert x.addressable_shards[0].data.size == x.size / 8
 
