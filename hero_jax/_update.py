@@ -188,7 +188,7 @@ class Transformation:
 
         # 4. The direction, and what the step saw.
         added = self._strengthened(found, state.count)
-        kept = found.perturbed_grads if e is None else self._kept(point, found.perturbed_grads, state.count)
+        kept = found.perturbed_grads if e is None else self._kept(point, found, state.count)
         direction = kept if added is None else _tree.add(kept, added)
         direction = _tree.cast_like(direction, params)
         metrics = _metrics(point, found, added)
@@ -232,13 +232,13 @@ class Transformation:
         leaves = self._perturbed_leaves(params)
         return ascent_on(*leaves, params, grads, rho, self.perturbation.scope, self.perturbation.eps)
 
-    def _kept(self, point: Point, perturbed_grads: PyTree, count: jax.Array) -> PyTree:
+    def _kept(self, point: Point, found: Penalized, count: jax.Array) -> PyTree:
         """g*, less what is suppressed of it."""
         share = at(f"{self.name}(suppress=...)", self.suppress, count)
         if is_zero(share):
-            return perturbed_grads
-        compared = point.compared(perturbed_grads)
-        return suppressed(point.grads, perturbed_grads, share, compared)
+            return found.perturbed_grads
+        compared = point.compared(found.perturbed_grads) if found.compared is None else found.compared
+        return suppressed(point.grads, found.perturbed_grads, share, compared)
 
     def _strengthened(self, found: Penalized, count: jax.Array) -> PyTree | None:
         """gamma grad G, or None where there is no penalty."""

@@ -94,12 +94,16 @@ class Point(NamedTuple):
 
 
 class Penalized(NamedTuple):
-    """What a penalty gives: g*, G, grad G (wide; None for 0), and H(w*) v where an eigenvector is followed."""
+    """What a penalty gives: g*, G, grad G (wide; None for 0), and H(w*) v where an eigenvector is followed.
+
+    compared: `Point.compared` where the penalty needed it, so that it is not evaluated once more.
+    """
 
     perturbed_grads: PyTree
     value: jax.Array
     grads: PyTree | None
     product: PyTree | None = None
+    compared: PyTree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,7 @@ def _detached(point: Point) -> Penalized:
     scaled = _times(point.diagonal, d)
     along, peak = _tree.peak_scaled(scaled)
     product = point.mean(point.product(point.perturbed, along, compared))
-    return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product))
+    return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product), compared=compared)
 
 
 def _difference(point: Point) -> Penalized:
@@ -156,7 +160,8 @@ def _difference(point: Point) -> Penalized:
         for params, grads in ((point.perturbed, compared), (point.params, point.grads))
     )
     change = _tree.subtract(there, here)
-    return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, point.mean(change)))
+    grads = _tree.scale(2 * peak, point.mean(change))
+    return Penalized(perturbed_grads, _tree.dot(d, scaled), grads, compared=compared)
 
 
 def _hvp(point: Point) -> Penalized:

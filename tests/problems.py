@@ -83,6 +83,24 @@ def separable_loss(params, batch):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
 
+def dense_params(dtype=jnp.float64):
+    """Two dense layers, the first with a bias: little to compile."""
+    zeros = {"kernel": jnp.zeros((3, 4), dtype), "bias": jnp.zeros(4, dtype), "head": jnp.zeros((4, 2), dtype)}
+    return random_like(jax.random.key(0), zeros)
+
+
+def dense_loss(rows=slice(None), dtype=jnp.float64):
+    """The mean loss of some of 8 examples: its third derivative is nowhere zero, its slope grows and falls."""
+    rng = np.random.default_rng(1)
+    x, y = (jnp.asarray(rng.normal(size=(8, n)), dtype)[rows] for n in (3, 2))
+
+    def loss_fn(params):
+        hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
+        return jnp.mean(jnp.sin(hidden @ params["head"] - y))
+
+    return loss_fn
+
+
 def kernels_mask(params):
     """The default R, written out."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -76,6 +76,17 @@ def perturbation(params, grads, rho, *, adaptive: bool, scope: str = "global", e
     raise ValueError(f"unknown scope: {scope!r}")
 
 
+def suppressed(grads, perturbed_grads, share, compared=None):
+    """g*_i (1 - share) where 0 < c_i / g_i < 1, g*_i elsewhere; c is `compared`, or g* where there is none."""
+    compared = perturbed_grads if compared is None else compared
+
+    def leaf(g, g_star, c):
+        quotient = c / g
+        return jnp.where((quotient > 0) & (quotient < 1), (1 - share) * g_star, g_star)
+
+    return jax.tree.map(leaf, grads, perturbed_grads, compared)
+
+
 def reduced_squares(tree, reduction: str, mask):
     """sum_{i in R} reduce_i(x_i^2)."""
     if reduction not in ("mean", "sum"):
@@ -122,17 +133,30 @@ def direction(
     reduction: str = "mean",
     mask,
     eigenvector=None,
+    suppress=0.0,
+    part_loss_fn=None,
+    ascent=None,
     eps: float = 1e-12,
 ):
-    """g* + gamma * grad_w G(w), with e computed once at w and then held constant; g* alone where gamma = 0."""
-    g = jax.grad(loss_fn)(params)
-    e = jax.lax.stop_gradient(perturbation(params, g, rho, adaptive=adaptive, scope=scope, eps=eps))
+    """g* + gamma * grad_w G(w), with e computed once at w and then held constant; g* alone where gamma = 0.
+
+    suppress: g* is `suppressed` by this share before the penalty is added.
+    part_loss_fn: g, e, d and G are of this loss instead, and g* is suppressed where the gradient of it is; g* is of L.
+    ascent: e is that of this tree instead of g.
+    """
+    part_loss_fn = loss_fn if part_loss_fn is None else part_loss_fn
+    g = jax.grad(part_loss_fn)(params)
+    e = perturbation(params, g if ascent is None else ascent, rho, adaptive=adaptive, scope=scope, eps=eps)
+    e = jax.lax.stop_gradient(e)
     g_star = jax.grad(loss_fn)(add(params, e))
+    g_star = suppressed(g, g_star, suppress, jax.grad(part_loss_fn)(add(params, e)))
     if gamma == 0:
         return g_star
 
     def objective(p):
-        return penalty_value(loss_fn, p, e, penalty=penalty, reduction=reduction, mask=mask, eigenvector=eigenvector)
+        return penalty_value(
+            part_loss_fn, p, e, penalty=penalty, reduction=reduction, mask=mask, eigenvector=eigenvector
+        )
 
     return add(g_star, scale(gamma, jax.grad(objective)(params)))
 

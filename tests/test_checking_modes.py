@@ -93,6 +93,12 @@ def step(tx, dtype):
     return first, update(state, params)
 
 
+def grad_difference(_):
+    """In float32 alone: 16 bits are refused."""
+    params, batch = params_of(jnp.float32), batch_of(jnp.float32)
+    return curvature.grad_difference(jax.grad(lambda p: loss_fn(p, batch)), params, params)
+
+
 def operator_of(dtype, data=None, **options):
     return curvature.hessian_operator(loss_fn, params_of(dtype), data or batch_of(dtype), **options)
 
@@ -170,7 +176,9 @@ FUNCTIONS = {
     "hero hvp": lambda d: step(hero_jax.hero(0.1, 0.1, penalty="hvp"), d),
     "hero eigenvalue": lambda d: step(hero_jax.hero(0.1, 0.1, penalty="eigenvalue"), d),
     "hero schedules": lambda d: step(hero_jax.hero(lambda n: jnp.where(n > 0, 0.1, 0.2), lambda n: 0.1), d),
+    "hero difference product": lambda _: step(hero_jax.hero(0.1, 0.1, product="difference"), jnp.float32),
     "sam": lambda d: step(hero_jax.sam(0.1), d),
+    "sam suppressed": lambda d: step(hero_jax.sam(0.1, suppress=lambda n: jnp.where(n > 0, 0.5, 0.0)), d),
     "sam leaf": lambda d: step(hero_jax.sam(0.1, scope="leaf", perturb_mask={"kernel": False, "bias": True}), d),
     "asam": lambda d: step(hero_jax.sam(0.1, adaptive={"kernel": True, "bias": False}), d),
     "grad_l1": lambda d: step(hero_jax.grad_l1(0.1), d),
@@ -187,6 +195,11 @@ FUNCTIONS = {
     "zero gradient": lambda d: perturbations.ascent(
         params_of(d), jax.tree.map(jnp.zeros_like, params_of(d)), 0.1, adaptive=True
     ),
+    "noise": lambda d: perturbations.noise(params_of(d), 0.1, KEY, mask={"kernel": True, "bias": False}),
+    "suppressed": lambda d: perturbations.suppressed(
+        params_of(d), jax.tree.map(lambda x: x * jnp.asarray(0.5, d), params_of(d)), 0.5
+    ),
+    "grad_difference": grad_difference,
     "hvp": lambda d: curvature.hvp(loss_fn, params_of(d), params_of(d), batch_of(d)),
     "hessian": lambda d: operator_of(d)(params_of(d)),
     "hessian masked": lambda d: operator_of(d, mask={"kernel": True, "bias": False})(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hero_jax.perturbations import ascent
+from hero_jax.perturbations import ascent, suppressed
 from tests import problems, reference
 
 
@@ -61,3 +61,34 @@ def test_zero_weights_stay_zero_under_the_adaptive_rule():
 def test_eps_enters_the_denominator():
     e = ascent(jnp.array([1.0]), jnp.array([3.0]), 1.0, adaptive=False, eps=1.0)
     np.testing.assert_allclose(e, [0.75])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_suppressed_equals_reference(point, share):
+    params, grads = point
+    others = problems.random_like(jax.random.key(4), params)
+    problems.assert_close(suppressed(params, grads, share), reference.suppressed(params, grads, share))
+    expected = reference.suppressed(params, grads, share, others)
+    problems.assert_close(suppressed(params, grads, share, others), expected)
+    if share:
+        assert reference.norm(reference.subtract(expected, grads)) > 0.1
+        assert reference.norm(reference.subtract(expected, reference.suppressed(params, grads, share))) > 0.1
+
+
+def test_suppressed_at_the_ends_of_the_interval():
+    g = jnp.array([2.0, 2.0, 2.0, -2.0, -2.0, 0.0, 0.0, 2.0])
+    g_star = jnp.array([2.0, 0.0, 1.999, -1.0, 1.0, 1.0, 0.0, 5.0])
+    found = suppressed(g, g_star, 0.5)
+    np.testing.assert_allclose(found, [2.0, 0.0, 0.9995, -0.5, 1.0, 1.0, 0.0, 5.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large", "small"),
+    [(jnp.float16, 1e-6, 1e-7), (jnp.float16, 6e4, 1e-6), (jnp.bfloat16, 1e30, 1e-30), (jnp.float32, 1e-30, 1e-31)],
+)
+def test_suppressed_decides_by_no_quotient_or_product_that_could_be_lost(dtype, large, small):
+    g, g_star = jnp.array([large, small, large], dtype), jnp.array([small, large, -small], dtype)
+    # The quotients are smaller than 1, larger than 1 and negative.
+    np.testing.assert_array_equal(suppressed(g, g_star, 1.0), np.array([0, g_star[1], g_star[2]], np.float32))
+    assert suppressed(g, g_star, 1.0).dtype == jnp.float32
+    assert (g_star != 0).all()

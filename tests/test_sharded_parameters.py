@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import hero_jax
 from hero_jax import Examples, MeanLoss, curvature, sharpness, spectrum
 from tests import problems
 
@@ -45,6 +46,19 @@ def solve(params, batch, microbatch_size=None):
     }
 
 
+def train(params, batch):
+    """A step of hero with what it has besides products, and without."""
+    grad_fn = jax.grad(lambda p: loss_fn(p, batch))
+    tx = hero_jax.hero(0.3, 1.0, product="difference", suppress=0.5)
+    keywords = {"grad_fn": grad_fn, "ascent": jax.tree.map(jnp.sin, params)}
+    grads, state = grad_fn(params), tx.init(params)
+    return {
+        "product": curvature.grad_difference(grad_fn, params, jax.tree.map(jnp.cos, params)),
+        "direction": tx.update(grads, state, params, **keywords),
+        "unperturbed": tx.update(grads, state, params, perturb=False, **keywords),
+    }
+
+
 @functools.cache
 def on_one_device():
     """(Called under x64.)"""
@@ -62,6 +76,19 @@ def test_every_solver_equals_one_device(x64, axis_type, which):
         # The same random numbers, so that only orders of summation differ.
         for x, y in zip(*map(jax.tree.leaves, (found[name], expected[name])), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_step_equals_one_device(x64, axis_type):
+    (params, batch), mesh = problem(), jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    expected = jax.jit(train)(params, batch)
+    with jax.set_mesh(mesh):
+        found = jax.jit(train)(split(params, mesh), batch)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        # Each way rounds the differences its own way.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+    for x in jax.tree.leaves((found["product"], found["direction"][0])):
+        assert x.addressable_shards[0].data.size == x.size / 8
 
 
 def test_vectors_are_split_as_the_parameters_are():

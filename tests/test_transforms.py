@@ -352,13 +352,13 @@ def layers_loss(params, x):
 
 
 @functools.cache
-def operations(tx=None, fraction=None, **options):
+def operations(tx=None, fraction=None, given="penalty_grad_fn", **options):
     """The compiled floating-point operations of one step of `tx`, or of one gradient."""
 
     def step(params, x):
         grad_fn = functools.partial(jax.grad(layers_loss), x=x)
-        grads = grad_fn(params)
-        part = {"penalty_grad_fn": functools.partial(jax.grad(layers_loss), x=x[::fraction])} if fraction else {}
+        part = {given: functools.partial(jax.grad(layers_loss), x=x[::fraction])} if fraction else {}
+        grads = part.get("part_grad_fn", grad_fn)(params)
         return grads if tx is None else tx.update(grads, tx.init(params), params, grad_fn=grad_fn, **part, **options)
 
     params, x = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * 4, jax.ShapeDtypeStruct((64, 32), jnp.float32)
@@ -377,6 +377,10 @@ class TestCost:
             (hero_jax.grad_l1(0), 0.9, 1.1),
             (hero_jax.hero(0.1, 1.0), 3.8, 4.3),
             (hero_jax.hero(0.1, 1.0, penalty="difference"), 5.5, 6.4),
+            (hero_jax.hero(0.1, 1.0, product="difference"), 2.8, 3.3),
+            (hero_jax.hero(0.1, 1.0, penalty="difference", product="difference"), 3.8, 4.4),
+            (hero_jax.hero(0.1, 1.0, suppress=0.5), 3.8, 4.3),
+            (hero_jax.sam(0.1, suppress=0.5), 1.9, 2.2),
             (hero_jax.hero(0.1, 1.0, penalty="eigenvalue"), 4.0, 8.2),
             (hero_jax.hero(0.1, 1.0, penalty="hvp"), 4.0, 11.2),
         ],
@@ -391,6 +395,24 @@ class TestCost:
     def test_penalty_of_a_quarter_of_the_batch(self):
         assert operations(hero_jax.hero(0.1, 1.0), fraction=4) / operations() < 2 + 3 / 4 + 0.2
         assert operations(hero_jax.grad_l1(0.1), fraction=4) / operations() < 1 + 3 / 4 + 0.2
+
+    @pytest.mark.parametrize(
+        ("tx", "gradients"),
+        [  # g* of the batch; g, and what the penalty and the suppression need, of a quarter
+            (hero_jax.sam(0.1), 1 + 1 / 4),
+            (hero_jax.sam(0.1, suppress=0.5), 1 + 2 / 4),
+            (hero_jax.hero(0.1, 1.0), 1 + 4 / 4),
+            (hero_jax.hero(0.1, 1.0, suppress=0.5), 1 + 4 / 4),
+            (hero_jax.hero(0.1, 1.0, product="difference", suppress=0.5), 1 + 3 / 4),
+        ],
+    )
+    def test_gradient_of_a_quarter_of_the_batch(self, tx, gradients):
+        found = operations(tx, fraction=4, given="part_grad_fn") / operations()
+        assert gradients - 0.1 < found < gradients + 0.3
+
+    @pytest.mark.parametrize("tx", [hero_jax.sam(0.1, suppress=0.5), hero_jax.hero(0.1, 1.0), hero_jax.grad_l1(0.1)])
+    def test_unperturbed_step_costs_the_gradient(self, tx):
+        assert operations(tx, perturb=False) / operations() < 1.1
 
 
 class TestSchedules:
