@@ -195,7 +195,6 @@ FUNCTIONS = {
     "zero gradient": lambda d: perturbations.ascent(
         params_of(d), jax.tree.map(jnp.zeros_like, params_of(d)), 0.1, adaptive=True
     ),
-    "noise": lambda d: perturbations.noise(params_of(d), 0.1, KEY, mask={"kernel": True, "bias": False}),
     "suppressed": lambda d: perturbations.suppressed(
         params_of(d), jax.tree.map(lambda x: x * jnp.asarray(0.5, d), params_of(d)), 0.5
     ),
