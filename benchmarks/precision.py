@@ -4,7 +4,8 @@ At the same float32 weights and images, the gradient g, the perturbed gradient g
 H(w*) D d and the direction g* + 2 gamma H(w*) D d are computed in bfloat16 (parameters, BatchNorm statistics, loss and
 what `hero` itself does float32) and compared with float32; as a yardstick, float32 is compared with float64. Each
 computation goes its own way from g on: its errors add up. Two rows take w* and d of float32 instead, so that the pass
-alone differs. Measured at the initial weights and after some steps of SGD, on several batches.
+alone differs. Beside them, in float32 and float64, the product by a difference of two gradients against the exact one of
+that type, at the same w* and d. Measured at the initial weights and after some steps of SGD, on several batches.
 
 The figures are those of the device and compiler: XLA may keep more than bfloat16 between operations that it merges.
 """
@@ -34,7 +35,9 @@ from hero_jax import _check, _tree, curvature, models, perturbations
 PyTree = Any
 Quantities = dict[str, PyTree]
 QUANTITIES = ("g", "g*", "d", "H(w*) D d", "direction", "g*, same w*", "H(w*) D d, same w*, d")
+BY_DIFFERENCE = "H(w*) D d by a difference, same w*, d"
 # What is judged, and by what.
+EXACT = "exact"
 COMPARED = (("bfloat16", "float32"), ("float32", "float64"))
 
 
@@ -66,10 +69,15 @@ class Arguments:
             _check.integer(name, getattr(self, name), low=low)
 
 
-def averaged_product(grad_fn: Callable[[PyTree], PyTree], perturbed: PyTree, d: PyTree) -> PyTree:
+def averaged_product(
+    grad_fn: Callable[[PyTree], PyTree],
+    perturbed: PyTree,
+    d: PyTree,
+    product: Callable[..., PyTree] = curvature.grad_product,
+) -> PyTree:
     """H(w*) D d, as the penalty "detached" of `hero` computes it."""
     scaled, peak = _tree.peak_scaled(jax.tree.map(lambda x: x * (x.ndim > 1) / x.size, d))
-    return _tree.scale(peak, curvature.grad_product(grad_fn, perturbed, scaled))
+    return _tree.scale(peak, product(grad_fn, perturbed, scaled))
 
 
 class Computation:
@@ -97,8 +105,9 @@ class Computation:
             def grad_fn(params: PyTree) -> PyTree:
                 return gradient(params, *rest)[0]
 
-            products = grad_fn(perturbed), averaged_product(grad_fn, perturbed, d)
-            return dict(zip(QUANTITIES[-2:], products, strict=True))
+            quotient = averaged_product(grad_fn, perturbed, d, curvature.grad_difference)
+            products = grad_fn(perturbed), averaged_product(grad_fn, perturbed, d), quotient
+            return dict(zip((*QUANTITIES[-2:], BY_DIFFERENCE), products, strict=True))
 
         self._step, self._alone = jax.jit(step), jax.jit(alone)
 
@@ -107,7 +116,7 @@ class Computation:
         return self._call(self._step, arguments)
 
     def alone(self, *arguments: PyTree) -> Quantities:
-        """(w*, d, batch_stats, images, labels) -> g* and H(w*) D d, on the host."""
+        """(w*, d, batch_stats, images, labels) -> g*, and H(w*) D d exact and by a difference, on the host."""
         return self._call(self._alone, arguments)
 
     def _call(self, function: Callable[..., Quantities], arguments: tuple[PyTree, ...]) -> Quantities:
@@ -160,6 +169,10 @@ def measure(
             row = compare(steps[found][name], steps[exact][name])
             row["size"] = float(_tree.norm(steps[exact][name]) / _tree.norm(steps[exact]["g"]))
             seen.setdefault((found, exact, name), []).append(row)
+        for dtype in ("float32", "float64"):
+            row = compare(steps[dtype][BY_DIFFERENCE], steps[dtype][QUANTITIES[-1]])
+            row["size"] = float(_tree.norm(steps[dtype][QUANTITIES[-1]]) / _tree.norm(steps[dtype]["g"]))
+            seen.setdefault((dtype, EXACT, BY_DIFFERENCE), []).append(row)
     rows = []
     for (found, exact, name), values in seen.items():
         row: dict[str, Any] = {"dtype": found, "reference": exact, "quantity": name}
@@ -202,7 +215,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         table = Table(title=where, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in ("quantity", "bfloat16 error", "cosine", "float32 error", "size"):
             table.add_column(name, justify="left" if name == "quantity" else "right", no_wrap=True)
-        by_type = [[row for row in rows if row["dtype"] == dtype] for dtype, _ in COMPARED]
+        by_type = [[r for r in rows if (r["dtype"], r["reference"]) == compared] for compared in COMPARED]
         for narrow, yardstick in zip(*by_type, strict=True):
             table.add_row(
                 narrow["quantity"],
@@ -212,6 +225,12 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
                 f"{narrow['size']:.2g}",
             )
         cli.console.print(table)
+        for row in rows:
+            if row["reference"] == EXACT:
+                cli.console.print(
+                    f"{row['quantity']}, {row['dtype']}: error {row['error']:.2g} ± {row['error_std']:.1g} of the"
+                    f" exact product, cosine {row['cosine']:.4f} ± {row['cosine_std']:.1g}"
+                )
     versions, device = record["environment"]["versions"], record["environment"]["device"]
     cli.console.print(
         f"{arguments.model} on {arguments.dataset}, batch {size}, rho {preset.rho:g}, gamma {preset.gamma:g}; relative"
