@@ -4,8 +4,8 @@ At the same float32 weights and images, the gradient g, the perturbed gradient g
 H(w*) D d and the direction g* + 2 gamma H(w*) D d are computed in bfloat16 (parameters, BatchNorm statistics, loss and
 what `hero` itself does float32) and compared with float32; as a yardstick, float32 is compared with float64. Each
 computation goes its own way from g on: its errors add up. Two rows take w* and d of float32 instead, so that the pass
-alone differs. Beside them, in float32 and float64, the product by a difference of two gradients against the exact one of
-that type, at the same w* and d. Measured at the initial weights and after some steps of SGD, on several batches.
+alone differs. Beside them, in float32 and float64, the product by a difference of two gradients against the exact one
+of that type, at the same w* and d. Measured at the initial weights and after some steps of SGD, on several batches.
 
 The figures are those of the device and compiler: XLA may keep more than bfloat16 between operations that it merges.
 """
