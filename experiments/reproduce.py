@@ -32,8 +32,8 @@ from hero_jax import _check
 
 PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")
 Settings = Mapping[str, Any]
-# What is searched: methods, and those with a setting that wants others of its own.
-TUNED: dict[str, Settings] = {
+# Methods, and those with a setting that wants others of its own.
+SETTINGS: dict[str, Settings] = {
     "sgd": {"method": "sgd"},
     "nso": {"method": "nso"},
     "msam": {"method": "msam"},
@@ -44,6 +44,8 @@ TUNED: dict[str, Settings] = {
     "hero": {"method": "hero"},
     "hero-eigenvalue": {"method": "hero", "penalty": "eigenvalue"},
 }
+# What is searched.
+TUNED = tuple(SETTINGS)
 # Multiples of the preset that are tried, in every combination: fifteen trials of each. HERO without gamma is ASAM.
 _RHO = (0.5, 1.0, 2.0, 2.5, 3.0)
 _RATE = (0.5, 1.0, 2.0)
@@ -179,7 +181,7 @@ def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dic
         "hero-published": ("hero", PUBLISHED),
         "sgd-longer": ("sgd", {"epochs": LONGER * epochs}),
     }
-    tuned: dict[str, Settings] = {name: {**settings, **_found(found, name)} for name, settings in TUNED.items()}
+    tuned: dict[str, Settings] = {name: {**settings, **_found(found, name)} for name, settings in SETTINGS.items()}
     return tuned | {name: {**tuned[base], **settings} for name, (base, settings) in changed.items()}
 
 
@@ -236,9 +238,9 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
         first = config.noise[0][0]
         labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
     for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
-        preset = dataclasses.asdict(config.run(TUNED[name], held_out))
+        preset = dataclasses.asdict(config.run(SETTINGS[name], held_out))
         tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
-        settings: dict[str, Any] = {**TUNED[name], **tried}
+        settings: dict[str, Any] = {**SETTINGS[name], **tried}
         searched = search.SearchConfig(
             **config.shared(),
             **settings,
@@ -289,7 +291,7 @@ def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settin
 
 def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
     """What a search in the folder PREFIX-NAME is of, in words."""
-    run = config.run(TUNED[name], 0)
+    run = config.run(SETTINGS[name], 0)
     return _task(run, prefix == "noisy", bool(run.suppress))
 
 

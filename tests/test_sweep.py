@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare, data, presets, progress, reproduce, runs, search, sweep
+from experiments import compare, data, methods, presets, progress, reproduce, runs, search, sweep
 from experiments import train as training
 from experiments import trainer as trainers
 from experiments.config import METHODS, TrainConfig
@@ -296,7 +296,8 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"method": "sgd"}, "`method` must be one of 'sam', 'asam', 'grad_l1', 'hero'; got 'sgd'"),
+            ({"method": "adam"}, "`method` must be one of 'sgd', .*, 'sam', 'asam', 'grad_l1', 'hero'; got 'adam'"),
+            ({"method": "sgd", "rho": (0.1,)}, r"`rho` has no effect on method 'sgd'; got \(0.1,\)"),
             ({"method": "sam", "gamma": (1.0,)}, r"`gamma` has no effect on method 'sam'; got \(1.0,\)"),
             ({"rho": (1.0, 1.0)}, "`rho` must name each once; got 1.0 twice"),
             ({"rho": (-1.0,)}, "`rho` must be non-negative and finite; got -1.0"),
@@ -337,12 +338,12 @@ class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
         config = reproduce.ReproduceConfig(epochs=4, train_size=64)
         plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
-        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 17, "noise": 60, "ablations": 14}
+        assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
         plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}
         every = {dataclasses.replace(run, **plain) for planned in plans.values() for run in planned.values()}
-        assert len(every) == 26
+        assert len(every) == 37
         for run in every:
             take_two_steps(run, images)
 
@@ -381,7 +382,7 @@ class TestReproduce:
         path = tmp_path / "all" / "search" / "clean-asam"
         search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
         before = written(path)
-        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}})
+        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         config = reproduce.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
@@ -389,7 +390,7 @@ class TestReproduce:
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
 
     def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}})
+        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
         monkeypatch.setitem(reproduce.FACTORS, "asam", {"rho": (1.0, 2.0)})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
@@ -407,7 +408,7 @@ class TestReproduce:
                 raise search.AllDiverged("Every run of the search diverged")
 
         asked = []
-        monkeypatch.setattr(reproduce, "TUNED", {"asam": {"method": "asam"}, "sam": {"method": "sam"}})
+        monkeypatch.setattr(reproduce, "TUNED", ("asam", "sam"))
         monkeypatch.setattr(reproduce.search, "main", searched)
         leave_search(tmp_path, "noisy-asam")
         reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
@@ -438,6 +439,44 @@ class TestReproduce:
         assert (planned["sgd"].epochs, planned["sgd"].every) == (8, 2)
         changed = reproduce.plan(config, "ablations", 20, tmp_path)
         assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
+
+    def test_all_spend_the_gradients_of_hero_at_equal_cost(self, tmp_path):
+        config = reproduce.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
+        planned = reproduce.plan(config, "cost", 20, tmp_path)
+        assert list(planned) == [name for each in reproduce.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
+        epochs = {name: planned[name].epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
+        assert epochs == {"sgd": 48, "msam": 48, "sam": 24, "grad_l1": 16, "hero": 12, "hero-part": 24}
+        assert planned["hero-late"].epochs == 27
+        for name, run in planned.items():
+            assert run.epochs * methods.gradients(run) == pytest.approx(48, rel=0.02), name
+            assert run.label_noise == (0.4 if "uniform" in name else 0.0)
+
+    def test_every_search_has_as_many_trials(self, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr(reproduce.search, "main", lambda config, path, data_dir: asked.append((path.name, config)))
+        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
+        assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in reproduce.TUNED]
+        assert {len(config.runs()) for _, config in asked} == {15}
+        suppressed = next(config for name, config in asked if name == "clean-sam-suppress")
+        assert suppressed.suppress == (0.25, 0.5, 0.9)
+
+    def test_what_was_found_for_a_variant_is_its_own(self, tmp_path):
+        leave_search(tmp_path, "clean-sam", rho=0.3)
+        leave_search(tmp_path, "clean-sgd", learning_rate=0.2, weight_decay=0.002)
+        path = tmp_path / "search" / "clean-sam-suppress" / "search.json"
+        path.parent.mkdir()
+        best = {"rho": 0.15, "suppress": 0.9}
+        runs.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
+        planned = reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+        assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
+        assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
+        # What is built on SGD has what was found for it.
+        for name in ("sgd", "noise", "ema", "sgd-longer"):
+            assert (planned[name].learning_rate, planned[name].weight_decay) == (0.2, 0.002)
+        # A search without suppression is not one of it.
+        runs.write_json(path, {"config": {"method": "sam"}, "best": best})
+        with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
+            reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
 
     def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch, capsys):
         drawn = []
@@ -495,8 +534,13 @@ class TestReproduce:
         methods = ("sgd", "asam", "hero")
         monkeypatch.setattr(reproduce, "variants", lambda *given: {name: original(*given)[name] for name in methods})
         monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
-        monkeypatch.setattr(reproduce, "RHO_FACTORS", (3.0,))
-        monkeypatch.setattr(reproduce, "GAMMA_FACTORS", {"grad_l1": (2.0,), "hero": (2.0,), "hero-eigenvalue": (2.0,)})
+        monkeypatch.setattr(reproduce, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
+        for name in ("sam", "asam"):
+            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,)})
+        monkeypatch.setitem(reproduce.FACTORS, "grad_l1", {"gamma": (2.0,)})
+        for name in ("hero", "hero-eigenvalue"):
+            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
+        monkeypatch.setattr(reproduce, "AT_EQUAL_COST", ("sgd",))
         monkeypatch.setattr(reproduce, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
         config = reproduce.ReproduceConfig(
@@ -505,7 +549,16 @@ class TestReproduce:
         )  # fmt: skip
         reproduce.main(config, out=out)
         page = (out / "report" / "report.html").read_text()
-        for section in ("Accuracy", "Label noise", "Quantization", "Curvature", "Landscapes", "Ablations", "Search"):
+        for section in (
+            "Cost",
+            "Accuracy",
+            "Label noise",
+            "Quantization",
+            "Curvature",
+            "Landscapes",
+            "Ablations",
+            "Search",
+        ):
             assert f">{section}</h2>" in page
         # The search was on that noise, and what it found, three times the preset, was taken.
         assert json_config(out / "search" / "noisy-hero" / "runs" / "hero-rho3.0-gamma200.0-s0").label_noise == 0.4
