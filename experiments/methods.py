@@ -124,14 +124,16 @@ def gradients(config: TrainConfig) -> float:
         part = (config.ascent_batch_size or config.batch_size) / config.batch_size
         return 1 + part * perturbed
     made = penalties.GRADIENT_L1 if config.method == "grad_l1" else penalties.PENALTIES[str(config.penalty)]
-    by_difference = config.product == "difference"
+    if config.gamma == 0:
+        made = made.without
+    by_difference = config.product == "difference" and config.gamma != 0
     whole = made.cost_by_difference if by_difference else made.cost
     assert whole is not None
     if config.ascent_batch_size is not None:
         part = config.ascent_batch_size / config.batch_size
         return 1 + part * (perturbed + (whole - 1) * penalized)
     added = whole - made.without.cost
-    if config.penalty_batch_size is not None:
+    if config.penalty_batch_size is not None and added:
         # On a part the gradient that a product begins with is not there yet.
         begun = 2 if config.penalty == "difference" else 1
         added = min(1.0, config.penalty_batch_size / config.batch_size) * (added + begun)

@@ -43,7 +43,8 @@ SHUTDOWN_TIMEOUT = 60
 class TrainState(NamedTuple):
     """Everything a step changes.
 
-    averaged: {"params", "batch_stats"}, averages that are evaluated in place of these; empty where there are none.
+    averaged: {"params", "batch_stats"}, those that are evaluated instead (averages; the weights of MSAM without the
+      perturbation); empty where there are none.
     key: the data of a constant key, which makes augmentation and noise with the step number.
     """
 
