@@ -132,10 +132,11 @@ def grad_difference(
     smooth networks of the tests they are below 1e-2 of H(w) u together in float32, and below 1e-6 in float64. In 16
     bits nothing is left of the difference, and such parameters are refused.
 
-    **Where the loss has kinks, as every network of ReLUs or max-pooling has, this is not the Hessian.** Each unit that
-    changes its sign between w and w + t u adds a jump divided by t. On ResNet8 the result has almost nothing in common
-    with the exact product, at any step. Use it with smooth activations (tanh, GELU, SiLU) and without max-pooling. A
-    gradient function that computes in 16 bits inside is no use either, which cannot be seen here.
+    **Where the loss has kinks, as every network of ReLUs or max-pooling has, this is not the Hessian in float32.** Each
+    unit that changes its sign between w and w + t u adds a jump divided by t. On ResNet8 the result has almost nothing
+    in common with the exact product (docs/cost.md has the figures). In float64 it has, since t is so small that nothing
+    changes its sign. Use it with smooth activations (tanh, GELU, SiLU) and without max-pooling. A gradient function
+    that computes in 16 bits inside is no use either, which cannot be seen here.
 
     Args:
       grad_fn: `params -> gradient`, as for `grad_product`.

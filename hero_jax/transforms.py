@@ -63,12 +63,12 @@ def hero(
       reduction: "mean" (the authors' code) or "sum" over the entries of each leaf in G; "eigenvalue" has none.
       product: "exact" takes products with the Hessian by `jax.jvp`. "difference" takes them by a difference of two
         gradients (`curvature.grad_difference`), which costs one gradient less: 3 in all for "detached", 4 for
-        "difference"; there is none for the other penalties. It is for smooth networks only: on one of ReLUs it has
-        nothing to do with the Hessian. 16-bit parameters are refused; it is no use either where `grad_fn` computes in
-        16 bits inside.
+        "difference"; there is none for the other penalties. It is for smooth networks alone: on one of ReLUs it has in
+        float32 little to do with the Hessian. 16-bit parameters are refused; it is no use either where `grad_fn`
+        computes in 16 bits inside.
       suppress: share, in [0, 1], by which the components of g* are made smaller that point the way of g and are smaller
         than it, 0 < g*_i / g_i < 1 (`perturbations.suppressed`): against noisy labels, at no cost. A float, a traced
-        scalar or a schedule. Only g* is changed, not d or the penalty. With it about half the `rho` is right.
+        scalar or a schedule. Only g* is changed, not d or the penalty.
       mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2, which
         in attention heads and scanned layers includes biases. Perturbation and update do not depend on it.
         Under `optax.inject_hyperparams` a callable, here and in the other masks, needs `static_args`, which else takes
@@ -91,13 +91,21 @@ def hero(
     Returns:
       A transformation with state `HeroState`. `update(updates, state, params, grad_fn=...)` needs `params` and, by
       keyword, `grad_fn: params -> grads` (or `value_fn: params -> scalar`, whose gradient is taken where there is no
-      `grad_fn`); it ignores extra arguments, except two that make a step cheaper. `penalize=False`, static, leaves
-      the penalty out of it: a step of SAM or ASAM, at its cost. `penalty_grad_fn: params -> grads`, the gradient of a
-      part of the batch, takes the place of `grad_fn` in H and T alone: with a fraction f of the batch "detached" costs
-      2 + 3 f gradients, less than without where f < 2/3. Where the part is drawn at random and normalised alike, the
-      directions of "detached" and "difference" are unbiased for those of the whole batch; G of "hvp" and "eigenvalue",
-      and the residual of v, are those of the part. It emits trees in the types of `params`; norms, dots and
-      differences are float32 or wider.
+      `grad_fn`); it ignores extra arguments, except these:
+
+      * `penalize=False`, static, leaves the penalty out of a step: one of SAM or ASAM, at its cost. `perturb=False`,
+        static, leaves out the perturbation too: the direction is g, at no cost.
+      * `penalty_grad_fn: params -> grads`, the gradient of a part of the batch, takes the place of `grad_fn` in H and T
+        alone: with a fraction f of the batch "detached" costs 2 + 3 f gradients, less than without where f < 2/3. Where
+        the part is drawn at random and normalised alike, the directions of "detached" and "difference" are unbiased for
+        those of the whole batch; G of "hvp" and "eigenvalue", and the residual of v, are those of the part.
+      * `part_grad_fn: params -> grads` says that `updates` is the gradient of a part of the batch, by this function: g,
+        e, d and the penalty are of that part, and g* alone is of the whole batch. "detached" costs 1 + 4 f gradients
+        then, SAM 1 + f.
+      * `ascent`, a tree like `params`, takes the place of g in e: a momentum, say. g stays what it is elsewhere, and
+        devices are averaged over as for `updates`.
+
+      It emits trees in the types of `params`; norms, dots and differences are float32 or wider.
 
     Raises:
       ArgumentError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at
