@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from experiments import data, label_noise, presets
 from hero_jax import _check, models, penalties, perturbations, quantize
@@ -37,6 +38,19 @@ TAKES = {
     "asam": _OF_ASCENT,
     "grad_l1": (*_OF_PENALTY, "noise_bits"),
     "hero": (*_OF_ASCENT, *_OF_PENALTY, "adaptive", "penalty", "reduction", "product"),
+}
+
+
+# What runs did before their configuration had these fields.
+BEFORE = {
+    "scope": "global",
+    "reduction": "mean",
+    "interval": 1,
+    "suppress": 0.0,
+    "product": "exact",
+    "perturb_from": 0.0,
+    "penalize_from": 0.0,
+    "adaptive": True,
 }
 
 
@@ -204,6 +218,10 @@ class TrainConfig:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
         if self.sigma is not None and self.noise_bits is not None:
             raise ValueError(f"`sigma` must be left out where noise_bits is given; got {self.sigma!r}.")
+        if self.product == "difference" and self.penalty in ("hvp", "eigenvalue"):
+            raise ValueError(f"`product` must be 'exact' with penalty {self.penalty!r}; got 'difference'.")
+        if self.ascent_decay is not None and not self.sync and self.method != "msam":
+            raise ValueError(f"`ascent_decay` needs sync True: a momentum is of all devices; got {self.ascent_decay}.")
         if self.product == "difference" and self.dtype != "float32":
             raise ValueError(f"`product` must be 'exact' with dtype {self.dtype}; got 'difference'.")
         if self.ascent_batch_size is not None and self.penalty_batch_size is not None:
@@ -229,6 +247,11 @@ class TrainConfig:
                 f"`groups` needs sync False and parallel 'none' (with pmap a device is a group); got {self.groups} with"
                 f" sync {self.sync} and parallel {self.parallel!r}."
             )
+
+    @staticmethod
+    def before(method: str) -> dict[str, Any]:
+        """What an older configuration of a method lacks, as its run had it."""
+        return {name: value for name, value in BEFORE.items() if name in TAKES.get(method, ())}
 
     def resolved(self) -> TrainConfig:
         """This configuration with every preset filled in."""

@@ -60,8 +60,8 @@ def _name(config: TrainConfig, among: Iterable[TrainConfig]) -> str:
     preset = presets.of(config.dataset, config.model, config.method, config.penalty, TAKES[config.method])
     settings = []
     for name, value in dataclasses.asdict(config).items():
-        if value is None and name in TAKES[config.method]:
-            continue  # another setting is there in its stead
+        if name == "sigma" and value is None and config.noise_bits is not None:
+            continue  # the noise is that of the bits, which are named
         usual = _of_most(rivals, name)
         if usual is None and name not in TAKES[config.method]:
             usual = _of_most(every, name)

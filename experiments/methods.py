@@ -1,4 +1,4 @@
-"""The methods compared: Optax pipelines, the noise a step is taken around, and the average that is evaluated.
+"""The methods compared: Optax pipelines, the noise a step is taken around, and what is evaluated.
 
 SGD, SAM, ASAM, GRAD L1, HERO, NSO    direction -> + weight decay -> SGD with momentum   (hero_jax's transformations)
 MSAM                     the wrapper around weight decay and SGD; its weights without e are evaluated     (`evaluated`)
@@ -95,8 +95,10 @@ def phases(config: TrainConfig, steps_per_epoch: int) -> tuple[list[Phase], Call
     kinds = [Phase(True, True)]
     # MSAM has no such step: its rho is 0 until then.
     perturbs_late, penalizes_late = perturb_at > 0 and config.method != "msam", penalize_at > 0 or interval > 1
-    if penalizes_late:
+    if penalizes_late and (interval > 1 or penalize_at > perturb_at or not perturbs_late):
         kinds.append(Phase(True, False))
+    else:
+        penalizes_late = False
     if perturbs_late:
         kinds.append(Phase(False, False))
 
@@ -120,24 +122,32 @@ def gradients(config: TrainConfig) -> float:
         return 1.0
     if config.method == "nso":
         return 1 + perturbed
-    if config.method in ("sam", "asam"):
-        part = (config.ascent_batch_size or config.batch_size) / config.batch_size
-        return 1 + part * perturbed
-    made = penalties.GRADIENT_L1 if config.method == "grad_l1" else penalties.PENALTIES[str(config.penalty)]
-    if config.gamma == 0:
-        made = made.without
-    by_difference = config.product == "difference" and config.gamma != 0
+    made = _penalty(config)
+    by_difference = config.product == "difference" and made is not made.without
     whole = made.cost_by_difference if by_difference else made.cost
     assert whole is not None
-    if config.ascent_batch_size is not None:
-        part = config.ascent_batch_size / config.batch_size
-        return 1 + part * (perturbed + (whole - 1) * penalized)
     added = whole - made.without.cost
-    if config.penalty_batch_size is not None and added:
-        # On a part the gradient that a product begins with is not there yet.
-        begun = 2 if config.penalty == "difference" else 1
-        added = min(1.0, config.penalty_batch_size / config.batch_size) * (added + begun)
+    of_ascent, of_penalty = (
+        (size or config.batch_size) / config.batch_size
+        for size in (config.ascent_batch_size, config.penalty_batch_size)
+    )
+    # The penalties of d need the gradient of the part at w + e.
+    needs_part = config.penalty in ("detached", "difference") and made is not made.without
+    if of_ascent < 1:
+        suppresses = bool(config.suppress) * (perturbed - needs_part * penalized)
+        return 1 + of_ascent * (perturbed + (added + needs_part) * penalized + suppresses)
+    if of_penalty < 1:
+        # On a part the gradients that products begin with are not there yet.
+        added = of_penalty * (added + (2 if config.penalty == "difference" else 1)) * (made is not made.without)
     return 1 + (made.without.cost - 1) * perturbed + added * penalized
+
+
+def _penalty(config: TrainConfig) -> penalties.Penalty:
+    """That of a method with a perturbation or a penalty."""
+    if config.method in ("sam", "asam"):
+        return penalties.PERTURBED
+    made = penalties.GRADIENT_L1 if config.method == "grad_l1" else penalties.PENALTIES[str(config.penalty)]
+    return made.without if config.gamma == 0 else made
 
 
 def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
@@ -148,7 +158,7 @@ def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
 
 
 def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state: PyTree, step: jax.Array) -> PyTree:
-    """What is evaluated in place of the `variables` after a step, counted from 0; empty where these are.
+    """What is evaluated instead of the `variables` after a step, counted from 0; empty where these are.
 
     Of MSAM the weights without the perturbation. Of EMA the exponential average of weights and statistics,
 
@@ -196,7 +206,7 @@ class _MomentumState(NamedTuple):
 def _along_momentum(
     tx: optax.GradientTransformationExtraArgs, decay: float, axis_name: str | None
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, which perturbs along m = decay m + g, the gradients of the batches so far, in place of g."""
+    """`tx`, which perturbs along m = decay m + g, the gradients of the batches so far, instead of g."""
 
     def init_fn(params: PyTree) -> Any:
         return _MomentumState(jax.tree.map(jnp.zeros_like, params), tx.init(params))

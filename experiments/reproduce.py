@@ -106,8 +106,8 @@ class ReproduceConfig:
     augment: bool = True
     """Random crops and flips, where the data set is trained with them."""
     variants: tuple[str, ...] = ()
-    """Names of the methods and variants to train for accuracy and on noise, see docs/experiments.md; default all, on
-    noise the main ones. Search and ablations are as they are without it."""
+    """Names of the methods and variants to train for accuracy, on noise and at equal cost (of the main ones), see
+    docs/experiments.md; default all, on noise the main ones. Search and ablations are as they are without it."""
     noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of altered labels; the search on noisy labels, where there is none yet, is at the highest."""
     noise_kinds: tuple[str, ...] = ("symmetric", "asymmetric")
@@ -228,7 +228,7 @@ def _fraction_of(batch_size: int) -> int:
 
 
 def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None) -> None:
-    """Searches each method that has rho or gamma, with the same seeds and held-out images, clean and noisy.
+    """Searches each of `TUNED`, with the same seeds and held-out images, clean and noisy.
 
     Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset, on noisy
     labels to what was found on clean ones. Another search that is there, the user's own, is left as it is.

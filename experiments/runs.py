@@ -269,9 +269,13 @@ def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
 def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
     """The first field, and its two values, in which a saved configuration is not `config` (a dataclass).
 
-    A field that the saved one lacks, since it is older than the field, has its default.
+    A field that the saved one lacks, since it is older than the field, has its default, or what such runs did
+    (`TrainConfig.before`).
     """
-    theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
+    theirs = {field.name: field.default for field in dataclasses.fields(config)}
+    if hasattr(config, "before"):
+        theirs |= config.before(there.get("method", ""))
+    theirs |= dict(there)
     for name, value in json.loads(json.dumps(_finite(to_json(config)))).items():
         if name not in may_differ and json.loads(json.dumps(theirs[name], default=str)) != value:
             return name, theirs[name], value

@@ -173,8 +173,8 @@ def main(
         first, second = varied
         values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
-    # What the method has, though only one value of it is tried.
-    shown = [name for name in SEARCHED if name in varied or name in ("rho", "gamma")]
+    # rho and gamma also where only one value is tried.
+    shown = [name for name in SEARCHED if name in varied or name in {"rho", "gamma"} & set(TAKES[config.method])]
     header = [*shown, "n", "validation accuracy, %", ""]
     lines = [
         [

@@ -96,7 +96,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         key = jax.random.key_data(key_steps)
         # Copies: what a step may overwrite must not be there twice.
         evaluated = {"params": params, "batch_stats": batch_stats} if methods.has_evaluated(config) else {}
-        opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_steps, 0)))
+        opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_init, 1)))
         return TrainState(
             params, batch_stats, jax.tree.map(jnp.copy, evaluated), opt_state, jnp.zeros((), jnp.int32), key
         )

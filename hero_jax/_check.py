@@ -108,6 +108,23 @@ def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
     raise ArgumentError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
+def local(name: str, sync: Any, axis: Any) -> None:
+    """Raises unless `sync` and the axis of a transformation are possible: False needs an axis."""
+    boolean(f"{name}(sync=...)", sync)
+    axis_name(f"{name}(axis_name=...)", axis)
+    if not sync and axis is None:
+        raise ArgumentError(f"`{name}(sync=False)` needs `axis_name`: without one there is no device to be local to.")
+
+
+def state(name: str, value: Any, kind: type) -> None:
+    """Raises unless `value` is the state of a transformation."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` needs the `{kind.__name__}` that `init` or the last update gave; got a"
+            f" {type(value).__name__}. Restore a saved state into the structure of `tx.init(params)`."
+        )
+
+
 def axis_name(argument: str, value: Any) -> None:
     """Raises unless `value` is None, the name of a mapped axis, or a tuple of names."""
     names = value if isinstance(value, tuple) else (value,)

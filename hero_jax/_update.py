@@ -94,12 +94,7 @@ class Transformation:
     sync: bool = True
 
     def __post_init__(self) -> None:
-        _check.boolean(f"{self.name}(sync=...)", self.sync)
-        _check.axis_name(f"{self.name}(axis_name=...)", self.axis_name)
-        if not self.sync and self.axis_name is None:
-            raise ArgumentError(
-                f"`{self.name}(sync=False)` needs `axis_name`: without one there is no device to be local to."
-            )
+        _check.local(self.name, self.sync, self.axis_name)
 
     def optax(self) -> optax.GradientTransformationExtraArgs:
         """The two functions of Optax."""
@@ -146,6 +141,9 @@ class Transformation:
         part_fn = compared_fn
         if penalty_grad_fn is not None:
             part_fn = _checked_grad_fn(self.name, "penalty_grad_fn", penalty_grad_fn)
+        if self.perturbation is None and (part_grad_fn is not None or ascent is not None):
+            given = "part_grad_fn" if part_grad_fn is not None else "ascent"
+            raise ArgumentError(f"`{self.name}` takes no `{given}`, since it perturbs nothing; got one.")
         if ascent is not None:
             _check.matching_tree("ascent", ascent, params)
         self._check_products(params)
@@ -155,7 +153,7 @@ class Transformation:
         local = {fn: parallel.local_grad_fn(fn, self.axis_name) for fn in {grad_fn, compared_fn, part_fn}}
         grad_fn, compared_fn, part_fn = (local[fn] for fn in (grad_fn, compared_fn, part_fn))
         mean = functools.partial(parallel.mean, axis_name=self.axis_name if self.sync else None)
-        grads = mean(self._device_updates(updates, params, compared_fn))
+        grads = mean(device_updates(updates, params, compared_fn, self.axis_name, self.sync))
         eigenvector = state.eigenvector
         if ascent is not None:
             ascent = mean(ascent)
@@ -248,35 +246,32 @@ class Transformation:
         # A strength of 0 adds nothing, even to a product that is not finite (0 * inf is NaN).
         return jax.tree.map(lambda x: jnp.where(strength == 0, 0, x), _tree.scale(strength, found.grads))
 
-    def _device_updates(self, updates: PyTree, params: PyTree, device_grads: GradFn) -> PyTree:
-        """The gradient of this device: the incoming one, unless it may have been summed or averaged already.
-
-        Under `check_vma=True` a gradient that does not vary was summed by autodiff, or averaged by the caller; without
-        `sync`, a gradient that the caller averaged would perturb as if with it. One cannot tell. `device_grads(params)`
-        is right in every case, and costs nothing under `jit`, where it shares the caller's local gradient.
-        """
-        if self.axis_name is None:
-            return updates
-        is_tracked = parallel.tracks_varying(self.axis_name)
-        if not self.sync or (
-            is_tracked and not all(parallel.varies(g, self.axis_name) for g in jax.tree.leaves(updates))
-        ):
-            return device_grads(params)
-        return updates
-
     def _check_products(self, params: PyTree) -> None:
         if self.by_difference:
             reason = f"`{self.name}(product='difference')` has no correct digit in 16 bits"
             _check.wide_tree("params", params, reason)
 
     def _check_state(self, state: Any, params: PyTree, penalty: Penalty) -> None:
-        if not isinstance(state, HeroState):
-            raise TypeError(
-                f"`{self.name}` needs the `HeroState` that `init` or the last update gave; got a"
-                f" {type(state).__name__}. Restore a saved state into the structure of `tx.init(params)`."
-            )
+        _check.state(self.name, state, HeroState)
         if penalty.follows_eigenvector:
             _check.matching_tree("state.eigenvector", state.eigenvector, params)
+
+
+def device_updates(
+    updates: PyTree, params: PyTree, device_grads: GradFn, axis_name: parallel.AxisName | None, sync: bool = True
+) -> PyTree:
+    """The gradient of this device: the incoming one, unless it may have been summed or averaged already.
+
+    Under `check_vma=True` a gradient that does not vary was summed by autodiff, or averaged by the caller; without
+    `sync`, a gradient that the caller averaged would perturb as if with it. One cannot tell. `device_grads(params)` is
+    right in every case, and costs nothing under `jit`, where it shares the caller's local gradient.
+    """
+    if axis_name is None:
+        return updates
+    is_tracked = parallel.tracks_varying(axis_name)
+    if not sync or (is_tracked and not all(parallel.varies(g, axis_name) for g in jax.tree.leaves(updates))):
+        return device_grads(params)
+    return updates
 
 
 def _diagonal(mask: PyTree, params: PyTree, reduction: str) -> PyTree:

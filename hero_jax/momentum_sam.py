@@ -57,8 +57,8 @@ def msam(
     before. The parameters that the loop holds, and hands to the loss and to `update`, are the perturbed ones;
     `msam_eval_params` gives w, the ones to evaluate and to save. m and e are 0 before the first step.
 
-    At a constant learning rate it circles a minimum at several times rho, further than SAM does, since e points against
-    the way that the weights take; as the learning rate falls to 0 it comes to rest.
+    At a constant learning rate it circles a minimum; as the learning rate falls to 0 it comes to rest. Statistics of
+    BatchNorm that a loop collects are those at w + e.
 
     It is the whole optimizer: chain nothing after it, which would scale or clip e as well. What changes the gradient
     (clipping, say) may come before it or in `optimizer`. w is in the state: what else changes the loop's parameters is
@@ -69,7 +69,7 @@ def msam(
         extra arguments except `grad_fn` and `value_fn`, which are not of w. A transformation that needs these (`hero`,
         `sam`) cannot be wrapped.
       rho: radius of the perturbation, >= 0: a float, a traced scalar or a schedule of this transformation's step count.
-        At a step its value is that of the e at which the gradient of this step is taken. 0 is `optimizer` alone.
+        The gradient of step t is taken at a distance of rho(t). 0 is `optimizer` alone.
       decay: of the momentum, in [0, 1]; that of `optimizer`, if it has one, is another.
       adaptive: False for the geometry of SAM, True for that of ASAM, or a mask of the leaves to scale, as in `hero`.
       scope: "global" takes the norm in e over the whole tree, "leaf" over each leaf.
@@ -133,11 +133,7 @@ def msam(
     ) -> tuple[PyTree, OptState]:
         if params is None:
             raise ArgumentError("`msam` needs `params`: call `tx.update(grads, state, params)`; got None.")
-        if not isinstance(state, MsamState):
-            raise TypeError(
-                "`msam` needs the `MsamState` that `init` or the last update gave; got a"
-                f" {type(state).__name__}. Restore a saved state into the structure of `tx.init(params)`."
-            )
+        _check.state("msam", state, MsamState)
         _check.matching_tree("updates", updates, params)
         _check.matching_tree("state.weights", state.weights, params)
         for name in ("grad_fn", "value_fn"):

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from hero_jax import _check, _tree, parallel
-from hero_jax._update import GradFn, OptState, Scalar, at, required_grad_fn
-from hero_jax.errors import ArgumentError
+from hero_jax._update import GradFn, OptState, Scalar, at, device_updates, required_grad_fn
 from hero_jax.perturbations import Mask, moved_leaves, noise
 
 __all__ = ["NsoState", "nso"]
@@ -71,9 +70,12 @@ def nso(
       uses it. `perturb=False`, static, takes it as the direction instead.
 
     Raises:
-      As `hero`.
+      ArgumentError: a negative or non-finite `sigma`, a `seed` below 0 or of more than 32 bits, `sync=False` without
+        `axis_name`; at update no `grad_fn`, no `params`, a tree (also that of `sample`) that does not match `params`, a
+        mask that selects nothing.
+      TypeError: an argument or a parameter of the wrong kind.
 
-    Cost: 2 gradients per step, 1 with `symmetric=False`.
+    Cost: 2 gradients per step, 1 with `symmetric=False`; as compiled for CPU the memory of both.
 
     >>> import hero_jax, jax, jax.numpy as jnp
     >>> tx = hero_jax.nso(0.5, seed=0)
@@ -89,11 +91,8 @@ def nso(
     """
     _check.schedule("nso(sigma=...)", sigma)
     _check.boolean("nso(symmetric=...)", symmetric)
-    _check.boolean("nso(sync=...)", sync)
-    _check.axis_name("nso(axis_name=...)", axis_name)
     _check.optional_function("nso(sample=...)", sample)
-    if not sync and axis_name is None:
-        raise ArgumentError("`nso(sync=False)` needs `axis_name`: without one there is no device to be local to.")
+    _check.local("nso", sync, axis_name)
     key = _key(seed)
 
     def init_fn(params: PyTree) -> OptState:
@@ -116,15 +115,12 @@ def nso(
         del extra_args
         _check.boolean("nso update(perturb=...)", perturb)
         grad_fn = required_grad_fn("nso", updates, params, grad_fn, value_fn)
-        if not isinstance(state, NsoState):
-            raise TypeError(
-                f"`nso` needs the `NsoState` that `init` or the last update gave; got a {type(state).__name__}."
-                " Restore a saved state into the structure of `tx.init(params)`."
-            )
+        _check.state("nso", state, NsoState)
         count = jnp.asarray(optax.safe_increment(state.count))
-        if not perturb:
-            return parallel.mean(updates, axis_name), NsoState(count, state.key, jnp.zeros((), jnp.float32))
         grad_fn = parallel.local_grad_fn(grad_fn, axis_name)
+        if not perturb:
+            grads = parallel.mean(device_updates(updates, params, grad_fn, axis_name), axis_name)
+            return _tree.cast_like(grads, params), NsoState(count, state.key, jnp.zeros((), jnp.float32))
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key)), state.count)
         if not sync:
             assert axis_name is not None
@@ -151,5 +147,5 @@ def _key(seed: Any) -> jax.Array:
         return seed
     if isinstance(seed, bool | np.bool_):
         raise TypeError(f"`nso(seed=...)` must be an integer or a `jax.random.key`; got {seed}.")
-    _check.integer("nso(seed=...)", seed, low=0)
+    _check.integer("nso(seed=...)", seed, low=0, high=2**32 - 1)
     return jax.random.key(seed)

@@ -86,7 +86,7 @@ class Point(NamedTuple):
         return perturbed_grads if is_whole else self.mean(self.compared_fn(self.perturbed))
 
     def product(self, params: PyTree, vector: PyTree, grads: PyTree) -> PyTree:
-        """H(params) vector, of this device; `grads` is the gradient there of the part that g is of."""
+        """What over devices averages to H(params) vector; `grads` is the gradient there of the part that g is of."""
         if self.by_difference:
             known = grads if self.part_fn is self.compared_fn else None
             return curvature.grad_difference(self.part_fn, params, vector, known)

@@ -93,7 +93,9 @@ def noise(
       u with the structure of `params`, in float32 or wider.
 
     Raises:
-      ArgumentError: a mask that does not match `params` or selects nothing, a sample of another structure.
+      ArgumentError: a negative or non-finite `sigma`, a mask that does not match `params` or selects nothing, a sample
+        of another structure.
+      TypeError: a leaf of `params` is not floating point, `sample` is no function.
 
     Cost: one random number for each weight.
 
@@ -104,6 +106,9 @@ def noise(
 
     Source: Zhang, Li, Kakade and Zhang, Noise stability optimization, 2023 (arXiv 2306.08553).
     """
+    _check.floating_tree("params", params)
+    _check.non_negative("noise(sigma=...)", sigma)
+    _check.optional_function("noise(sample=...)", sample)
     drawn = _tree.random_normal(key, params) if sample is None else sample(params, key)
     _check.matching_tree("sample(params, key)", drawn, params)
     is_moved = moved_leaves("noise(mask=...)", mask, params)
@@ -129,6 +134,9 @@ def suppressed(
     Returns:
       The tree, in float32 or wider.
 
+    Raises:
+      ArgumentError: `share` outside [0, 1]; trees that do not match.
+
     Cost: element-wise.
 
     >>> import jax.numpy as jnp
@@ -139,13 +147,18 @@ def suppressed(
     (arXiv 2411.17132), where it is called SANER.
     """
 
+    compared = perturbed_grads if compared is None else compared
+    _check.fraction("suppressed(share=...)", share)
+    for name, tree in (("perturbed_grads", perturbed_grads), ("compared", compared)):
+        _check.matching_tree(name, tree, grads, "grads")
+
     def leaf(g: jax.Array, perturbed: jax.Array, c: jax.Array) -> jax.Array:
         # Signs rather than the quotient, which under- and overflows.
         g, perturbed, c = _tree.wide(g), _tree.wide(perturbed), _tree.wide(c)
         is_smaller = (jnp.sign(g) == jnp.sign(c)) & (jnp.abs(c) < jnp.abs(g))
         return jnp.where(is_smaller, 1 - _tree.scale_like(share, perturbed), 1) * perturbed
 
-    return jax.tree.map(leaf, grads, perturbed_grads, perturbed_grads if compared is None else compared)
+    return jax.tree.map(leaf, grads, perturbed_grads, compared)
 
 
 def ascent_on(

@@ -66,9 +66,9 @@ def hero(
         "difference"; there is none for the other penalties. It is for smooth networks alone: on one of ReLUs it has in
         float32 little to do with the Hessian. 16-bit parameters are refused; it is no use either where `grad_fn`
         computes in 16 bits inside.
-      suppress: share, in [0, 1], by which the components of g* are made smaller that point the way of g and are smaller
-        than it, 0 < g*_i / g_i < 1 (`perturbations.suppressed`): against noisy labels, at no cost. A float, a traced
-        scalar or a schedule. Only g* is changed, not d or the penalty.
+      suppress: share, in [0, 1], that is taken from the components of g* with 0 < g*_i / g_i < 1, those that agree with
+        g and are smaller (`perturbations.suppressed`): against noisy labels. A float, a traced scalar or a schedule.
+        Only g* is changed, not d or the penalty. It costs nothing, or with `part_grad_fn` a gradient of the part.
       mask: bool tree, prefix of one, or callable from params to one, naming R. Default: leaves with ndim >= 2, which
         in attention heads and scanned layers includes biases. Perturbation and update do not depend on it.
         Under `optax.inject_hyperparams` a callable, here and in the other masks, needs `static_args`, which else takes
@@ -101,15 +101,17 @@ def hero(
         those of the whole batch; G of "hvp" and "eigenvalue", and the residual of v, are those of the part.
       * `part_grad_fn: params -> grads` says that `updates` is the gradient of a part of the batch, by this function: g,
         e, d and the penalty are of that part, and g* alone is of the whole batch. "detached" costs 1 + 4 f gradients
-        then, SAM 1 + f.
+        then, SAM 1 + f. Not of `grad_l1`, and neither is the next.
       * `ascent`, a tree like `params`, takes the place of g in e: a momentum, say. g stays what it is elsewhere, and
         devices are averaged over as for `updates`.
 
       It emits trees in the types of `params`; norms, dots and differences are float32 or wider.
 
     Raises:
-      ArgumentError: a negative or non-finite `rho` or `gamma`, an unknown name, `sync=False` without `axis_name`; at
-        update no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects nothing.
+      ArgumentError: a negative or non-finite `rho` or `gamma`, `suppress` outside [0, 1], an unknown name,
+        `product="difference"` with a penalty that has none, or with 16-bit parameters, `sync=False` without
+        `axis_name`; at update no `grad_fn`, no `params`, a tree that does not match `params`, a mask that selects
+        nothing.
       TypeError: an argument or a parameter of the wrong kind.
 
     Cost: as listed, counting g, which the caller computes; under `jit`, by XLA's count of operations. Temporary memory

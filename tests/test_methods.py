@@ -10,10 +10,10 @@ import optax
 import pytest
 
 import hero_jax
-from experiments import data, methods, runs
+from experiments import data, groups, methods, runs
 from experiments import train as training
 from experiments import trainer as trainers
-from experiments.config import METHODS, TrainConfig
+from experiments.config import BEFORE, METHODS, TrainConfig
 from hero_jax import models, quantize
 from tests import problems
 
@@ -135,7 +135,7 @@ class TestNso:
     @pytest.mark.parametrize("noise_bits", [None, 3])
     def test_is_the_mean_gradient_at_noise_of_both_signs(self, noise_bits):
         config = short(method="nso", noise_bits=noise_bits, **({} if noise_bits else {"sigma": 0.05}))
-        key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 0)
+        key = jax.random.fold_in(jax.random.split(jax.random.key(0))[0], 1)
         spec = quantize.named("channel-narrow")
 
         def step(tx, params, opt_state, x, y, i):
@@ -260,6 +260,26 @@ def test_settings_reach_the_transformation(method, field, values):
     assert away(one, other) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["sgd", "sam", "grad_l1", "hero"])
+def test_a_folder_of_before_these_fields_is_the_same_run(method):
+    config = short(method=method)
+    older = {name: value for name, value in runs.to_json(config).items() if name not in BEFORE}
+    assert runs.difference(older, config, ()) is None
+    if method == "sam":
+        changed = dataclasses.replace(config, suppress=0.5)
+        assert runs.difference(older, changed, ()) == ("suppress", 0.0, 0.5)
+
+
+def test_no_two_networks_have_one_name():
+    options = [{"rho": 0.1}, {"rho": 0.2}, {"rho": 0.1, "noise_bits": 3}, {"rho": 0.2, "noise_bits": 3}]
+    options += [{"rho": 0.1, "ascent_decay": 0.9}, {"rho": 0.1, "ascent_batch_size": 16}]
+    configs = [short(method="sam", **each) for each in options]
+    configs += [short(method="nso"), short(method="nso", sigma=0.1), short(method="nso", noise_bits=3)]
+    names = groups.names(configs)
+    assert len(set(names.values())) == len(configs)
+    assert "NSO (noise_bits 3)" in names.values()
+
+
 class TestGradients:
     @pytest.mark.parametrize(
         ("options", "expected"),
@@ -284,6 +304,13 @@ class TestGradients:
             ({"method": "hero", "penalty": "difference", "product": "difference"}, 4),
             ({"method": "hero", "penalty_batch_size": 16}, 2.75),
             ({"method": "hero", "penalty": "difference", "penalty_batch_size": 16}, 3.5),
+            ({"method": "sam", "ascent_batch_size": 16, "suppress": 0.5}, 1.5),
+            ({"method": "sam", "ascent_batch_size": 64}, 2),
+            ({"method": "hero", "penalty_batch_size": 64}, 4),
+            ({"method": "hero", "ascent_batch_size": 64}, 4),
+            ({"method": "hero", "ascent_batch_size": 16, "gamma": 0.0}, 1.25),
+            ({"method": "hero", "ascent_batch_size": 16, "penalty": "hvp"}, 2.875),
+            ({"method": "hero", "ascent_batch_size": 16, "suppress": 0.5, "interval": 2}, 1.75),
             ({"method": "hero", "ascent_batch_size": 16}, 2),
             ({"method": "hero", "ascent_batch_size": 16, "product": "difference"}, 1.75),
             ({"method": "hero", "perturb_from": 0.75}, 1.75),
@@ -315,6 +342,14 @@ class TestGradients:
         ({"method": "sam", "suppress": 1.5}, r"`suppress` must be between 0 and 1; got 1.5"),
         ({"method": "sam", "perturb_from": -0.1}, r"`perturb_from` must be between 0 and 1; got -0.1"),
         ({"method": "sgd", "suppress": 0.5}, r"`suppress` has no effect on method 'sgd'; got 0.5"),
+        (
+            {"method": "hero", "product": "difference", "penalty": "hvp"},
+            r"`product` must be 'exact' with penalty 'hvp'",
+        ),
+        (
+            {"method": "sam", "ascent_decay": 0.9, "sync": False, "groups": 2},
+            r"`ascent_decay` needs sync True: a momentum is of all devices; got 0.9",
+        ),
         (
             {"method": "hero", "ascent_batch_size": 16, "penalty_batch_size": 16},
             r"`penalty_batch_size` must be left out where ascent_batch_size is given",

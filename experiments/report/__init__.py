@@ -127,7 +127,7 @@ def claim(out: Path) -> None:
 def main(
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, against: tuple[str, ...] = ()
 ) -> None:
-    """Reports saved runs: accuracy, noise, low bits, curvature, penalty, ablations, searches, and where all is from.
+    """Reports saved runs: cost, accuracy, noise, low bits, curvature, penalty, ablations, searches, where all is from.
 
     Args:
         folders: Folders to look below for runs, landscape* folders and search.json files.
@@ -159,7 +159,7 @@ def main(
     content = [
         what_was_run(found.runs),
         *(page.Section(title, parts_of) for title, parts_of in written.items() if parts_of),
-        where_from(found.runs, every),
+        where_from(found.runs, [*every, *parts(found.at_equal_cost)]),
     ]
     done = sum(run.is_done for run in found.runs)
     counted = f"{done} finished runs" if done != 1 else "1 finished run"

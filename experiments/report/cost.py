@@ -18,6 +18,7 @@ COUNTED = (
 
 def cost(runs: Sequence[Run], at_equal_cost: Sequence[Run]) -> list[Any]:
     """For each task the cost of every network on clean labels; then accuracies at equal cost, by noise."""
+    runs = [run for run in runs if run.config.batch_size is not None]  # older ones have not
     content, named = [], sections.names(runs)
     for setup, of_setup in sections.by_clean_setup(runs).items():
         rows = sections.by_noise(of_setup, named, lambda run: run.config.label_noise)
@@ -61,8 +62,9 @@ def _equal(runs: Sequence[Run]) -> list[Any]:
                 continue
             text = (
                 f"Accuracy in percent on the {setup.split} images, {what}: every network has spent the same number of"
+                " gradients, to a whole epoch; a method that was searched on noisy labels too has a row for each of its"
+                f" settings. {COUNTED} {sections.SPREAD} {sections.origin(of_setup)}"
             )
-            text += f" gradients, to a whole epoch. {COUNTED} {sections.SPREAD} {sections.origin(of_setup)}"
             content.append(page.Heading(f"At equal cost, {what}: {setup}"))
             content.append(page.Table(["network", "n", *HEADER, *labels], lines, text))
     return content

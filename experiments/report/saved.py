@@ -17,19 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import groups, runs
-from experiments.config import LABELS, METHODS, TAKES, TrainConfig
+from experiments.config import LABELS, METHODS, TrainConfig
 
-# What runs did before their configuration had these fields.
-BEFORE = {
-    "scope": "global",
-    "reduction": "mean",
-    "interval": 1,
-    "suppress": 0.0,
-    "product": "exact",
-    "perturb_from": 0.0,
-    "penalize_from": 0.0,
-    "adaptive": True,
-}
 # Relative residual to which training looks for the eigenvalue (the default of `spectrum.top_eigenpairs`).
 RTOL = 1e-3
 
@@ -123,12 +112,12 @@ class Found(NamedTuple):
     @property
     def main(self) -> list[Run]:
         """The finished runs that are neither trials of a search nor below a folder named ablations or cost."""
-        return [run for run in self._finished() if not {"ablations", "cost"} & set(run.path.parts)]
+        return [run for run in self._finished() if "ablations" not in run.path.parts and not _is_at_equal_cost(run)]
 
     @property
     def at_equal_cost(self) -> list[Run]:
         """The finished runs below folders named cost, whose epochs are those that a number of gradients buys."""
-        return [run for run in self._finished() if "cost" in run.path.parts]
+        return [run for run in self._finished() if _is_at_equal_cost(run)]
 
     @property
     def ablations(self) -> list[Run]:
@@ -137,6 +126,11 @@ class Found(NamedTuple):
 
     def _finished(self) -> list[Run]:
         return [run for run in self.runs if run.is_done and not any(f in run.path.parents for f in self.searches)]
+
+
+def _is_at_equal_cost(run: Run) -> bool:
+    """Whether its folder is COST/runs/NAME with COST named cost."""
+    return run.path.parent.parent.name == "cost"
 
 
 def find(folders: Iterable[Path]) -> Found:
@@ -167,7 +161,7 @@ def _read_run(path: Path) -> Run | None:
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
-    before = {name: value for name, value in BEFORE.items() if name in TAKES.get(fields["method"], ())}
+    before = TrainConfig.before(fields["method"])
     try:
         config = TrainConfig(**before | fields)
     except (ValueError, TypeError) as error:
