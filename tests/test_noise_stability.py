@@ -305,13 +305,16 @@ def test_direction_of_devices(x64, mesh, layout, sync):
         assert distance(synced, direction) > 0.01 * reference.norm(direction)
 
 
-def test_step_without_perturbation_is_the_mean_of_devices(x64, mesh):
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("sync", [True, False])
+def test_step_without_perturbation_is_the_mean_of_devices(x64, mesh, is_local, sync):
+    """Also where autodiff has summed the gradient of replicated parameters over the devices."""
     params, batch = problem()
-    tx = hero_jax.nso(0.3, seed=7, axis_name="data", sync=False)
+    tx = hero_jax.nso(0.3, seed=7, axis_name="data", sync=sync)
 
     def step(params, state, batch):
         grad_fn = functools.partial(jax.grad(mean_loss), batch=batch)
-        grads = grad_fn(parallel.vary(params, "data"))
+        grads = grad_fn(parallel.vary(params, "data") if is_local else params)
         return tx.update(grads, state, params, grad_fn=grad_fn, perturb=False)
 
     shards = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
@@ -320,6 +323,14 @@ def test_step_without_perturbation_is_the_mean_of_devices(x64, mesh):
 
 
 # --- types and edges ---
+
+
+def test_step_without_perturbation_has_the_types_of_the_parameters():
+    params, _ = problem(jnp.bfloat16)
+    tx = hero_jax.nso(0.3, seed=7)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    direction, _ = tx.update(wide, tx.init(params), params, grad_fn=lambda p: p, perturb=False)
+    assert {x.dtype for x in jax.tree.leaves(direction)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(("dtype", "sample"), [(jnp.float16, None), (jnp.bfloat16, uniform)])

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hero_jax.perturbations import ascent, suppressed
+from hero_jax.perturbations import ascent, noise, suppressed
 from tests import problems, reference
+
+W, KEY = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, jax.random.key(0)
 
 
 @pytest.fixture
@@ -92,3 +94,24 @@ def test_suppressed_decides_by_no_quotient_or_product_that_could_be_lost(dtype, 
     np.testing.assert_array_equal(suppressed(g, g_star, 1.0), np.array([0, g_star[1], g_star[2]], np.float32))
     assert suppressed(g, g_star, 1.0).dtype == jnp.float32
     assert (g_star != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: noise(W, -1.0, KEY), ValueError, r"`noise\(sigma=...\)` must be non-negative and finite"),
+        (lambda: noise(W, 0.1, KEY, sample=3), TypeError, r"`noise\(sample=...\)` must be a function; got 3"),
+        (lambda: noise({"w": 3}, 0.1, KEY), TypeError, r"`params` must have floating-point leaves"),
+        (
+            lambda: noise(W, 0.1, KEY, sample=lambda params, key: {}),
+            ValueError,
+            r"`sample\(params, key\)` must have the structure of `params`; only `params` has params\['w'\]",
+        ),
+        (lambda: suppressed(W, W, 2.0), ValueError, r"`suppressed\(share=...\)` must be between 0 and 1"),
+        (lambda: suppressed(W, {}, 0.5), ValueError, r"`perturbed_grads` must have the structure of `grads`"),
+        (lambda: suppressed(W, W, 0.5, {}), ValueError, r"`compared` must have the structure of `grads`"),
+    ],
+)
+def test_errors_of_noise_and_suppression(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

@@ -314,3 +314,12 @@ class TestErrors:
         tx = build(0.1, suppress=0.5)
         with pytest.raises(kind, match=message):
             tx.update(params, tx.init(params), params, grad_fn=lambda p: p, **keywords)
+
+
+@pytest.mark.parametrize("given", ["part_grad_fn", "ascent"])
+def test_grad_l1_perturbs_nothing_and_says_so(given):
+    params = {"w": jnp.ones((2, 3))}
+    grad_fn = jax.grad(lambda p: jnp.sum(jnp.cosh(p["w"])))
+    tx, value = hero_jax.grad_l1(0.1), grad_fn if given == "part_grad_fn" else params
+    with pytest.raises(hero_jax.ArgumentError, match=rf"^`grad_l1` takes no `{given}`, since it perturbs nothing;"):
+        tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn, **{given: value})

@@ -65,7 +65,7 @@ def test_every_preset_fills_every_field_its_method_has(dataset, method):
         assert (getattr(config, name) is not None) == is_filled, name
     assert config.resolved() == config
     tx = methods.optimizer(config, 10)
-    assert isinstance(tx.init({"w": jnp.ones((2, 3))})[0], hero_jax.HeroState | optax.EmptyState)
+    assert isinstance(tx.init({"w": jnp.ones((2, 3))})[0], hero_jax.HeroState | hero_jax.NsoState | optax.EmptyState)
 
 
 def test_given_values_win_over_presets():
