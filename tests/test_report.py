@@ -427,7 +427,7 @@ def test_page_needs_nothing_else_and_nests(everything):
     links = [attributes["href"] for tag, attributes in page_read.tags if tag == "a"]
     identifiers = {f"#{attributes['id']}" for _, attributes in page_read.tags if "id" in attributes}
     assert set(links) == identifiers
-    assert len(links) == 11
+    assert len(links) == 12
     assert "url(" not in code
     assert "@import" not in code
 
@@ -631,3 +631,30 @@ def test_a_real_run(tmp_path):
     assert cells_of(text, "SGD")[0][1:3] == ["1", f"{100 * row['accuracy']:.2f}"]
     assert runs.environment()["commit"] in text
     assert not [tag for tag, _ in Page(code).tags if tag == "img"]
+
+
+def test_cost_of_every_network_and_accuracy_at_equal_cost(tmp_path):
+    for seed, accuracies in enumerate(last([0.6, 0.7])):
+        fake(tmp_path / "accuracy" / "runs" / f"sgd-s{seed}", accuracies, seed=seed)
+    fake(tmp_path / "accuracy" / "runs" / "sam-s0", method="sam")
+    validated = {"validation_accuracy": [0.1, 0.9, 0.2]}
+    for noise, end in ((0.0, 0.8), (0.4, 0.5)):
+        shared = {"label_noise": noise, "validation_size": 20, "more": validated}
+        out = tmp_path / "cost" / "runs"
+        fake(out / f"sgd-{noise}-s0", (0.5, 0.55, end), epochs=12, **shared)
+        fake(out / f"sam-{noise}-s0", (0.5, 0.6, end + 0.1), method="sam", epochs=6, **shared)
+    text, _ = made(tmp_path)
+    cost = text[text.index("## Cost") : text.index("## Where every number")]
+    # 640 images a second at batch 64 are 100 ms; fake runs have 30 steps.
+    assert cells_of(cost, "SGD") == [
+        ["SGD", "2", "1", "100 ± 0", "3", "30", "65.00 ± 7.07"],
+        ["SGD", "1", "1", "100", "12", "30", "80.00", "50.00"],
+        ["SGD", "1", "1", "100", "12", "30", "55.00", "55.00"],
+    ]
+    assert cells_of(cost, "SAM") == [
+        ["SAM", "1", "2", "100", "3", "60", "70.00"],
+        ["SAM", "1", "2", "100", "6", "60", "90.00", "60.00"],
+        ["SAM", "1", "2", "100", "6", "60", "60.00", "60.00"],
+    ]
+    # Runs at equal cost are nowhere else but in the settings.
+    assert "epochs 12" not in text[: text.index("## Where every number")]

@@ -146,13 +146,13 @@ def main(
     written = {
         "Summary": summary.summary(found.main),
         "Differences": compared,
-        "Cost": cost.cost(found.main, found.at_equal_cost),
         "Accuracy": sections.accuracy([part for part in of_tasks if not part.setup.label_noise], draw),
         "Label noise": sections.label_noise(found.main, draw),
         "Quantization": sections.quantization(every, draw),
         "Curvature": curvature.hessian(every, draw),
         "Size of the penalty": curvature.penalty(every, draw),
         "Landscapes": curvature.landscapes(found.landscapes, draw),
+        "Cost": cost.cost(found.main, found.at_equal_cost),
         "Ablations": sections.accuracy(of_settings, draw),
         "Search": sections.search(found.searches, draw),
     }
