@@ -70,7 +70,7 @@ def nso(
       uses it. `perturb=False`, static, takes it as the direction instead.
 
     Raises:
-      ArgumentError: a negative or non-finite `sigma`, a `seed` below 0 or of more than 32 bits, `sync=False` without
+      ArgumentError: a negative or non-finite `sigma`, a negative `seed`, `sync=False` without
         `axis_name`; at update no `grad_fn`, no `params`, a tree (also that of `sample`) that does not match `params`, a
         mask that selects nothing.
       TypeError: an argument or a parameter of the wrong kind.
@@ -147,5 +147,5 @@ def _key(seed: Any) -> jax.Array:
         return seed
     if isinstance(seed, bool | np.bool_):
         raise TypeError(f"`nso(seed=...)` must be an integer or a `jax.random.key`; got {seed}.")
-    _check.integer("nso(seed=...)", seed, low=0, high=2**32 - 1)
+    _check.integer("nso(seed=...)", seed, low=0)
     return jax.random.key(seed)

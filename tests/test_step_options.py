@@ -262,10 +262,11 @@ class TestUnperturbed:
         assert len(calls) > 1
         calls.clear()
 
+        # grad_l1 takes none of a part.
+        part = {} if name == "grad_l1" else {"part_grad_fn": grad_fn}
+
         def update(perturb, state):
-            return tx.update(
-                g, state, params, grad_fn=grad_fn, part_grad_fn=grad_fn, penalty_grad_fn=grad_fn, perturb=perturb
-            )
+            return tx.update(g, state, params, grad_fn=grad_fn, penalty_grad_fn=grad_fn, perturb=perturb, **part)
 
         direction, after = (jax.jit(update, static_argnums=0) if jit else update)(False, state)
         assert not calls
