@@ -229,10 +229,7 @@ def _msam(
     assert config.scope is not None
     assert config.adaptive is not None
     assert config.ascent_decay is not None
-    rho: Any = config.rho
-    start = round((config.perturb_from or 0.0) * config.epochs * steps_per_epoch)
-    if start:
-        rho = optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(config.rho)], [start])
+    rho = _from(config.rho, round((config.perturb_from or 0.0) * config.epochs * steps_per_epoch))
     return hero_jax.msam(base, rho, decay=config.ascent_decay, adaptive=config.adaptive, scope=config.scope)
 
 
@@ -244,7 +241,11 @@ def _after_warmup(config: TrainConfig, steps_per_epoch: int) -> float | optax.Sc
     """gamma, or 0 before `gamma_warmup` epochs have passed."""
     assert config.gamma is not None
     assert config.gamma_warmup is not None
-    if config.gamma == 0 or config.gamma_warmup == 0:
-        return config.gamma
-    start = config.gamma_warmup * steps_per_epoch
-    return optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(config.gamma)], [start])
+    return _from(config.gamma, config.gamma_warmup * steps_per_epoch)
+
+
+def _from(value: float, start: int) -> float | optax.Schedule:
+    """0 before step `start`, `value` from then on; a number where it never changes, which may save its cost."""
+    if value == 0 or start == 0:
+        return value
+    return optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(value)], [start])

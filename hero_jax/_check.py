@@ -23,10 +23,10 @@ from hero_jax.errors import ArgumentError
 PyTree = Any
 
 
-def schedule(argument: str, value: Any) -> None:
-    """Raises unless `value` is a function of a step count, or else `non_negative`."""
+def schedule(argument: str, value: Any, rule: Callable[[str, Any], None] | None = None) -> None:
+    """Raises unless `value` is a function of a step count, or else what `rule` asks for; default `non_negative`."""
     if not callable(value):
-        non_negative(argument, value)
+        (rule or non_negative)(argument, value)
 
 
 def non_negative(argument: str, value: Any) -> None:
@@ -34,12 +34,6 @@ def non_negative(argument: str, value: Any) -> None:
     scalar(argument, value)
     if not isinstance(value, Tracer) and not (math.isfinite(value) and value >= 0):
         raise ArgumentError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
-
-
-def fraction_schedule(argument: str, value: Any) -> None:
-    """Raises unless `value` is a function of a step count, or else `fraction`."""
-    if not callable(value):
-        fraction(argument, value)
 
 
 def scalar(argument: str, value: Any) -> None:

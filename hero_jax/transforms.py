@@ -150,7 +150,7 @@ def hero(
     _check.one_of("hero(penalty=...)", penalty, PENALTIES)
     _check.one_of("hero(reduction=...)", reduction, REDUCTIONS)
     _check.one_of("hero(product=...)", product, PRODUCTS)
-    _check.fraction_schedule("hero(suppress=...)", suppress)
+    _check.schedule("hero(suppress=...)", suppress, _check.fraction)
     if product == "difference" and PENALTIES[penalty].cost_by_difference is None:
         raise ArgumentError(
             f"`hero(product='difference')` needs penalty 'detached' or 'difference': third derivatives by differences"
@@ -221,7 +221,7 @@ def sam(
     Source: Foret et al., ICLR 2021; Kwon et al., ICML 2021.
     """
     _check.schedule("sam(rho=...)", rho)
-    _check.fraction_schedule("sam(suppress=...)", suppress)
+    _check.schedule("sam(suppress=...)", suppress, _check.fraction)
     perturbation = _perturbation("sam", rho, adaptive, scope, perturb_mask, eps)
     return Transformation("sam", PERTURBED, perturbation, suppress, axis_name=axis_name, sync=sync).optax()
 

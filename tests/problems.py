@@ -101,6 +101,21 @@ def dense_loss(rows=slice(None), dtype=jnp.float64):
     return loss_fn
 
 
+def two_layers(size, dtype=jnp.float64):
+    """Parameters of a network of two layers, and a batch of `size` examples."""
+    rng = np.random.default_rng(0)
+    params = {"hidden": rng.normal(size=(3, 4)), "bias": rng.normal(size=4), "head": rng.normal(size=(4, 2))}
+    batch = rng.normal(size=(size, 3)), rng.normal(size=(size, 2))
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch))
+
+
+def two_layers_loss(params, batch):
+    """Its third derivative is nowhere zero; the mean over devices is the mean over the batch."""
+    x, y = batch
+    x = jnp.tanh(x @ params["hidden"] + params["bias"])
+    return jnp.mean(jnp.cosh(x @ params["head"] - y))
+
+
 def kernels_mask(params):
     """The default R, written out."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

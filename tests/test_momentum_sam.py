@@ -24,20 +24,7 @@ BASES = {
 KERNELS = {"hidden": True, "bias": False, "head": True}
 
 
-def problem(dtype=jnp.float64):
-    """Parameters of a network of two layers, and a batch of 16."""
-    rng = np.random.default_rng(0)
-    params = {"hidden": rng.normal(size=(3, 4)), "bias": rng.normal(size=4), "head": rng.normal(size=(4, 2))}
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, (rng.normal(size=(16, 3)), rng.normal(size=(16, 2)))))
-
-
-def mean_loss(params, batch):
-    """Its gradient depends on where it is taken; the mean over devices is the mean over the batch."""
-    x, y = batch
-    x = jnp.tanh(x @ params["hidden"] + params["bias"])
-    return jnp.mean(jnp.cosh(x @ params["head"] - y))
-
-
+mean_loss, problem = problems.two_layers_loss, functools.partial(problems.two_layers, 16)
 mean_grads = jax.jit(jax.grad(mean_loss))
 
 

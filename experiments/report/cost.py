@@ -9,6 +9,7 @@ from experiments import methods, tables
 from experiments.report import page, sections
 from experiments.report.saved import Run
 
+HEADER = ("gradients per step", "ms per step", "epochs", "gradients in all")
 COUNTED = (
     "Gradients per step are counted from the formulas, a gradient of the whole batch being one; milliseconds per step"
     " are measured in training, and comparable between runs of one machine alone; where a method changes along training"
@@ -31,9 +32,6 @@ def cost(runs: Sequence[Run], at_equal_cost: Sequence[Run]) -> list[Any]:
             content += [page.Heading(f"Cost: {setup}"), page.Table(header, lines, text)]
     content += _equal(at_equal_cost)
     return content
-
-
-HEADER = ("gradients per step", "ms per step", "epochs", "gradients in all")
 
 
 def gradients(run: Run) -> float:
