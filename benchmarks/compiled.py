@@ -35,8 +35,9 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import step_cost
-from experiments import cli, runs
+from experiments import cli
 from experiments.config import DTYPES
+from experiments.storage import runs
 from hero_jax import _check, models
 
 PyTree = Any

@@ -26,10 +26,10 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import peers
-from experiments import cli, data, runs
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import cli, data
 from experiments.config import TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled, loop
 from hero_jax import _check, curvature, models, spectrum
 
 PyTree = Any
@@ -133,10 +133,10 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         method="sgd", dataset="cifar10", epochs=arguments.epochs, train_size=arguments.images, eval_every=1000
     ).resolved()
     dataset = data.subset(data.load("cifar10", arguments.data_dir), arguments.images, 0)
-    trainer = trainers.build(config, dataset)
+    trainer = compiled.build(config, dataset)
     # The accuracy of these weights is of no interest: one image tests them.
     tiny = dataset._replace(test=dataset.test.first(1))
-    variables = training.train(config, tiny, trainer=trainer).variables
+    variables = loop.train(config, tiny, trainer=trainer).variables
     variables = jax.tree.map(jnp.asarray, variables)
     model = models.create("resnet20", 10)
     train = dataset.train.first(None)

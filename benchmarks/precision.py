@@ -27,9 +27,10 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.step_cost import gradient_function
-from experiments import cli, data, runs
-from experiments import trainer as trainers
+from experiments import cli, data
 from experiments.config import TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import _check, _tree, curvature, models, perturbations
 
 PyTree = Any
@@ -137,7 +138,7 @@ def weights(arguments: Arguments, dataset: data.Dataset) -> dict[str, tuple[PyTr
         batch_size=batch_size,
         epochs=-(-arguments.steps // (size // batch_size)),
     ).resolved()
-    trainer = trainers.build(config, dataset)
+    trainer = compiled.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
     first = runs.snapshot((state.params, state.batch_stats))

@@ -29,7 +29,8 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, runs
+from experiments import cli
+from experiments.storage import runs
 from hero_jax import _check, models, quantize
 from hero_jax.evaluate import classifier
 

@@ -32,8 +32,9 @@ from rich.table import Table
 
 import hero_jax
 from benchmarks import peers
-from experiments import cli, runs
+from experiments import cli
 from experiments.config import DTYPES
+from experiments.storage import runs
 from hero_jax import _check, models, penalties
 
 PyTree = Any

@@ -21,9 +21,10 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, data, runs
-from experiments import trainer as trainers
+from experiments import cli, data
 from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import _check, models
 
 LAYOUTS = (*PARALLEL, "sharded")
@@ -106,7 +107,7 @@ def random_dataset(name: str, size: int) -> data.Dataset:
 def epoch(config: TrainConfig, dataset: data.Dataset) -> Callable[[], float]:
     """An epoch that returns its seconds when called."""
     assert config.batch_size is not None
-    trainer = trainers.build(config, dataset)
+    trainer = compiled.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
     order = data.epoch_order(0, 0, dataset.train.size, config.batch_size)

@@ -1,6 +1,6 @@
 """The paper's experiments: `python -m experiments.train` for one run, `python -m experiments.reproduce` for all.
 
-Commands
+Commands, each of which calls what the rooms have and prints what comes of it
     train        one run: a folder that the same command continues
     compare      methods x seeds, quantized and measured, in one table: the main job
     search       rho and gamma on held-out images
@@ -11,16 +11,11 @@ Commands
     report       one page from run folders
     prepare      downloads and prepares a data set
 
-A run
-    config       what it is; presets: what it takes where that is left open
-    data         images and labels, augmentation; streams: those that stay on disk
-    prepared     data sets that tensorflow-datasets has prepared
-    label_noise  wrong labels for some of the training images
-    methods      what is trained, as Optax pipelines
-    trainer      its compiled parts; parallel: how they lie on devices
-    runs         its folder; groups: folders of the same network
-    sweep        many runs, of which none is made twice
-
-What is seen
-    cli, progress, tensorboard, tables, plots
+Rooms, each of which knows those above it and none below
+    config       what a run is, and what it takes where that is left open
+    storage      run folders and other files
+    data         images and labels; those that stay on disk; wrong labels
+    training     methods as Optax pipelines, compiled parts, layouts on devices, the loop
+    measure      many runs, of which none is made twice
+    analysis     saved runs in tables, plots and pages
 """

@@ -12,8 +12,11 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from experiments import cli, data, plots, progress, runs, sweep, tables
+from experiments import cli, data, progress
+from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS, TrainConfig
+from experiments.measure import sweep
+from experiments.storage import runs
 from hero_jax import _check, quantize
 from hero_jax.evaluate import Spread
 

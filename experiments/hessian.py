@@ -18,8 +18,10 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, plots, progress, runs
-from experiments import trainer as trainers
+from experiments import cli, progress
+from experiments.analysis import plots
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import _check, curvature, spectrum
 
 PyTree = Any
@@ -168,7 +170,7 @@ def main(
     out = out or run / f"hessian-{config.split}"
     started = time.monotonic()
     with progress.bar() as display:
-        _, trainer, variables, dataset = trainers.load(run, data_dir, display)
+        _, trainer, variables, dataset = compiled.load(run, data_dir, display)
         runs.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(config.images)
         operator = trainer.hessian(variables, split)

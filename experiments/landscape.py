@@ -18,9 +18,11 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import cli, data, plots, progress, runs, tables
-from experiments import trainer as trainers
+from experiments import cli, data, progress
+from experiments.analysis import plots, tables
 from experiments.config import TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import _check, landscape
 from hero_jax.evaluate import Spread
 from hero_jax.quantize import linen
@@ -72,7 +74,7 @@ class Network(NamedTuple):
     """A saved run, and what evaluates it."""
 
     config: TrainConfig
-    trainer: trainers.Trainer
+    trainer: compiled.Trainer
     variables: PyTree
     train: data.Split
     test: data.Split
@@ -85,9 +87,9 @@ def load(folders: Sequence[Path], data_dir: Path | None, display: Any, images: i
     """
     names = _names(folders)
     loaded: dict[str, Network] = {}
-    shared: dict[str, trainers.Trainer] = {}
+    shared: dict[str, compiled.Trainer] = {}
     for name, folder in zip(names, folders, strict=True):
-        config, trainer, variables, dataset = trainers.load(folder, data_dir, display)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, display)
         # Its evaluation depends on the model and the data set only.
         trainer = shared.setdefault(str(config.model), trainer)
         loaded[name] = Network(config, trainer, variables, dataset.train.first(images), dataset.test.first(images))

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data, prepared
+from experiments import cli, data
+from experiments.data import records
 from hero_jax import _check
 
 
@@ -28,10 +29,10 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
         cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
         return
     try:
-        cli.console.print(f"{described(name, prepared.find(name, data_dir))}: already there", soft_wrap=True)
+        cli.console.print(f"{described(name, records.find(name, data_dir))}: already there", soft_wrap=True)
     except FileNotFoundError:
-        prepare(name, prepared.folder(data_dir))
-        cli.console.print(f"{described(name, prepared.find(name, data_dir))}: prepared", soft_wrap=True)
+        prepare(name, records.folder(data_dir))
+        cli.console.print(f"{described(name, records.find(name, data_dir))}: prepared", soft_wrap=True)
 
 
 def prepare(name: str, root: Path) -> None:
@@ -47,7 +48,7 @@ def prepare(name: str, root: Path) -> None:
         )
     import tensorflow_datasets as tfds
 
-    about, manual = prepared.DATASETS[name], root / "downloads" / "manual"
+    about, manual = records.DATASETS[name], root / "downloads" / "manual"
     missing = [file for file in about.manual if not (manual / file).exists()]
     if missing:
         raise cli.Failed(
@@ -59,13 +60,13 @@ def prepare(name: str, root: Path) -> None:
     try:
         builder.download_and_prepare()
     except Exception as error:  # of the network, the disk, or a changed archive
-        reason = prepared.one_line(error)
+        reason = records.one_line(error)
         raise cli.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
 
 
 def described(name: str, builder: Any) -> str:
     """The data set, where it is, and how large it is."""
-    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in prepared.DATASETS[name].splits]
+    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in records.DATASETS[name].splits]
     bytes_on_disk = sum(file.stat().st_size for file in Path(builder.data_path).iterdir())
     return f"{name} in {builder.data_path}, {' and '.join(sizes)} images, {bytes_on_disk / 1e6:,.1f} MB"
 

@@ -21,10 +21,12 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments import cli, data, plots, progress, runs, tables
-from experiments import trainer as trainers
+from experiments import cli, data, progress
+from experiments.analysis import plots, tables
+from experiments.analysis.networks import group_runs
 from experiments.config import TrainConfig
-from experiments.groups import group_runs
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import _check, curvature, quantize, spectrum
 from hero_jax.evaluate import Spread, aggregate, classifier
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
@@ -95,7 +97,7 @@ def _check_once(argument: str, values: Sequence[Any]) -> None:
 class Network(NamedTuple):
     """A saved run, ready to be quantized."""
 
-    trainer: trainers.Trainer
+    trainer: compiled.Trainer
     variables: PyTree
     dataset: data.Dataset
     calibration: list[np.ndarray]
@@ -133,7 +135,7 @@ def evaluate(
         ranges = linen.activation_ranges(forward, variables, batches)
         left_out |= ranges.left_out
         forward = linen.quantized_activations(forward, ranges, config.activation_bits)
-        classify = classifier(forward, batch_size=trainers.EVAL_BATCH)
+        classify = classifier(forward, batch_size=compiled.EVAL_BATCH)
     for path, why in left_out.items():
         cli.console.print(f"{spec.name}, {step}: {path} stays as it is: {why}.")
     test = network.dataset.test.first(config.images)
@@ -258,10 +260,10 @@ def load(
     loaded = {}
     shared: dict[TrainConfig, Network] = {}
     for folder in folders:
-        config, trainer, variables, dataset = trainers.load(folder, data_dir, display)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, display)
         images = dataset.train.first(calibration).images
         batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-        classify = classifier(trainer.forward, batch_size=trainers.EVAL_BATCH)
+        classify = classifier(trainer.forward, batch_size=compiled.EVAL_BATCH)
         network = Network(trainer, variables, dataset, batches, classify)
         network = shared.setdefault(dataclasses.replace(config, seed=0), network)
         # Labels that were altered are those of each seed; else the data are there once.

@@ -26,8 +26,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data, label_noise, landscape, methods, progress, report, runs, search, sweep
+from experiments import cli, data, landscape, progress, report, search
 from experiments.config import TrainConfig
+from experiments.data import label_noise
+from experiments.measure import sweep
+from experiments.storage import runs
+from experiments.training import methods
 from hero_jax import _check
 
 PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")

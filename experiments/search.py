@@ -16,8 +16,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, data, plots, progress, runs, sweep, tables
+from experiments import cli, data, progress
+from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS, TAKES, TrainConfig
+from experiments.measure import sweep
+from experiments.storage import runs
 from hero_jax import _check
 from hero_jax.evaluate import Spread
 

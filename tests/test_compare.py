@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, compare, tables
-from experiments import train as training
+from experiments import cli, compare
+from experiments.analysis import tables
 from experiments.compare import CompareConfig, Measured
+from experiments.training import loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,7 +168,7 @@ class TestCommandLine:
 
     def test_failed_run_exits_with_one(self, monkeypatch, capsys):
         def main():
-            raise training.Diverged("The loss stopped.")
+            raise loop.Diverged("The loss stopped.")
 
         monkeypatch.setattr(sys, "argv", ["train"])
         with pytest.raises(SystemExit) as stopped:

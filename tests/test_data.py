@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, label_noise
+from experiments import data
+from experiments.data import label_noise
 
 
 class TestDigits:

@@ -10,10 +10,11 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments import data, hessian, progress, runs, train
-from experiments import trainer as trainers
+from experiments import data, hessian, progress, train
 from experiments.config import TrainConfig
 from experiments.hessian import HessianConfig
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import models
 
 SIZE = 200
@@ -84,7 +85,7 @@ def test_test_split_is_another_matrix(run, measured, tmp_path):
 
 def test_every_product_is_reported(run):
     with progress.bar() as display:
-        _, trainer, variables, dataset = trainers.load(run, None, display)
+        _, trainer, variables, dataset = compiled.load(run, None, display)
     operator = trainer.hessian(variables, data.Split(*(x[:50] for x in dataset.train)))
     calls = []
     config = HessianConfig(eigenvalues=1, probes=3, density_probes=2, density_steps=4)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import data, label_noise
+from experiments import data
+from experiments.data import label_noise
 
 
 def labeled(num_classes, each, similar=None):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, plots, runs, train
+from experiments import data, train
 from experiments import landscape as command
-from experiments import trainer as trainers
+from experiments.analysis import plots
 from experiments.config import TrainConfig
 from experiments.landscape import LandscapeConfig
+from experiments.storage import runs
+from experiments.training import compiled
 from hero_jax import landscape, models
 from hero_jax.evaluate import classifier
 from tests import problems
@@ -507,7 +509,7 @@ def test_batch_statistics_between_two_runs_are_those_of_the_point(monkeypatch):
     monkeypatch.setattr(models, "create", lambda name, num_classes: Normalized())
     dataset = problems.random_images(64)
     config = TrainConfig(batch_size=32, method="sgd").resolved()
-    trainer = trainers.build(config, dataset)
+    trainer = compiled.build(config, dataset)
     states = [trainer.init(seed) for seed in (0, 1)]
     first, second = (
         command.Network(
@@ -533,14 +535,14 @@ def test_batch_statistics_between_two_runs_are_those_of_the_point(monkeypatch):
 
 
 def test_runs_of_other_architectures_are_not_connected(folders, tmp_path, monkeypatch):
-    loaded = trainers.load
+    loaded = compiled.load
     train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "other")
 
     def load(folder, *arguments):
         config, *rest = loaded(folder, *arguments)
         return dataclasses.replace(config, model="mlp" if folder in folders else "vit_tiny"), *rest
 
-    monkeypatch.setattr(trainers, "load", load)
+    monkeypatch.setattr(compiled, "load", load)
     command.main((*folders, tmp_path / "other"), LandscapeConfig(images=20, points=3, directions=2), tmp_path / "out")
     found = json.loads((tmp_path / "out" / "landscape.json").read_text())
     assert list(found["runs"]) == ["sgd", "hero", "other"]
@@ -597,12 +599,12 @@ def test_errors_of_the_command(folders, tmp_path, monkeypatch):
         command.main((tmp_path,), config)
     with pytest.raises(FileExistsError, match="`out` must be a new or empty folder"):
         command.main(folders[:1], config, folders[0])
-    loaded = trainers.load
+    loaded = compiled.load
 
     def other(folder, *arguments):
         config, *rest = loaded(folder, *arguments)
         return config if folder == folders[0] else TrainConfig(dataset="cifar10").resolved(), *rest
 
-    monkeypatch.setattr(trainers, "load", other)
+    monkeypatch.setattr(compiled, "load", other)
     with pytest.raises(ValueError, match="`folders` must be of one data set; got cifar10, digits"):
         command.main(folders, config)

@@ -10,10 +10,11 @@ import optax
 import pytest
 
 import hero_jax
-from experiments import data, groups, methods, runs
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import data
+from experiments.analysis import networks
 from experiments.config import BEFORE, METHODS, TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled, loop, methods
 from hero_jax import models, quantize
 from tests import problems
 
@@ -48,7 +49,7 @@ def loss_fn(params, x, y):
 @functools.cache
 def initial():
     """The first weights of a run with seed 0."""
-    return runs.snapshot(trainers.build(short(method="sgd"), images()).init(0).params)
+    return runs.snapshot(compiled.build(short(method="sgd"), images()).init(0).params)
 
 
 def by_hand(config, step, optimizer=None):
@@ -68,7 +69,7 @@ def by_hand(config, step, optimizer=None):
 @functools.cache
 def run(config):
     """The weights that the steps of a run leave, and their losses."""
-    trainer, losses = trainers.build(config, images()), []
+    trainer, losses = compiled.build(config, images()), []
     state = trainer.init(0)
     for i, (indices, _, _) in enumerate(batches(images())):
         state, loss = trainer.step(state, *images().train, indices, kind=trainer.kind(i))
@@ -97,9 +98,9 @@ class TestMsam:
         held, opt_state = by_hand(config, step)
         weights = hero_jax.msam_eval_params(opt_state, held)
         assert away(held, weights) > 1e-2
-        trainer = trainers.build(config, digits)
+        trainer = compiled.build(config, digits)
         with runs.RunFolder(tmp_path / "run", config) as folder:
-            result = training.train(config, digits, folder, trainer=trainer)
+            result = loop.train(config, digits, folder, trainer=trainer)
         problems.assert_close(result.variables["params"], weights, rtol=1e-4)
         saved = runs.load_variables(tmp_path / "run")
         jax.tree.map(np.testing.assert_array_equal, saved["params"], result.variables["params"])
@@ -107,17 +108,17 @@ class TestMsam:
 
     def test_parts_of_a_run_are_the_whole_run(self, digits, tmp_path):
         config = short(method="msam", rho=0.5)
-        trainer = trainers.build(config, digits)
+        trainer = compiled.build(config, digits)
         for part in ({"max_minutes": 1e-9}, {"max_minutes": 1e-9}, {}):
             with runs.RunFolder(tmp_path / "run", config) as folder:
                 paced = dataclasses.replace(config, **part)
-                variables = training.train(paced, digits, folder, trainer=trainer).variables
+                variables = loop.train(paced, digits, folder, trainer=trainer).variables
         problems.assert_close(variables["params"], trained(config), rtol=1e-6)
 
     def test_is_sgd_before_it_perturbs(self, digits):
         late = short(method="msam", rho=0.5, perturb_from=0.5)
         first = dataclasses.replace(short(method="msam", rho=0.0), epochs=2)
-        trainer, sgd = (trainers.build(config, digits) for config in (late, first))
+        trainer, sgd = (compiled.build(config, digits) for config in (late, first))
         state, expected = trainer.init(0), sgd.init(0)
         for i, (indices, _, _) in enumerate(batches(digits)):
             state, expected = (t.step(s, *digits.train, indices)[0] for t, s in ((trainer, state), (sgd, expected)))
@@ -156,7 +157,7 @@ class TestNso:
         assert away(expected, trained(short(method="sgd"))) > 1e-3
 
     def test_each_seed_has_its_noise(self, digits):
-        trainer = trainers.build(short(method="nso"), digits)
+        trainer = compiled.build(short(method="nso"), digits)
         keys = [trainer.init(seed).opt_state[0].key for seed in (0, 1)]
         assert (keys[0] != keys[1]).any()
 
@@ -194,7 +195,7 @@ class TestPhases:
 
     def test_several_steps_in_one_call_have_their_phases(self, digits):
         late = short(method="sam", perturb_from=0.5)
-        together = training.train(dataclasses.replace(late, steps_per_call=4), digits).variables["params"]
+        together = loop.train(dataclasses.replace(late, steps_per_call=4), digits).variables["params"]
         problems.assert_close(together, trained(late), rtol=1e-5)
 
 
@@ -275,7 +276,7 @@ def test_no_two_networks_have_one_name():
     options += [{"rho": 0.1, "ascent_decay": 0.9}, {"rho": 0.1, "ascent_batch_size": 16}]
     configs = [short(method="sam", **each) for each in options]
     configs += [short(method="nso"), short(method="nso", sigma=0.1), short(method="nso", noise_bits=3)]
-    names = groups.names(configs)
+    names = networks.names(configs)
     assert len(set(names.values())) == len(configs)
     assert "NSO (noise_bits 3)" in names.values()
 
@@ -363,4 +364,4 @@ def test_bad_settings(options, message):
 
 def test_a_part_that_does_not_divide_the_batch(digits):
     with pytest.raises(ValueError, match=r"`ascent_batch_size` must be 64 / k where k divides the 64 images"):
-        trainers.build(short(method="sam", ascent_batch_size=24), digits)
+        compiled.build(short(method="sam", ascent_batch_size=24), digits)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import hero_jax
-from experiments import data, parallel, runs
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import data
 from experiments.config import TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled, layouts, loop
 from hero_jax import models
 from hero_jax.models import resnet
 from tests import problems
@@ -35,8 +35,8 @@ SIZES = {"epochs": 2, "batch_size": 16}
 PROCESS = """
 import sys
 import jax
-from experiments import parallel
-parallel.join(sys.argv[1], 2, int(sys.argv[2]))
+from experiments.training import layouts
+layouts.join(sys.argv[1], 2, int(sys.argv[2]))
 from tests import test_parallel
 assert (jax.local_device_count(), jax.device_count()) == (4, 8)
 import numpy as np
@@ -64,8 +64,8 @@ def config(problem, method, **options):
 def build(config, images):
     """A trainer of a network of the smallest size: 16 hidden units, or one convolution with BatchNorm."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.models, "create", small)
-        return trainers.build(config, images)
+        patch.setattr(compiled.models, "create", small)
+        return compiled.build(config, images)
 
 
 def small(name, num_classes, **options):
@@ -85,7 +85,7 @@ def curve(problem, method, **options):
         losses.append(loss)
         return state, loss
 
-    result = training.train(run, dataset(problem), trainer=trainer._replace(step=step))
+    result = loop.train(run, dataset(problem), trainer=trainer._replace(step=step))
     return np.array(jax.device_get(losses)), result
 
 
@@ -185,7 +185,7 @@ def test_several_steps_in_one_call_equal_single_ones(problem, layout):
     def step(*_, **__):
         raise AssertionError("not one by one")
 
-    found = training.train(run, dataset(problem), trainer=trainer._replace(step=step))
+    found = loop.train(run, dataset(problem), trainer=trainer._replace(step=step))
     problems.assert_close(found.variables, curve(problem, "hero", **options)[1].variables, rtol=1e-4)
     every_step = curve(problem, "hero", **{**options, "interval": 1})[1].variables["params"]["head"]["kernel"]
     assert np.abs(every_step - found.variables["params"]["head"]["kernel"]).max() > 1e-4
@@ -244,9 +244,9 @@ def test_processes_agree_after_what_is_in_flight(monkeypatch):
         return np.array([urgency, 3])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", allgather)
+    monkeypatch.setattr(layouts.multihost_utils, "process_allgather", allgather)
     made = slow(jnp.eye(500))
-    assert parallel.agreed(1, after={"made": made}) == 3
+    assert layouts.agreed(1, after={"made": made}) == 3
     assert seen == [True]
 
 
@@ -257,8 +257,8 @@ def test_the_clock_asks_after_the_steps_that_were_called(monkeypatch):
         asked.append(after if after is None else int(after.step))
         return urgency
 
-    monkeypatch.setattr(parallel, "agreed", agreed)
-    training.train(TrainConfig(method="sgd", epochs=1, batch_size=256), data.load("digits"))
+    monkeypatch.setattr(layouts, "agreed", agreed)
+    loop.train(TrainConfig(method="sgd", epochs=1, batch_size=256), data.load("digits"))
     assert [step for step in asked if step is not None] == [1, 2, 3, 4, 5]
 
 
@@ -282,15 +282,18 @@ class TestTwoProcesses:
         assert [code for code, _ in outputs] == [0, 0], outputs
         assert ["test accuracy" in text for _, text in outputs] == [True, False]
         assert json.loads((out / "environment.json").read_text())["device"]["processes"] == 2
-        read, trainer, variables, images = trainers.load(out, None, None)
+        read, trainer, variables, images = compiled.load(out, None, None)
         assert read.parallel == "none"
-        one = training.train(read, images, trainer=trainer)
+        one = loop.train(read, images, trainer=trainer)
         problems.assert_close(variables, one.variables, rtol=1e-4)
         np.testing.assert_allclose(runs.read_metrics(out)[-1]["loss"], one.metrics["loss"], rtol=1e-5)
 
     def test_the_other_stops_with_a_message_when_one_dies(self, tmp_path):
         out = tmp_path / "run"
-        code = "from experiments import cli, parallel, train; parallel.HEARTBEAT_TIMEOUT = 10; cli.run(train.main)"
+        code = (
+            "from experiments import cli, train; from experiments.training import layouts;"
+            " layouts.HEARTBEAT_TIMEOUT = 10; cli.run(train.main)"
+        )
         options = ["--epochs", "100000", "--parallel", "pmap", "--save-minutes", "0.001", "--out", str(out)]
 
         def kill_one(processes):
@@ -305,14 +308,16 @@ class TestTwoProcesses:
         with runs.RunFolder(out, stopped, stopped.may_differ()) as folder:
             before = problems.last_step(out)
             last = dataclasses.replace(stopped, max_minutes=1e-9)
-            training.train(last, data.load("digits"), folder)
+            loop.train(last, data.load("digits"), folder)
             assert problems.last_step(out) == before + 1
 
     def test_the_other_waits_for_a_slow_last_checkpoint(self, tmp_path):
         code = """
 import time
-from experiments import cli, parallel, runs, train
-save, parallel.SHUTDOWN_TIMEOUT = runs.RunFolder.save, 3
+from experiments import cli, train
+from experiments.storage import runs
+from experiments.training import layouts
+save, layouts.SHUTDOWN_TIMEOUT = runs.RunFolder.save, 3
 def slow_save(*arguments):
     time.sleep(10)
     save(*arguments)
@@ -345,11 +350,11 @@ cli.run(train.main)
         out, options = tmp_path / "run", ["--epochs", "2", "--train-size", "256"]
         begun = TrainConfig(epochs=2, train_size=256, max_minutes=1e-9).resolved()
         images = data.subset(data.load("digits"), 256, 0)
-        trainer = trainers.build(begun, images)
+        trainer = compiled.build(begun, images)
         with runs.RunFolder(out, begun, begun.may_differ()) as folder:
-            training.train(begun, images, folder, trainer=trainer)
+            loop.train(begun, images, folder, trainer=trainer)
         assert problems.last_step(out) == 1
-        whole = training.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
+        whole = loop.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
         command = [sys.executable, "-m", "experiments.train", *options, "--parallel", "pmap", "--out", str(out)]
         outputs = run_two(command, process_flags)
         assert [code for code, _ in outputs] == [0, 0], outputs
@@ -485,15 +490,15 @@ def test_bad_configurations(options, message):
 )
 def test_layouts_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        trainers.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
+        compiled.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
 
 
 def test_layouts_that_do_not_fit_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"`parallel` must be 'pmap' or 'jit' with 2 processes; got 'none'"):
-        parallel.layout(config("mlp", "sgd"))
+        layouts.layout(config("mlp", "sgd"))
     with pytest.raises(ValueError, match=r"`devices` must be all 8 of the 2 processes; got 4"):
-        parallel.layout(config("mlp", "sgd", parallel="pmap", devices=4))
+        layouts.layout(config("mlp", "sgd", parallel="pmap", devices=4))
 
 
 @pytest.mark.parametrize(
@@ -509,7 +514,7 @@ def test_layouts_that_do_not_fit_several_processes(monkeypatch):
 )
 def test_process_flags_that_do_not_fit_together(flags, message):
     with pytest.raises(ValueError, match=message):
-        parallel.join(*flags)
+        layouts.join(*flags)
 
 
 def test_a_cluster_that_is_not_there():

@@ -5,7 +5,8 @@ import io
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments import cli, data, prepare, prepared
+from experiments import cli, data, prepare
+from experiments.data import records
 from tests.test_prepared import cifar_row, pixels, write_prepared
 
 
@@ -83,7 +84,7 @@ def test_preparation_that_fails_leaves_nothing(tmp_path, with_tensorflow, monkey
     with pytest.raises(cli.Failed, match=r"^cifar10 was not prepared, .* \(Failed to resolve the host\)\.$"):
         prepare.main("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError):
-        prepared.find("cifar10", tmp_path)
+        records.find("cifar10", tmp_path)
     assert not list((tmp_path / "cifar10").rglob("*.array_record*"))
 
 
@@ -121,7 +122,7 @@ def test_unknown_name(tmp_path):
 
 
 def test_every_data_set_has_the_name_and_classes_that_tensorflow_datasets_knows(tmp_path):
-    for about in prepared.DATASETS.values():
+    for about in records.DATASETS.values():
         builder = tfds.builder(about.name, data_dir=tmp_path, file_format="array_record")
         assert builder.info.features["label"].num_classes == about.num_classes
         assert builder.info.full_name.startswith(about.name)

@@ -14,7 +14,8 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments import cli, data, prepared
+from experiments import cli, data
+from experiments.data import records
 
 SIZES = {"train": 30, "test": 12}
 
@@ -241,9 +242,9 @@ class TestOtherSets:
         np.testing.assert_array_equal(dataset.test.images[3], pixels("train", 3, (28, 28, 1)))
         assert dataset.pixels.augment
 
-    @pytest.mark.parametrize("name", prepared.DATASETS)
+    @pytest.mark.parametrize("name", records.DATASETS)
     def test_statistics_fit_their_channels(self, name):
-        about = prepared.DATASETS[name].pixels
+        about = records.DATASETS[name].pixels
         assert len(about.mean) == len(about.std) == (1 if name == "fashion_mnist" else 3)
         assert all(0.2 < mean < 0.6 and 0.1 < std < 0.4 for mean, std in zip(about.mean, about.std, strict=True))
 
@@ -340,7 +341,7 @@ class TestDamagedFolder:
     @pytest.mark.parametrize("content", [[], {"type": "FeaturesDict"}, {"featuresDict": {"features": {"label": 1}}}])
     def test_features_in_another_form_are_left_to_tensorflow_datasets(self, folder, tmp_path, content):
         (folder / "features.json").write_text(json.dumps(content))
-        assert prepared.find("cifar10", tmp_path).info.splits["train"].num_examples == 6
+        assert records.find("cifar10", tmp_path).info.splits["train"].num_examples == 6
 
 
 class TestOtherFormats:
@@ -449,7 +450,7 @@ class TestDamagedRecord:
     @pytest.mark.parametrize("chunk", [500, 3])
     @pytest.mark.parametrize("kind", RECORDS)
     def test_is_named(self, tmp_path, cache, monkeypatch, kind, chunk):
-        monkeypatch.setattr(prepared, "CHUNK", chunk)
+        monkeypatch.setattr(records, "CHUNK", chunk)
         damage, reason = RECORDS[kind]
         folder = self.write(tmp_path, damage)
         assert re.fullmatch(
@@ -461,7 +462,7 @@ class TestDamagedRecord:
 
     @pytest.mark.parametrize("chunk", [500, 3])
     def test_flipped_bit(self, tmp_path, cache, monkeypatch, chunk):
-        monkeypatch.setattr(prepared, "CHUNK", chunk)
+        monkeypatch.setattr(records, "CHUNK", chunk)
         file = next(self.write(tmp_path, {}).glob("*test*"))
         content = bytearray(file.read_bytes())
         content[content.index(WHOLE[1000:1100])] ^= 1
@@ -471,7 +472,7 @@ class TestDamagedRecord:
         )
 
     def test_8_bits_and_labels_at_the_ends_are_taken(self, tmp_path, cache, monkeypatch):
-        monkeypatch.setattr(prepared, "CHUNK", 3)
+        monkeypatch.setattr(records, "CHUNK", 3)
         self.write(tmp_path, {"image": png(pixels("train", 9), 8), "label": 9})
         dataset = data.load("cifar10", tmp_path)
         np.testing.assert_array_equal(dataset.test.labels, [0, 1, 2, 3, 9, 5, 6])

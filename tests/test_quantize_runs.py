@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, plots, progress, quantize, tables, train
+from experiments import cli, progress, quantize, train
+from experiments.analysis import plots, tables
+from experiments.analysis.networks import group_runs
 from experiments.config import TrainConfig
-from experiments.groups import group_runs
 from experiments.quantize import QuantizeConfig
 from hero_jax import evaluate
 

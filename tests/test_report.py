@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import plots, report, runs, search, tables
-from experiments import train as training
+from experiments import report, search, train
+from experiments.analysis import page, plots, saved, tables
 from experiments.config import TrainConfig
-from experiments.report import page, saved
 from experiments.search import SearchConfig
+from experiments.storage import runs
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -625,7 +625,7 @@ def test_a_page_of_one_section_has_no_contents(tmp_path):
 
 
 def test_a_real_run(tmp_path):
-    training.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
+    train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
     text, code = made(tmp_path)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert cells_of(text, "SGD")[0][1:3] == ["1", f"{100 * row['accuracy']:.2f}"]

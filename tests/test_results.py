@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report, tables
-from experiments.report import differences, page, saved, sections, summary
+from experiments import report
+from experiments.analysis import differences, page, saved, sections, summary, tables
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from experiments import cli, parallel, runs, tensorboard
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import cli
 from experiments.config import TrainConfig
+from experiments.storage import runs, tensorboard
+from experiments.training import compiled, layouts, loop
 from hero_jax.models import resnet
 from tests import problems
 
@@ -48,8 +48,8 @@ def images():
 
 def build(config, images):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.models, "create", lambda _, n, **options: resnet.CifarResNet(0, n, **options))
-        return trainers.build(config, images)
+        patch.setattr(compiled.models, "create", lambda _, n, **options: resnet.CifarResNet(0, n, **options))
+        return compiled.build(config, images)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def part(config, images, out, trainer, **options):
     """One part of a run; `options` are what ends it."""
     config = dataclasses.replace(config, **options)
     with runs.RunFolder(out, config, config.may_differ()) as folder:
-        return training.train(config, images, folder, trainer=trainer)
+        return loop.train(config, images, folder, trainer=trainer)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ class TestDamage:
         """From the fifth step on no file may grow over 2 kB, which a checkpoint does not fit in."""
         code = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "from experiments import cli, train, runs;"
+            "from experiments import cli, train; from experiments.storage import runs;"
             "save = runs.RunFolder.save\n"
             "def limited(self, step, state):\n"
             "    if step > 4: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
@@ -408,7 +408,7 @@ class TestFolders:
     def test_that_another_process_writes(self, config, tmp_path):
         with runs.RunFolder(tmp_path / "run", config):
             code = (
-                "import sys; from experiments import runs, train;"
+                "import sys; from experiments import train; from experiments.storage import runs;"
                 "runs.RunFolder(train.Path(sys.argv[1]), train.TrainConfig(**__import__('json').loads(sys.argv[2])))"
             )
             arguments = [str(tmp_path / "run"), json.dumps(runs.to_json(config))]
@@ -422,6 +422,6 @@ class TestFolders:
             assert not changed.may_differ() & {"parallel", "devices", "groups", "sync", "microbatch_size"}
 
     def test_m_sharpness_says_how_many_devices(self, config):
-        assert parallel.with_devices(config) == config
+        assert layouts.with_devices(config) == config
         changed = dataclasses.replace(config, sync=False, parallel="pmap")
-        assert parallel.with_devices(changed).devices == 8
+        assert layouts.with_devices(changed).devices == 8

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, data, label_noise, prepared, runs, streams
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import cli, data, train
 from experiments.config import TrainConfig
+from experiments.data import label_noise, records, streams
+from experiments.storage import runs
+from experiments.training import compiled, loop
 from tests import problems
 from tests.test_parallel import run_two
 from tests.test_prepared import encoded, write_prepared
@@ -52,7 +53,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_side(monkeypatch):
-    monkeypatch.setattr(prepared, "STREAM_SIDE", SIDE)
+    monkeypatch.setattr(records, "STREAM_SIDE", SIDE)
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ class TestLabelNoise:
 def test_streamed_steps_equal_those_in_memory(dataset, layout):
     run = config(**LAYOUTS[layout])
     images = dataset._replace(train=dataset.train.first(40))
-    in_memory, streamed = trainers.build(run, images), trainers.build(run, dataset)
+    in_memory, streamed = compiled.build(run, images), compiled.build(run, dataset)
     assert streamed.layout.local_rows(8) == slice(0, 8)
     whole = in_memory.layout.replicate(images.train)
     states = [trainer.init(0) for trainer in (in_memory, streamed)]
@@ -250,15 +251,17 @@ def test_streamed_steps_equal_those_in_memory(dataset, layout):
 PROCESS = """
 import sys
 import jax
-from experiments import parallel
-parallel.join(sys.argv[1], 2, int(sys.argv[2]))
+from experiments.training import layouts
+layouts.join(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from experiments import data, prepared, trainer as trainers
+from experiments import data
+from experiments.data import records
+from experiments.training import compiled
 from tests import test_streams
-prepared.STREAM_SIDE = test_streams.SIDE
+records.STREAM_SIDE = test_streams.SIDE
 dataset = data.load("imagenette", sys.argv[4])
 for name in ("pmap", "sharded"):
-    trainer = trainers.build(test_streams.config(**test_streams.LAYOUTS[name]), dataset)
+    trainer = compiled.build(test_streams.config(**test_streams.LAYOUTS[name]), dataset)
     rows = trainer.layout.local_rows(8)
     assert rows == slice(4 * int(sys.argv[2]), 4 * int(sys.argv[2]) + 4)
     state, losses = trainer.init(0), []
@@ -274,7 +277,7 @@ def test_two_processes_bring_their_own_rows(dataset, root, tmp_path):
     command = [sys.executable, "-c", PROCESS]
     outputs = run_two(command, lambda address, i: [address, str(i), str(tmp_path), str(root)])
     assert [code for code, _ in outputs] == [0, 0], outputs
-    one = trainers.build(config(), dataset)
+    one = compiled.build(config(), dataset)
     state, losses = one.init(0), []
     for indices in data.epoch_order(0, 0, 40, 8)[:3]:
         state, loss = one.step(state, *dataset.train.rows(indices))
@@ -290,21 +293,21 @@ def test_two_processes_bring_their_own_rows(dataset, root, tmp_path):
 class TestTraining:
     def test_the_command(self, root, tmp_path, capsys):
         run = config(epochs=30, eval_every=30)
-        training.main(run, out=tmp_path / "run", data_dir=root)
+        train.main(run, out=tmp_path / "run", data_dir=root)
         assert "(n = 1 run, 21 images)" in capsys.readouterr().out
         last = runs.read_metrics(tmp_path / "run")[-1]
         # Ten classes that brightness tells apart.
         assert last["accuracy"] > 0.5
         assert not threads()
-        read, trainer, variables, images = trainers.load(tmp_path / "run", root, None)
+        read, trainer, variables, images = compiled.load(tmp_path / "run", root, None)
         assert trainer.evaluate(variables, images.test)["accuracy"] == last["accuracy"]
         in_memory = trainer.evaluate(variables, images.test.first(21))
         assert in_memory == pytest.approx({name: last[name] for name in ("accuracy", "loss")}, rel=1e-6)
         assert read.dataset == "imagenette"
 
     def test_evaluation_in_chunks_equals_that_in_memory(self, dataset, monkeypatch):
-        monkeypatch.setattr(trainers, "EVAL_BATCH", 8)
-        trainer = trainers.build(config(), dataset)
+        monkeypatch.setattr(compiled, "EVAL_BATCH", 8)
+        trainer = compiled.build(config(), dataset)
         state = trainer.init(1)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         found, expected = (trainer.evaluate(variables, x) for x in (dataset.test, dataset.test.first(21)))
@@ -314,14 +317,14 @@ class TestTraining:
     def test_the_batches_are_those_of_the_order_with_random_crops(self, augment, dataset, monkeypatch):
         """Of a process whose devices have the last two rows."""
         run, seen = config(seed=4, augment=augment), []
-        trainer = trainers.build(run, dataset)
+        trainer = compiled.build(run, dataset)
         monkeypatch.setattr(trainer.layout, "local_rows", lambda batch_size: slice(batch_size - 2, batch_size))
 
         def step(state, images, labels, **options):
             seen.append((images, labels))
             return state._replace(step=state.step + 1), np.float32(0)
 
-        training.train(run, dataset, trainer=trainer._replace(step=step))
+        loop.train(run, dataset, trainer=trainer._replace(step=step))
         assert len(seen) == 10
         for i, (images, labels) in enumerate(seen):
             indices = data.epoch_order(4, i // 5, 40, 8)[i % 5, 6:]
@@ -331,12 +334,12 @@ class TestTraining:
 
     def test_a_part_for_every_step_is_the_whole_run_bit_for_bit(self, dataset, tmp_path):
         run = config(every=1, curvature_size=16, save_minutes=0.0)
-        trainer = trainers.build(run, dataset)
+        trainer = compiled.build(run, dataset)
 
         def part(out, **options):
             now = dataclasses.replace(run, **options)
             with runs.RunFolder(out, now, now.may_differ()) as folder:
-                return training.train(now, dataset, folder, trainer=trainer)
+                return loop.train(now, dataset, folder, trainer=trainer)
 
         whole = part(tmp_path / "whole")
         for _ in range(10):
@@ -350,16 +353,16 @@ class TestTraining:
         part = data.subset(dataset, 24, 10)
         assert (part.train.size, part.validation.size, part.test.size) == (24, 10, 21)
         assert not set(part.train.indices) & set(part.validation.indices)
-        assert "validation_accuracy" in training.train(config(epochs=1), part).metrics
+        assert "validation_accuracy" in loop.train(config(epochs=1), part).metrics
 
     def test_damaged_image_ends_the_run_and_its_threads(self):
         images = stream([gradient(20, 20)] * 16)
         images.source[11]["image"] = b"nothing"
         broken = data.Dataset(images, images, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=False))
         with pytest.raises(cli.Failed, match="Image 11 of made up cannot be read"):
-            training.train(config(), broken)
+            loop.train(config(), broken)
         assert not threads()
 
     def test_several_steps_a_call_are_refused(self, dataset):
         with pytest.raises(ValueError, match="`steps_per_call` must be 1 for a data set that is streamed; got 4"):
-            trainers.build(config(steps_per_call=4), dataset)
+            compiled.build(config(steps_per_call=4), dataset)

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare, data, methods, presets, progress, reproduce, runs, search, sweep
-from experiments import train as training
-from experiments import trainer as trainers
-from experiments.config import METHODS, TrainConfig
+from experiments import compare, data, progress, reproduce, search
+from experiments.config import METHODS, TrainConfig, presets
+from experiments.measure import sweep
 from experiments.search import SearchConfig
+from experiments.storage import runs
+from experiments.training import compiled, loop, methods
 from tests import problems
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,7 @@ class TestSweep:
         out, _, found = swept
         run = found[3]
         images = data.subset(digits, 128, 0)
-        trainer = trainers.build(run.config, images)
+        trainer = compiled.build(run.config, images)
         variables = runs.load_variables(out / "runs" / "asam-s1")
         again = sweep.measure(MEASURING, "digits", trainer, jax.tree.map(jnp.asarray, variables), images)
         assert {name: run.measured[name] for name in again} == again
@@ -111,8 +112,8 @@ class TestSweep:
             made.append("waited")
             lock.close()
 
-        original = training.train
-        monkeypatch.setattr(sweep.training, "train", train)
+        original = loop.train
+        monkeypatch.setattr(sweep.loop, "train", train)
         monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=sleep))
         again = run_all(configs, range(2), digits, tmp_path)
         assert made == [("sgd", 1), ("asam", 0), ("asam", 1), "waited", ("sgd", 0)]
@@ -154,8 +155,8 @@ class TestSweep:
 
             return original(run, images, folder, report, trainer._replace(step=step))
 
-        original = training.train
-        monkeypatch.setattr(sweep.training, "train", train)
+        original = loop.train
+        monkeypatch.setattr(sweep.loop, "train", train)
         configs = {"sgd": TrainConfig(method="sgd", **SMALL).resolved()}
         found = run_all(configs, range(2), digits, tmp_path)
         assert [run.config.seed for run in found] == [1]
@@ -186,7 +187,7 @@ class TestSweep:
         found = run_all({"sgd": config}, range(2), digits, tmp_path)
         for run in found:
             assert {"memorized", "recovered"} <= set(run.history[-1])
-        alone = training.train(found[1].config, data.subset(digits, 128, 0))
+        alone = loop.train(found[1].config, data.subset(digits, 128, 0))
         assert alone.metrics["recovered"] == found[1].history[-1]["recovered"]
 
     @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ class TestSearch:
 
 
 def take_two_steps(run, images):
-    trainer = trainers.build(run, images)
+    trainer = compiled.build(run, images)
     state = trainer.init(0)
     for indices in np.arange(2 * run.batch_size).reshape(2, -1) % images.train.size:
         state, loss = trainer.step(state, *images.train, indices)

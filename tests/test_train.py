@@ -11,10 +11,11 @@ import optax
 import pytest
 
 import hero_jax
-from experiments import data, label_noise, methods, presets, runs
-from experiments import train as training
-from experiments import trainer as trainers
-from experiments.config import METHODS, TAKES, TrainConfig
+from experiments import data
+from experiments.config import METHODS, TAKES, TrainConfig, presets
+from experiments.data import label_noise
+from experiments.storage import runs
+from experiments.training import compiled, loop, methods
 from hero_jax import curvature, models, quantize
 from hero_jax.models import resnet
 from tests import problems
@@ -33,13 +34,13 @@ def short(**options):
 def sgd(digits):
     """A configuration and its trainer, compiled once."""
     config = short(method="sgd", epochs=4)
-    return config, trainers.build(config, digits)
+    return config, compiled.build(config, digits)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_digits(digits, method):
     rows = []
-    result = training.train(short(method=method, epochs=8), digits, report=rows.append)
+    result = loop.train(short(method=method, epochs=8), digits, report=rows.append)
     assert result.metrics["accuracy"] > 0.7
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
     assert [row["epoch"] for row in rows] == list(range(1, 9))
@@ -105,7 +106,7 @@ def test_bad_settings(options, message):
 def test_settings_of_the_transformation_reach_it(digits, field, values):
     steps = []
     for value in values:
-        trainer = trainers.build(short(gamma_warmup=0, **{field: value}), digits)
+        trainer = compiled.build(short(gamma_warmup=0, **{field: value}), digits)
         steps.append(trainer.step(trainer.init(0), *digits.train, np.arange(64))[0].params)
     assert not np.allclose(steps[0]["dense1"]["kernel"], steps[1]["dense1"]["kernel"], rtol=1e-4, atol=0)
 
@@ -114,7 +115,7 @@ def test_settings_of_the_transformation_reach_it(digits, field, values):
 def test_noise_moves_the_point_of_every_pass_and_not_the_weights(digits, method, around):
     """The step is that of the method on the loss w -> L(w + u), with u drawn anew in every step."""
     config = short(method=method, noise_bits=2)
-    trainer = trainers.build(config, digits)
+    trainer = compiled.build(config, digits)
     apply = models.create("mlp", 10).apply
     tx = methods.optimizer(short(method=around), 4)
     state, key = trainer.init(0), jax.random.split(jax.random.key(0))[1]
@@ -140,7 +141,7 @@ def test_noise_moves_the_point_of_every_pass_and_not_the_weights(digits, method,
 
 def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
     config = short(method="ema", epochs=2, ema_decay=0.6)
-    trainer = trainers.build(config, digits)
+    trainer = compiled.build(config, digits)
     state = trainer.init(0)
     average = runs.snapshot(state.params)
     for step, indices in enumerate(
@@ -150,7 +151,7 @@ def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
         beta = min(0.6, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, x, beta=beta: beta * a + (1 - beta) * x, average, runs.snapshot(state.params))
     with runs.RunFolder(tmp_path / "run", config) as folder:
-        result = training.train(config, digits, folder, trainer=trainer)
+        result = loop.train(config, digits, folder, trainer=trainer)
     problems.assert_close(result.variables["params"], average, rtol=1e-5)
     saved = runs.load_variables(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, saved["params"], result.variables["params"])
@@ -160,10 +161,10 @@ def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
 
 
 def test_ema_averages_the_statistics_of_batch_norm(monkeypatch):
-    monkeypatch.setattr(trainers.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
+    monkeypatch.setattr(compiled.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     images = problems.random_images(16)
     config = TrainConfig(method="ema", dataset="cifar10", batch_size=8, epochs=1).resolved()
-    trainer = trainers.build(config, images)
+    trainer = compiled.build(config, images)
     first = trainer.init(0)
     before = runs.snapshot(first.batch_stats)
     state = trainer.step(first, *images.train, np.arange(8))[0]
@@ -175,11 +176,11 @@ class TestLabelNoise:
     def test_trains_on_altered_labels_and_tells_what_was_learnt(self, digits):
         config = short(method="sgd", epochs=30, label_noise=0.5, validation_size=0)
         rows = []
-        result = training.train(config, digits, report=rows.append)
+        result = loop.train(config, digits, report=rows.append)
         noisy = label_noise.alter(digits, 0.5, "symmetric", 0)
         is_altered = noisy.train.labels != noisy.true_labels
         assert is_altered.sum() == 128
-        trainer = trainers.build(config, digits)
+        trainer = compiled.build(config, digits)
         variables = jax.tree.map(jnp.asarray, result.variables)
         predicted = np.argmax(trainer.forward(variables, jnp.asarray(noisy.train.images)), -1)
         np.testing.assert_allclose(rows[-1]["memorized"], (predicted == noisy.train.labels)[is_altered].mean())
@@ -192,17 +193,17 @@ class TestLabelNoise:
     def test_kind_and_seed_reach_the_labels_and_none_alters_nothing(self, digits):
         kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in label_noise.KINDS]
         others = [dataclasses.replace(kinds[0], seed=1), dataclasses.replace(kinds[0], label_noise=0.4)]
-        labels = [trainers.with_label_noise(config, digits).train.labels for config in kinds + others]
+        labels = [compiled.with_label_noise(config, digits).train.labels for config in kinds + others]
         assert all((a != b).any() for i, a in enumerate(labels) for b in labels[:i])
-        assert trainers.with_label_noise(short(), digits) is digits
+        assert compiled.with_label_noise(short(), digits) is digits
 
 
 def test_held_out_images_are_evaluated_beside_the_test_images(digits):
     images = data.subset(data.load("digits"), 128, 100)
     rows = []
     config = short(method="sgd", train_size=128, validation_size=100)
-    result = training.train(config, images, report=rows.append)
-    trainer = trainers.build(config, images)
+    result = loop.train(config, images, report=rows.append)
+    trainer = compiled.build(config, images)
     variables = jax.tree.map(jnp.asarray, result.variables)
     for prefix, split in (("", images.test), ("validation_", images.validation)):
         for name, value in trainer.evaluate(variables, split).items():
@@ -212,7 +213,7 @@ def test_held_out_images_are_evaluated_beside_the_test_images(digits):
 
 def test_gamma_is_off_for_the_warmup_epochs_and_the_perturbation_is_not(digits):
     rows = []
-    training.train(short(epochs=3, gamma_warmup=2), digits, report=rows.append)
+    loop.train(short(epochs=3, gamma_warmup=2), digits, report=rows.append)
     assert [row["penalty_grad_norm"] > 0 for row in rows] == [False, False, True]
     assert all(row["perturbation_norm"] > 0 for row in rows)
 
@@ -246,7 +247,7 @@ def run(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = short(epochs=3, eval_every=2)
     with runs.RunFolder(folder, config) as out:
-        result = training.train(config, digits, out)
+        result = loop.train(config, digits, out)
     return folder, config, result
 
 
@@ -277,7 +278,7 @@ class TestRunFolder:
         folder, config, result = run
         variables = runs.load_variables(folder)
         jax.tree.map(np.testing.assert_array_equal, variables["params"], result.variables["params"])
-        trainer = trainers.build(config, digits)
+        trainer = compiled.build(config, digits)
         assert trainer.evaluate(variables, digits.test) == result.metrics
 
     def test_without_a_checkpoint(self, tmp_path):
@@ -294,8 +295,8 @@ def test_divergence_ends_with_a_message_and_keeps_the_last_good_checkpoint(digit
         return state, loss * jnp.nan if step == 6 else loss
 
     message = r"The loss of sgd stopped being finite at step 7 \(epoch 2\); the one before was \d"
-    with pytest.raises(training.Diverged, match=message), runs.RunFolder(tmp_path / "run", config) as folder:
-        training.train(config, digits, folder, trainer=trainer._replace(step=failing_step))
+    with pytest.raises(loop.Diverged, match=message), runs.RunFolder(tmp_path / "run", config) as folder:
+        loop.train(config, digits, folder, trainer=trainer._replace(step=failing_step))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "diverged"
     assert "step 7" in status["message"]
@@ -314,8 +315,8 @@ def test_weights_that_are_not_finite_are_not_saved(digits, sgd, tmp_path):
         return state._replace(params=params), loss
 
     message = r"The weights of sgd stopped being finite by step 8\. The last good state is that of step 4"
-    with pytest.raises(training.Diverged, match=message), runs.RunFolder(tmp_path / "run", config) as folder:
-        training.train(config, digits, folder, trainer=trainer._replace(step=failing_step))
+    with pytest.raises(loop.Diverged, match=message), runs.RunFolder(tmp_path / "run", config) as folder:
+        loop.train(config, digits, folder, trainer=trainer._replace(step=failing_step))
     assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
 
 
@@ -328,7 +329,7 @@ def test_interruption_at_once_saves_the_last_evaluated_state(digits, sgd, tmp_pa
         return trainer.step(state, *rest, **options)
 
     with pytest.raises(KeyboardInterrupt), runs.RunFolder(tmp_path / "run", config) as folder:
-        training.train(config, digits, folder, trainer=trainer._replace(step=interrupted_step))
+        loop.train(config, digits, folder, trainer=trainer._replace(step=interrupted_step))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
     assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["4"]
 
@@ -339,23 +340,23 @@ def test_without_augmentation_images_are_as_they_are():
     off = dataclasses.replace(run, augment=False)
     plain = images._replace(pixels=images.pixels._replace(augment=False))
     cases = [(off, images), (run, plain), (run, images)]
-    found, expected, cropped = (training.train(r, trainers.subset(r, x)).metrics["loss"] for r, x in cases)
+    found, expected, cropped = (loop.train(r, compiled.subset(r, x)).metrics["loss"] for r, x in cases)
     assert found == expected != cropped
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(digits):
-    trainer = trainers.build(short(), digits)
-    first, again, other = (training.train(short(seed=seed), digits, trainer=trainer) for seed in (3, 3, 4))
+    trainer = compiled.build(short(), digits)
+    first, again, other = (loop.train(short(seed=seed), digits, trainer=trainer) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first.variables, again.variables)
     assert not np.allclose(first.variables["params"]["head"]["kernel"], other.variables["params"]["head"]["kernel"])
 
 
 def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     """After one step from the same weights, HERO and SGD have the same running statistics and other weights."""
-    monkeypatch.setattr(trainers.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
+    monkeypatch.setattr(compiled.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     images = problems.random_images(16)
     sgd, hero = (
-        trainers.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
+        compiled.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
         for method in ("sgd", "hero")
     )
     after = [trainer.step(trainer.init(0), *images.train, np.arange(8))[0] for trainer in (sgd, hero)]
@@ -368,7 +369,7 @@ def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
 
 def test_bfloat16_is_for_the_step_alone(digits):
     """Weights differ by its rounding and stay float32; what is measured of the same weights does not differ."""
-    built = [trainers.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
+    built = [compiled.build(short(dtype=dtype), digits) for dtype in ("float32", "bfloat16")]
     images, labels = built[0].layout.replicate(digits.train)
     states = [trainer.step(trainer.init(0), images, labels, np.arange(64))[0] for trainer in built]
     before = built[0].init(0).params["dense1"]["kernel"]
@@ -389,8 +390,8 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
     state = trainer.init(0)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     whole = trainer.evaluate(variables, digits.test)
-    monkeypatch.setattr(trainers, "EVAL_BATCH", 50)  # 364 = 7 * 50 + 14
-    parts = trainers.build(config, digits).evaluate(variables, digits.test)
+    monkeypatch.setattr(compiled, "EVAL_BATCH", 50)  # 364 = 7 * 50 + 14
+    parts = compiled.build(config, digits).evaluate(variables, digits.test)
     assert whole["accuracy"] == parts["accuracy"]
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-5)
 
@@ -419,4 +420,4 @@ def test_bad_configurations(options, message):
 
 def test_batch_larger_than_the_data(digits):
     with pytest.raises(ValueError, match=r"`batch_size` must be at most the 256 training images; got 300"):
-        trainers.build(short(batch_size=300), digits)
+        compiled.build(short(batch_size=300), digits)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import groups, runs
+from experiments.analysis import networks
 from experiments.config import LABELS, METHODS, TrainConfig
+from experiments.storage import runs
 
 # Relative residual to which training looks for the eigenvalue (the default of `spectrum.top_eigenpairs`).
 RTOL = 1e-3
@@ -208,8 +209,8 @@ def cells(runs_of: Sequence[Run], names: Mapping[TrainConfig, str] | None = None
       ValueError: a network has a seed twice, or its runs were measured differently.
     """
     by_path = {run.path: run for run in runs_of}
-    grouped = groups.by_network((run.path, run.config) for run in runs_of)
-    named = groups.names(grouped) if names is None else {key: names[without_noise(key)] for key in grouped}
+    grouped = networks.by_network((run.path, run.config) for run in runs_of)
+    named = networks.names(grouped) if names is None else {key: names[without_noise(key)] for key in grouped}
     made = [Cell(named[network], network, [by_path[path] for path in paths]) for network, paths in grouped.items()]
     for cell in made:
         _check_measured_alike(cell)

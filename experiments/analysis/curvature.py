@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, tables
-from experiments.report import page, saved, sections
+from experiments.analysis import page, plots, saved, sections, tables
 
 
 def hessian(made: Sequence[sections.Part], draw: sections.Plotter) -> list[Any]:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from experiments import runs
 from experiments.config import LABELS, METHODS
+from experiments.storage import runs
 
 if TYPE_CHECKING:
     from experiments.compare import Measured, Row

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import tables
-from experiments.report import page, sections
-from experiments.report.saved import Run
+from experiments.analysis import page, sections, tables
+from experiments.analysis.saved import Run
 
 # Rounding to more bits than this costs next to nothing, and has its place in the section on quantization.
 MOST_BITS = 3

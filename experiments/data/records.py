@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments import cli, runs
-from experiments.streams import Pixels, Split, Stream
+from experiments import cli
+from experiments.data.streams import Pixels, Split, Stream
+from experiments.storage import runs
 from hero_jax import _check
 
 # Height and width of the images of a stream.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import tables
-from experiments.report import page, sections, summary
-from experiments.report.saved import Cell, Run
+from experiments.analysis import page, sections, summary, tables
+from experiments.analysis.saved import Cell, Run
 
 
 def differences(made: Sequence[sections.Part], against: Sequence[str]) -> list[Any]:

@@ -28,8 +28,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import cli, runs
+from experiments import cli
 from experiments.config import TrainConfig
+from experiments.storage import runs
 from hero_jax import _check, parallel
 
 PyTree = Any

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import presets
-from experiments.config import LABELS, TAKES, TrainConfig
+from experiments.config import LABELS, TAKES, TrainConfig, presets
 
 # Fields that say what is measured along a run, and nothing about what it computes.
 WATCHED = ("every", "curvature_size")

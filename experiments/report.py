@@ -23,11 +23,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import cli, groups, tables
+from experiments import cli
+from experiments.analysis import cost, curvature, differences, networks, page, saved, sections, summary, tables
+from experiments.analysis.saved import Run
+from experiments.analysis.sections import Part, Setup
 from experiments.config import LABELS
-from experiments.report import cost, curvature, differences, page, saved, sections, summary
-from experiments.report.saved import Run
-from experiments.report.sections import Part, Setup
 
 OURS = re.compile(r"report\.(html|md)|plot-[\w.-]+\.(png|svg)")
 
@@ -50,9 +50,9 @@ def ablations(runs: Sequence[Run], others: Sequence[Part]) -> list[Part]:
     made = []
     for setup, method in dict.fromkeys((Setup.of(run), run.config.method) for run in runs):
         chosen = [run for run in runs if (Setup.of(run), run.config.method) == (setup, method)]
-        networks = {groups.network(run.config) for run in chosen}
+        taken = {networks.network(run.config) for run in chosen}
         for other, cell in elsewhere:
-            if (other, cell.network.method) == (setup, method) and cell.network not in networks:
+            if (other, cell.network.method) == (setup, method) and cell.network not in taken:
                 chosen += cell.runs
         cells = saved.cells(chosen)
         base = next((cell for cell in cells if cell.name == LABELS[method]), None)
@@ -167,3 +167,7 @@ def main(
     (out / "report.md").write_text(page.to_markdown(title, introduction, content))
     (out / "report.html").write_text(page.to_html(title, introduction, content, out))
     cli.console.print(f"{introduction} The report is {out / 'report.html'}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

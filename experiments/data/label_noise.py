@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments import data
-from experiments.streams import Stream
+from experiments.data.streams import Stream
 from hero_jax import _check
 
 KINDS = ("symmetric", "uniform", "asymmetric")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import methods, tables
-from experiments.report import page, sections
-from experiments.report.saved import Run
+from experiments.analysis import page, sections, tables
+from experiments.analysis.saved import Run
+from experiments.training import methods
 
 HEADER = ("gradients per step", "ms per step", "epochs", "gradients in all")
 COUNTED = (

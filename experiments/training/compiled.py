@@ -14,9 +14,12 @@ import numpy as np
 import optax
 from optax import microbatching
 
-from experiments import data, label_noise, methods, parallel, progress, runs
+from experiments import data, progress
 from experiments.config import TrainConfig
-from experiments.parallel import TrainState
+from experiments.data import label_noise
+from experiments.storage import runs
+from experiments.training import layouts, methods
+from experiments.training.layouts import TrainState
 from hero_jax import curvature, models
 from hero_jax.evaluate import classifier
 
@@ -44,7 +47,7 @@ class Trainer(NamedTuple):
       running BatchNorm statistics, without augmentation or weight decay; on trees without these statistics.
     """
 
-    layout: parallel.One
+    layout: layouts.One
     init: Callable[[int], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
     kind: Callable[[int], int]
@@ -67,7 +70,7 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {config.steps_per_call}.")
     check_batch_size(config.batch_size, size)
     batch_size, steps_per_epoch = config.batch_size, size // config.batch_size
-    layout = parallel.layout(config)
+    layout = layouts.layout(config)
     rows = batch_size // layout.num_parts
     if config.microbatch_size is not None and rows % config.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")

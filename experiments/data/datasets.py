@@ -1,7 +1,7 @@
 """Data sets by name, parts of them, augmentation inside the step, and the order of an epoch.
 
 `digits` ships with scikit-learn (1,797 images of 8x8, Alpaydin and Kaynak 1998). The others are those of
-`experiments/prepared.py`.
+`experiments/data/records.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import prepared
-from experiments.streams import Pixels, Split, Stream
+from experiments.data import records
+from experiments.data.streams import Pixels, Split, Stream
 from hero_jax import _check
 
-DATASETS = ("digits", *prepared.DATASETS)
+DATASETS = ("digits", *records.DATASETS)
 
 
 class Dataset(NamedTuple):
@@ -37,7 +37,7 @@ class Dataset(NamedTuple):
     true_labels: np.ndarray | None = None
 
 
-def load(name: str, data_dir: Path | None = None, report: prepared.Report | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None, report: records.Report | None = None) -> Dataset:
     """Loads a data set by name.
 
     Args:
@@ -54,9 +54,9 @@ def load(name: str, data_dir: Path | None = None, report: prepared.Report | None
     _check.one_of("dataset", name, DATASETS)
     if name == "digits":
         return _digits()
-    about = prepared.DATASETS[name]
-    train, test = prepared.load(name, data_dir, report)
-    return Dataset(train, test, about.num_classes, about.pixels, prepared.similar(name))
+    about = records.DATASETS[name]
+    train, test = records.load(name, data_dir, report)
+    return Dataset(train, test, about.num_classes, about.pixels, records.similar(name))
 
 
 def subset(dataset: Dataset, train_size: int | None, validation_size: int, test_size: int | None = None) -> Dataset:

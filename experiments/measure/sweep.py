@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, data, progress, runs
-from experiments import train as training
-from experiments import trainer as trainers
+from experiments import cli, data, progress
 from experiments.config import TrainConfig
+from experiments.storage import runs
+from experiments.training import compiled, loop
 from hero_jax import _check, quantize, spectrum
 
 PyTree = Any
@@ -104,16 +104,16 @@ def run_all(
       FileExistsError: a folder holds a run of another configuration.
     """
     total = display.add_task("all runs", total=len(configs) * len(seeds), figures="")
-    compiled: dict[TrainConfig, tuple[trainers.Trainer, data.Dataset]] = {}
+    programs: dict[TrainConfig, tuple[compiled.Trainer, data.Dataset]] = {}
 
-    def trainer_of(run: TrainConfig) -> tuple[trainers.Trainer, data.Dataset]:
+    def trainer_of(run: TrainConfig) -> tuple[compiled.Trainer, data.Dataset]:
         """The trainer and the images of a run, with the programs of one configuration at a time."""
-        nonlocal compiled
+        nonlocal programs
         key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
-        if key not in compiled:
-            images = trainers.subset(run, dataset)
-            compiled = {key: (trainers.build(key, images), images)}
-        return compiled[key]
+        if key not in programs:
+            images = compiled.subset(run, dataset)
+            programs = {key: (compiled.build(key, images), images)}
+        return programs[key]
 
     made = [(name, dataclasses.replace(config, seed=seed)) for name, config in configs.items() for seed in seeds]
     folders = {(name, run): out / "runs" / f"{name}-s{run.seed}" for name, run in made}
@@ -148,14 +148,14 @@ def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
     """Raises ValueError where a configuration asks for more images than the data set has."""
     for run in {dataclasses.replace(run, seed=0) for run in configs.values()}:
         assert run.batch_size is not None
-        trainers.check_batch_size(run.batch_size, trainers.subset(run, dataset).train.size)
+        compiled.check_batch_size(run.batch_size, compiled.subset(run, dataset).train.size)
 
 
 def _train(
     name: str,
     run: TrainConfig,
     path: Path,
-    trainer_of: Callable[[TrainConfig], tuple[trainers.Trainer, data.Dataset]],
+    trainer_of: Callable[[TrainConfig], tuple[compiled.Trainer, data.Dataset]],
     display: Any,
     measuring: Measuring | None,
 ) -> None:
@@ -165,17 +165,17 @@ def _train(
         with runs.RunFolder(path, run, run.may_differ()) as folder:
             trainer, images = trainer_of(run)
             report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
-            variables = training.train(run, images, folder, report, trainer).variables
+            variables = loop.train(run, images, folder, report, trainer).variables
             if measuring is not None and not _is_measured(path, measuring):
                 variables = jax.tree.map(jnp.asarray, variables)
-                found = measure(measuring, run.dataset, trainer, variables, trainers.with_label_noise(run, images))
+                found = measure(measuring, run.dataset, trainer, variables, compiled.with_label_noise(run, images))
                 runs.write_json(path / "measured.json", {"config": runs.to_json(measuring), **found})
-    except training.Diverged:
+    except loop.Diverged:
         return
 
 
 def measure(
-    measuring: Measuring, name: str, trainer: trainers.Trainer, variables: PyTree, dataset: data.Dataset
+    measuring: Measuring, name: str, trainer: compiled.Trainer, variables: PyTree, dataset: data.Dataset
 ) -> dict[str, Any]:
     """Accuracy at every bit width, the eigenvalue of largest magnitude, and the norm of the Hessian, as JSON values.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import tables
+from experiments.analysis import tables
 
 STYLE = """
 :root { color-scheme: light; }

@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import data, label_noise, presets
+from experiments import data
+from experiments.config import presets
+from experiments.data import label_noise
 from hero_jax import _check, models, penalties, perturbations, quantize
 
 LABELS = {
@@ -56,7 +58,7 @@ BEFORE = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. What is left out takes the preset of data set, model and method (`experiments/presets.py`)."""
+    """One training run. What is left out takes the preset of data set, model and method (`presets`)."""
 
     method: str = "hero"
     """sgd, noise (SGD around weights with noise), ema (SGD, averaged weights), nso (noise of both signs), msam

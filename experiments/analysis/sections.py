@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from experiments import groups, plots, tables
+from experiments.analysis import networks, page, plots, saved, tables
+from experiments.analysis.saved import Cell, Run
 from experiments.config import LABELS, TrainConfig
-from experiments.report import page, saved
-from experiments.report.saved import Cell, Run
 from hero_jax.evaluate import Spread
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
@@ -203,7 +202,7 @@ def names(runs: Sequence[Run]) -> dict[TrainConfig, str]:
     """A name for each network without its noise, by what those of its task differ in: one in all sections."""
     made: dict[TrainConfig, str] = {}
     for of_setup in by_clean_setup(runs).values():
-        made |= groups.names(dict.fromkeys(saved.without_noise(groups.network(run.config)) for run in of_setup))
+        made |= networks.names(dict.fromkeys(saved.without_noise(networks.network(run.config)) for run in of_setup))
     return made
 
 

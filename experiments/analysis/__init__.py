@@ -1,0 +1,1 @@
+"""What is made of saved runs: tables, plots, pages."""

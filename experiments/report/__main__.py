@@ -1,3 +1,0 @@
-from experiments import cli, report
-
-cli.run(report.main)

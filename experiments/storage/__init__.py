@@ -1,0 +1,1 @@
+"""What stays on disk: run folders, and files that are whole or not there."""
