@@ -20,7 +20,7 @@ Deploying
   hero_jax.quantize       post-training weight quantization: grids, evaluation, rounding, sensitivity, files
 
   hero_jax.models         Flax Linen networks (needs flax; imported on first use)
-  hero_jax.errors         ArgumentError, which every refused argument raises
+  hero_jax.errors         ArgumentError, which every refused argument raises; the rules of single arguments
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Argument errors: one line each, naming the argument, the rule and the value.
+"""Rules of arguments: those of `hero_jax.errors`, and those of trees, masks, axes and states.
 
 Python and NumPy values (and concrete JAX scalars) are checked when a function is called; of traced ones, the shape and
 type.
@@ -6,19 +6,16 @@ type.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from hero_jax.errors import ArgumentError
+from hero_jax.errors import ArgumentError, boolean, brief, non_negative
 
 PyTree = Any
 
@@ -27,51 +24,6 @@ def schedule(argument: str, value: Any, rule: Callable[[str, Any], None] | None 
     """Raises unless `value` is a function of a step count, or else what `rule` asks for; default `non_negative`."""
     if not callable(value):
         (rule or non_negative)(argument, value)
-
-
-def non_negative(argument: str, value: Any) -> None:
-    """Raises unless `value` is a finite scalar >= 0 (a traced scalar may have any value)."""
-    scalar(argument, value)
-    if not isinstance(value, Tracer) and not (math.isfinite(value) and value >= 0):
-        raise ArgumentError(f"`{argument}` must be non-negative and finite; got {float(value)!r}.")
-
-
-def scalar(argument: str, value: Any) -> None:
-    """Raises unless `value` is one real number, traced or not."""
-    if not (_is_scalar(value, jnp.floating) or _is_scalar(value, jnp.integer)):
-        raise TypeError(f"`{argument}` must be a real scalar; got {brief(value)}.")
-
-
-def boolean(argument: str, value: Any) -> None:
-    """Raises unless `value` is a Python bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be True or False; got {brief(value)}.")
-
-
-def positive(argument: str, value: Any) -> None:
-    """Raises unless `value` is a finite scalar > 0 (a traced scalar may have any value)."""
-    scalar(argument, value)
-    if not isinstance(value, Tracer) and not (math.isfinite(value) and value > 0):
-        raise ArgumentError(f"`{argument}` must be positive and finite; got {float(value)!r}.")
-
-
-def fraction(argument: str, value: Any) -> None:
-    """Raises unless `value` is a scalar in [0, 1] (a traced scalar may have any value)."""
-    scalar(argument, value)
-    if not isinstance(value, Tracer) and not 0 <= value <= 1:
-        raise ArgumentError(f"`{argument}` must be between 0 and 1; got {float(value)!r}.")
-
-
-def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is an integer in [low, high] (a traced integer may have any value)."""
-    rule = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
-    if not _is_scalar(value, jnp.integer):
-        raise TypeError(f"`{argument}` must be {rule}; got {brief(value)}.")
-    if isinstance(value, Tracer):
-        return
-    value = int(value)
-    if value < low or (high is not None and value > high):
-        raise ArgumentError(f"`{argument}` must be {rule}; got {value}.")
 
 
 def bools(argument: str, value: Any) -> None:
@@ -90,16 +42,6 @@ def optional_function(argument: str, value: Any) -> None:
     """Raises unless `value` is None or can be called."""
     if value is not None:
         function(argument, value)
-
-
-def one_of(argument: str, value: Any, known: Iterable[str]) -> None:
-    """Raises unless `value` is one of the `known` names; suggests the nearest."""
-    known = list(known)
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ArgumentError(f"`{argument}` must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
 def local(name: str, sync: Any, axis: Any) -> None:
@@ -233,16 +175,6 @@ def bool_tree(argument: str, mask: PyTree | Callable[[PyTree], PyTree], params: 
     return jax.tree.map(bool, full)
 
 
-def brief(value: Any) -> str:
-    """`value` for an error message: itself where that is short and one line, its type or shape otherwise."""
-    if isinstance(value, Tracer | jax.Array | np.ndarray) and value.ndim:
-        return f"an array of shape {value.shape}"
-    if inspect.isroutine(value):
-        return f"a function ({value.__name__})"
-    text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
-
-
 def _hold_bools(argument: str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         if not isinstance(leaf, bool | np.bool_):
@@ -253,14 +185,6 @@ def _is_function(value: Any) -> bool:
     """Whether a mask is a function. A module that is a pytree of bools may be callable too (Equinox)."""
     leaves = jax.tree.leaves(value)
     return callable(value) and len(leaves) == 1 and leaves[0] is value
-
-
-def _is_scalar(value: Any, kind: Any) -> bool:
-    if isinstance(value, Tracer):
-        return value.ndim == 0 and bool(jnp.issubdtype(value.dtype, kind))
-    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
-        return False
-    return np.ndim(value) == 0 and bool(jnp.issubdtype(np.asarray(value).dtype, kind))
 
 
 def _path(root: str, path: tuple[Any, ...]) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hero_jax import _check, _tree, parallel
+from hero_jax import _check, _tree, errors, parallel
 from hero_jax.errors import ArgumentError
 from hero_jax.penalties import UNPERTURBED, Penalized, Penalty, Point
 from hero_jax.perturbations import Mask, ascent_on, moved_leaves, scaled_leaves, suppressed
@@ -133,8 +133,8 @@ class Transformation:
     ) -> tuple[PyTree, OptState]:
         """One step, in five: gradient, perturbation, penalty, direction, state."""
         del extra_args
-        _check.boolean(f"{self.name} update(penalize=...)", penalize)
-        _check.boolean(f"{self.name} update(perturb=...)", perturb)
+        errors.boolean(f"{self.name} update(penalize=...)", penalize)
+        errors.boolean(f"{self.name} update(perturb=...)", perturb)
         penalty = (self.penalty if penalize else self.penalty.without) if perturb else UNPERTURBED
         grad_fn = required_grad_fn(self.name, updates, params, grad_fn, value_fn)
         compared_fn = grad_fn if part_grad_fn is None else _checked_grad_fn(self.name, "part_grad_fn", part_grad_fn)
@@ -322,14 +322,14 @@ def required_grad_fn(
     if grad_fn is not None:
         return _checked_grad_fn(name, "grad_fn", grad_fn)
     if not callable(value_fn):
-        raise TypeError(f"`{name}` needs a callable `value_fn`; got {_check.brief(value_fn)}.")
+        raise TypeError(f"`{name}` needs a callable `value_fn`; got {errors.brief(value_fn)}.")
     return _checked_grad_fn(name, "value_fn", jax.grad(value_fn))
 
 
 def _checked_grad_fn(name: str, argument: str, grad_fn: Any) -> Callable[[PyTree], PyTree]:
     """`grad_fn`, which checks what it returns."""
     if not callable(grad_fn):
-        raise TypeError(f"`{name}` needs a callable `{argument}`; got {_check.brief(grad_fn)}.")
+        raise TypeError(f"`{name}` needs a callable `{argument}`; got {errors.brief(grad_fn)}.")
 
     def checked_grad_fn(params: PyTree) -> PyTree:
         grads = grad_fn(params)
@@ -349,7 +349,7 @@ def at(argument: str, value: Scalar, count: jax.Array) -> jax.typing.ArrayLike:
     if not callable(value):
         return value
     scheduled = value(count)
-    _check.scalar(argument, scheduled)
+    errors.scalar(argument, scheduled)
     return scheduled
 
 

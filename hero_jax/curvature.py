@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _autodiff, _check, _mean, _tree
+from hero_jax import _autodiff, _check, _mean, _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.examples import Examples, Stream
 from hero_jax.operators import HostOperator, Operator
@@ -409,7 +409,7 @@ def _operator(
     coupled: bool,
 ) -> Operator:
     """The mean over the data of `product(selected params, other params, vector, batch)`, a function of the vector."""
-    _check.boolean(f"{name}(coupled=...)", coupled)
+    errors.boolean(f"{name}(coupled=...)", coupled)
     selected, others = params, None
     if mask is not None:
         keep = _check.bool_tree(f"{name}(mask=...)", mask, params)

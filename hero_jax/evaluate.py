@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hero_jax import _check, _tree
+from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
 
 __all__ = ["Spread", "aggregate", "classifier"]
@@ -100,7 +100,7 @@ def classifier(
     >>> print(round(found["accuracy"], 3), round(found["loss"], 3), found["predictions"])
     0.667 3.0 [0 1 0]
     """
-    _check.integer("classifier(batch_size=...)", batch_size, low=1)
+    errors.integer("classifier(batch_size=...)", batch_size, low=1)
 
     @jax.jit
     def score(params: PyTree, inputs: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, parallel
+from hero_jax import _check, errors, parallel
 from hero_jax.errors import ArgumentError
 
 __all__ = ["Examples", "Stream"]
@@ -73,7 +73,7 @@ class Examples:
     def __post_init__(self) -> None:
         check_batch("Examples(batch=...)", self.batch)
         if self.microbatch_size is not None:
-            _check.integer("Examples(microbatch_size=...)", self.microbatch_size, low=1)
+            errors.integer("Examples(microbatch_size=...)", self.microbatch_size, low=1)
             if isinstance(self.microbatch_size, jax.Array):
                 raise TypeError("`Examples(microbatch_size=...)` must be a Python integer; got an array.")
         _check.optional_function("Examples(weight_fn=...)", self.weight_fn)
@@ -133,14 +133,14 @@ class Stream:
         """A new pass over the batches."""
         made = self.batches() if callable(self.batches) else self.batches
         if callable(self.batches) and not isinstance(made, Iterable):
-            raise TypeError(f"`Stream(batches=...)` must return an iterable; it returned {_check.brief(made)}.")
+            raise TypeError(f"`Stream(batches=...)` must return an iterable; it returned {errors.brief(made)}.")
         return iter(made)
 
     def _check_iterable(self, batches: Any) -> None:
         if not isinstance(batches, Iterable):
             raise TypeError(
                 "`Stream(batches=...)` must be an iterable, or a function that returns one; got"
-                f" {_check.brief(batches)}."
+                f" {errors.brief(batches)}."
             )
         if isinstance(batches, Iterator):
             raise TypeError(
@@ -154,7 +154,7 @@ def check_batch(argument: str, batch: PyTree) -> None:
     """Raises unless all leaves of `batch` are arrays with the same, positive length."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
-        raise ArgumentError(f"`{argument}` must have at least one array; got {_check.brief(batch)}.")
+        raise ArgumentError(f"`{argument}` must have at least one array; got {errors.brief(batch)}.")
     lengths = {jax.tree_util.keystr(path): jnp.shape(x)[0] if jnp.ndim(x) else None for path, x in leaves}
     if None in lengths.values() or len(set(lengths.values())) > 1:
         found = ", ".join(f"batch{path}: {n if n is not None else 'a scalar'}" for path, n in list(lengths.items())[:4])

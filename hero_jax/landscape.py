@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 from hero_jax.errors import ArgumentError
 
 __all__ = ["Line", "Plane", "barrier", "filter_normalized", "interpolate", "line", "plane"]
@@ -101,7 +101,7 @@ def filter_normalized(params: PyTree, key: jax.Array, *, channel_axis: int = -1)
     axes = [jnp.ndim(x) for x in jax.tree.leaves(params) if jnp.ndim(x) >= 2]
     if not axes:
         raise ArgumentError("`params` must have a leaf with two axes or more, which has filters; got none.")
-    _check.integer("filter_normalized(channel_axis=...)", channel_axis, low=-min(axes), high=min(axes) - 1)
+    errors.integer("filter_normalized(channel_axis=...)", channel_axis, low=-min(axes), high=min(axes) - 1)
     return _filter_normalized(params, key, channel_axis)
 
 
@@ -181,7 +181,7 @@ def plane(
     """
     _check.floating_tree("params", params)
     if not isinstance(directions, tuple | list) or len(directions) != 2:
-        raise ArgumentError(f"`plane(directions=...)` must be two trees like `params`; got {_check.brief(directions)}.")
+        raise ArgumentError(f"`plane(directions=...)` must be two trees like `params`; got {errors.brief(directions)}.")
     for i, direction in enumerate(directions):
         _check_direction(f"plane(directions=...)[{i}]", direction, params)
     first, second = _axis("plane(a=...)", a), _axis("plane(b=...)", b)
@@ -282,9 +282,9 @@ def _evaluate(
         found = eval_fn(point(np.array(steps)))
         leaves = jax.tree_util.tree_leaves_with_path(found)
         for path, leaf in leaves:
-            _check.scalar(f"eval_fn(...){jax.tree_util.keystr(path)}", leaf)
+            errors.scalar(f"eval_fn(...){jax.tree_util.keystr(path)}", leaf)
         if not leaves:
-            raise ArgumentError(f"`{name}(eval_fn=...)` must return at least one scalar; got {_check.brief(found)}.")
+            raise ArgumentError(f"`{name}(eval_fn=...)` must return at least one scalar; got {errors.brief(found)}.")
         first = found if first is None else first
         _check.matching_tree("eval_fn(...)", found, first, than="its first value")
         # To the host: waits for this point before the weights of the next one are made.
@@ -338,7 +338,7 @@ def _axis(argument: str, steps: Steps) -> np.ndarray:
     """`steps` as an array; raises unless they are finite numbers along one axis."""
     values = np.asarray(steps)
     if values.dtype.kind not in "iuf":
-        raise TypeError(f"`{argument}` must be real numbers; got {_check.brief(steps)}.")
+        raise TypeError(f"`{argument}` must be real numbers; got {errors.brief(steps)}.")
     if values.ndim != 1 or not values.size:
         raise ArgumentError(f"`{argument}` must have one axis and at least one step; got shape {values.shape}.")
     values = values.astype(np.float64)

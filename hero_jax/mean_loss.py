@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hero_jax import _check, _mean, _tree
+from hero_jax import _check, _mean, _tree, errors
 
 __all__ = ["MeanLoss"]
 
@@ -44,7 +44,7 @@ class MeanLoss:
 
     def __init__(self, loss_fn: LossFn, data: PyTree, *, coupled: bool = False) -> None:
         _check.function("MeanLoss(loss_fn=...)", loss_fn)
-        _check.boolean("MeanLoss(coupled=...)", coupled)
+        errors.boolean("MeanLoss(coupled=...)", coupled)
         self.loss_fn, self.data, self.coupled = loss_fn, data, coupled
         self._value: Callable[[PyTree], jax.Array] | None = None
 

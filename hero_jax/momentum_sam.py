@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 from hero_jax._update import Scalar, at
 from hero_jax.errors import ArgumentError
 from hero_jax.perturbations import SCOPES, Mask, ascent_on, moved_leaves, scaled_leaves
@@ -106,12 +106,12 @@ def msam(
     gradients alone, so that any optimizer can be wrapped.
     """
     _check.schedule("msam(rho=...)", rho)
-    _check.fraction("msam(decay=...)", decay)
-    _check.one_of("msam(scope=...)", scope, SCOPES)
-    _check.non_negative("msam(eps=...)", eps)
+    errors.fraction("msam(decay=...)", decay)
+    errors.one_of("msam(scope=...)", scope, SCOPES)
+    errors.non_negative("msam(eps=...)", eps)
     _check.bools("msam(adaptive=...)", adaptive)
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"`msam(optimizer=...)` must be an Optax optimizer; got {_check.brief(optimizer)}.")
+        raise TypeError(f"`msam(optimizer=...)` must be an Optax optimizer; got {errors.brief(optimizer)}.")
     base = optax.with_extra_args_support(optimizer)
 
     def leaves(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -180,7 +180,7 @@ def msam_eval_params(state: OptState, params: PyTree) -> PyTree:
     inside = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
     if len(inside) != 1:
         raise ArgumentError(
-            f"`msam_eval_params(state=...)` must have one MsamState in it; got {len(inside)} in {_check.brief(state)}."
+            f"`msam_eval_params(state=...)` must have one MsamState in it; got {len(inside)} in {errors.brief(state)}."
         )
     _check.matching_tree("state.weights", inside[0].weights, params)
     # A copy, since a step may overwrite the state.

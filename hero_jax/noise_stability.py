@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hero_jax import _check, _tree, parallel
+from hero_jax import _check, _tree, errors, parallel
 from hero_jax._update import GradFn, OptState, Scalar, at, device_updates, required_grad_fn
 from hero_jax.perturbations import Mask, moved_leaves, noise
 
@@ -90,7 +90,7 @@ def nso(
     one-sided noise of the size of rounding: Baskin et al., UNIQ, 2021.
     """
     _check.schedule("nso(sigma=...)", sigma)
-    _check.boolean("nso(symmetric=...)", symmetric)
+    errors.boolean("nso(symmetric=...)", symmetric)
     _check.optional_function("nso(sample=...)", sample)
     _check.local("nso", sync, axis_name)
     key = _key(seed)
@@ -113,7 +113,7 @@ def nso(
         **extra_args: Any,
     ) -> tuple[PyTree, OptState]:
         del extra_args
-        _check.boolean("nso update(perturb=...)", perturb)
+        errors.boolean("nso update(perturb=...)", perturb)
         grad_fn = required_grad_fn("nso", updates, params, grad_fn, value_fn)
         _check.state("nso", state, NsoState)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -147,5 +147,5 @@ def _key(seed: Any) -> jax.Array:
         return seed
     if isinstance(seed, bool | np.bool_):
         raise TypeError(f"`nso(seed=...)` must be an integer or a `jax.random.key`; got {seed}.")
-    _check.integer("nso(seed=...)", seed, low=0)
+    errors.integer("nso(seed=...)", seed, low=0)
     return jax.random.key(seed)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 
 __all__ = ["HostOperator", "Operator"]
 
@@ -109,7 +109,7 @@ def like_of(argument: str, operator: Any) -> PyTree:
     """The tree that an operator works on; raises unless it is one that knows."""
     if not isinstance(operator, Operator):
         raise TypeError(
-            f"`{argument}` must be an Operator, which knows the tree that it works on; got {_check.brief(operator)}."
+            f"`{argument}` must be an Operator, which knows the tree that it works on; got {errors.brief(operator)}."
             " Wrap a function in hero_jax.Operator(matvec, like)."
         )
     return operator.like

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 
 __all__ = ["SCOPES", "ascent", "noise", "suppressed"]
 
@@ -62,7 +62,7 @@ def ascent(
     Source: Foret et al., Sharpness-aware minimization, ICLR 2021; Kwon et al., ASAM, ICML 2021; Mueller et al.,
     Normalization layers are all that sharpness-aware minimization needs, NeurIPS 2023 (SAM-ON).
     """
-    _check.one_of("ascent(scope=...)", scope, SCOPES)
+    errors.one_of("ascent(scope=...)", scope, SCOPES)
     is_scaled = scaled_leaves("ascent(adaptive=...)", adaptive, params)
     is_moved = moved_leaves("ascent(mask=...)", mask, params)
     return ascent_on(is_scaled, is_moved, params, grads, rho, scope, eps)
@@ -107,7 +107,7 @@ def noise(
     Source: Zhang, Li, Kakade and Zhang, Noise stability optimization, 2023 (arXiv 2306.08553).
     """
     _check.floating_tree("params", params)
-    _check.non_negative("noise(sigma=...)", sigma)
+    errors.non_negative("noise(sigma=...)", sigma)
     _check.optional_function("noise(sample=...)", sample)
     drawn = _tree.random_normal(key, params) if sample is None else sample(params, key)
     _check.matching_tree("sample(params, key)", drawn, params)
@@ -148,7 +148,7 @@ def suppressed(
     """
 
     compared = perturbed_grads if compared is None else compared
-    _check.fraction("suppressed(share=...)", share)
+    errors.fraction("suppressed(share=...)", share)
     for name, tree in (("perturbed_grads", perturbed_grads), ("compared", compared)):
         _check.matching_tree(name, tree, grads, "grads")
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _autodiff, _check, _loop, _tree, curvature, spectrum
+from hero_jax import _autodiff, _check, _loop, _tree, curvature, errors, spectrum
 from hero_jax.errors import ArgumentError
 from hero_jax.examples import Batches, Examples, Stream
 from hero_jax.mean_loss import MeanLoss, Value, over_data
@@ -153,10 +153,10 @@ def worst_case(
     and Choi, ASAM, ICML 2021, section 3.
     """
     name = "worst_case"
-    _check.non_negative(f"{name}(rho=...)", rho)
-    _check.boolean(f"{name}(adaptive=...)", adaptive)
-    _check.integer(f"{name}(num_steps=...)", num_steps, low=1)
-    _check.integer(f"{name}(num_starts=...)", num_starts, low=1)
+    errors.non_negative(f"{name}(rho=...)", rho)
+    errors.boolean(f"{name}(adaptive=...)", adaptive)
+    errors.integer(f"{name}(num_steps=...)", num_steps, low=1)
+    errors.integer(f"{name}(num_starts=...)", num_starts, low=1)
     _check.floating_tree("params", params)
     value_and_grad = over_data(name, mean_loss, _ValueAndGrad, params)
     solver = _Ascent(num_steps, num_starts, adaptive)
@@ -215,9 +215,9 @@ def average_case(
     generalization, ICML 2023, section 3.
     """
     name = "average_case"
-    _check.non_negative(f"{name}(sigma=...)", sigma)
-    _check.boolean(f"{name}(adaptive=...)", adaptive)
-    _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
+    errors.non_negative(f"{name}(sigma=...)", sigma)
+    errors.boolean(f"{name}(adaptive=...)", adaptive)
+    errors.integer(f"{name}(num_probes=...)", num_probes, low=1)
     _check.floating_tree("params", params)
     value = over_data(name, mean_loss, Value, params)
     noise = _loop.run(_Noise(num_probes, adaptive), value, _quiet(num_probes, params, sigma, key))
@@ -328,7 +328,7 @@ def _batches(batches: Any) -> Iterable[PyTree]:
     if is_data or not isinstance(made, Iterable):
         raise TypeError(
             "`batch_eigenvalues(batches=...)` must be an iterable of batches, a function that returns one or a Stream;"
-            f" got {_check.brief(made)}."
+            f" got {errors.brief(made)}."
         )
     return made
 

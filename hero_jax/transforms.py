@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import optax
 
-from hero_jax import _check, parallel
+from hero_jax import _check, errors, parallel
 from hero_jax._update import HeroState, Metrics, Perturbation, Scalar, Transformation, is_zero
 from hero_jax.errors import ArgumentError
 from hero_jax.penalties import GRADIENT_L1, PENALTIES, PERTURBED, PRODUCTS, REDUCTIONS, UNPERTURBED
@@ -147,10 +147,10 @@ def hero(
     """
     _check.schedule("hero(rho=...)", rho)
     _check.schedule("hero(gamma=...)", gamma)
-    _check.one_of("hero(penalty=...)", penalty, PENALTIES)
-    _check.one_of("hero(reduction=...)", reduction, REDUCTIONS)
-    _check.one_of("hero(product=...)", product, PRODUCTS)
-    _check.schedule("hero(suppress=...)", suppress, _check.fraction)
+    errors.one_of("hero(penalty=...)", penalty, PENALTIES)
+    errors.one_of("hero(reduction=...)", reduction, REDUCTIONS)
+    errors.one_of("hero(product=...)", product, PRODUCTS)
+    _check.schedule("hero(suppress=...)", suppress, errors.fraction)
     if product == "difference" and PENALTIES[penalty].cost_by_difference is None:
         raise ArgumentError(
             f"`hero(product='difference')` needs penalty 'detached' or 'difference': third derivatives by differences"
@@ -221,7 +221,7 @@ def sam(
     Source: Foret et al., ICLR 2021; Kwon et al., ICML 2021.
     """
     _check.schedule("sam(rho=...)", rho)
-    _check.schedule("sam(suppress=...)", suppress, _check.fraction)
+    _check.schedule("sam(suppress=...)", suppress, errors.fraction)
     perturbation = _perturbation("sam", rho, adaptive, scope, perturb_mask, eps)
     return Transformation("sam", PERTURBED, perturbation, suppress, axis_name=axis_name, sync=sync).optax()
 
@@ -280,7 +280,7 @@ def _perturbation(
     eps: jax.typing.ArrayLike,
 ) -> Perturbation:
     """The perturbation of a transformation, its arguments checked."""
-    _check.one_of(f"{name}(scope=...)", scope, SCOPES)
-    _check.non_negative(f"{name}(eps=...)", eps)
+    errors.one_of(f"{name}(scope=...)", scope, SCOPES)
+    errors.non_negative(f"{name}(eps=...)", eps)
     _check.bools(f"{name}(adaptive=...)", adaptive)
     return Perturbation(rho, adaptive, scope, mask, eps)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from hero_jax import _check
+from hero_jax import errors
 from hero_jax.models.mlp import MLP, mlp
 from hero_jax.models.mobilenet import MobileNetV2, mobilenet_v2
 from hero_jax.models.resnet import (
@@ -81,6 +81,6 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     Raises:
       ArgumentError: unknown `name` (suggests the nearest), `num_classes` < 1.
     """
-    _check.one_of("create(name=...)", name, MODELS)
-    _check.integer("create(num_classes=...)", num_classes, low=1)
+    errors.one_of("create(name=...)", name, MODELS)
+    errors.integer("create(num_classes=...)", num_classes, low=1)
     return MODELS[name](num_classes=num_classes, **options)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
@@ -27,7 +27,7 @@ def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any)
     each = zip(paths_of(params), jax.tree.leaves(params), widths, chosen, stacks, strict=True)
     for path, w, width, c, is_stacked in each:
         if c:
-            _check.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
+            errors.integer(f"{name}(bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
             _grid.check_groups(path, jnp.shape(w), spec, is_stacked)
             if jnp.finfo(jnp.result_type(w)).bits < 16:
                 raise TypeError(f"`params` must have 16 bits or more where quantized; {path!r} is {w.dtype}.")
@@ -40,7 +40,7 @@ def select(name: str, params: PyTree, spec: QuantSpec, mask: PyTree | Callable[[
     Raises ArgumentError where nothing is selected, a pattern matches nothing, or an override no selected leaf.
     """
     if not isinstance(spec, QuantSpec):
-        raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
+        raise TypeError(f"`{name}(spec=...)` must be a QuantSpec; got {errors.brief(spec)}.")
     _check.floating_tree("params", params)
     paths = paths_of(params)
     stacks = stacked_leaves(params, spec)
@@ -68,7 +68,7 @@ def bits_of_leaves(name: str, params: PyTree, bits: PyTree, spec: QuantSpec) -> 
     `bits` is one integer, traced or not, or a tree of them: that of `params` or a prefix of it.
     """
     if jax.tree.leaves(bits) and jax.tree.structure(bits) == jax.tree.structure(0):
-        _check.integer(f"{name}(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
+        errors.integer(f"{name}(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
         widths = [bits] * len(jax.tree.leaves(params))
     else:
         try:

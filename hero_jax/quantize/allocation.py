@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _check
+from hero_jax import _check, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _plan
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS
@@ -121,8 +121,8 @@ def bits_tree(params: PyTree, allocation_bits: Mapping[str, int]) -> PyTree:
     _check.floating_tree("params", params)
     paths = _plan.paths_of(params)
     for path, width in allocation_bits.items():
-        _check.one_of("bits_tree(allocation_bits=...)", path, paths)
-        _check.integer(f"bits_tree(allocation_bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
+        errors.one_of("bits_tree(allocation_bits=...)", path, paths)
+        errors.integer(f"bits_tree(allocation_bits=...)[{path!r}]", width, low=MIN_BITS, high=MAX_BITS)
     widths = [
         int(allocation_bits[path]) if path in allocation_bits else int(jnp.finfo(jnp.result_type(w)).bits)
         for path, w in zip(paths, jax.tree.leaves(params), strict=True)
@@ -140,15 +140,15 @@ def _check_costs(costs: Any, sizes: Any) -> None:
     # A layer with one width is fixed at it, and says nothing of the others.
     widths = set().union(*(row for row in costs.values() if len(row) > 1))
     for layer, row in costs.items():
-        _check.integer(f"allocate_bits(sizes=...)[{layer!r}]", sizes[layer], low=0)
+        errors.integer(f"allocate_bits(sizes=...)[{layer!r}]", sizes[layer], low=0)
         missing = sorted(widths - set(row))
         if not row or (missing and len(row) > 1):
             raise ArgumentError(
                 f"`allocate_bits(costs=...)[{layer!r}]` must have every bit width; it has no {missing}."
             )
         for b, cost in row.items():
-            _check.integer(f"allocate_bits(costs=...)[{layer!r}]", b, low=MIN_BITS, high=MAX_BITS)
-            _check.scalar(f"allocate_bits(costs=...)[{layer!r}][{b}]", cost)
+            errors.integer(f"allocate_bits(costs=...)[{layer!r}]", b, low=MIN_BITS, high=MAX_BITS)
+            errors.scalar(f"allocate_bits(costs=...)[{layer!r}][{b}]", cost)
             if not math.isfinite(cost):
                 raise ArgumentError(f"`allocate_bits(costs=...)[{layer!r}][{b}]` must be finite; got {float(cost)!r}.")
 
@@ -161,7 +161,7 @@ def _capacity(mean_bits: float | None, num_bytes: float | None, entries: int, le
         )
     name, budget, bits = ("num_bytes", num_bytes, 8) if mean_bits is None else ("mean_bits", mean_bits, entries)
     assert budget is not None
-    _check.positive(f"allocate_bits({name}=...)", budget)
+    errors.positive(f"allocate_bits({name}=...)", budget)
     # A whole number of bits that went through a division, as `Allocation.mean_bits` did, is that number again.
     capacity = math.floor(min(float(budget) * bits * (1 + 4 * float(np.finfo(float).eps)), 2.0**60))
     if capacity < least:

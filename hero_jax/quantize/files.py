@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hero_jax import _check, _tree
+from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 from hero_jax.quantize.weights import QuantizedArray
@@ -81,9 +81,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
     """
     safetensors = _import("save", "safetensors.numpy", '"hero_jax[files]"')
     if not isinstance(spec, QuantSpec):
-        raise TypeError(f"`save(spec=...)` must be a QuantSpec; got {_check.brief(spec)}.")
+        raise TypeError(f"`save(spec=...)` must be a QuantSpec; got {errors.brief(spec)}.")
     if not isinstance(tree, dict):
-        raise TypeError(f"`save(tree=...)` must be nested dicts; got {_check.brief(tree)}.")
+        raise TypeError(f"`save(tree=...)` must be nested dicts; got {errors.brief(tree)}.")
     tensors, leaves = {}, {}
     for where, leaf in _flatten(tree):
         leaves[where], parts = _encode(where, leaf, spec)
@@ -197,7 +197,7 @@ def from_qwix(tree: PyTree, dtype: Any = None) -> PyTree:
     """
     qwix = _import("from_qwix", "qwix", "qwix")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`from_qwix(dtype=...)` must be a floating-point type; got {_check.brief(dtype)}.")
+        raise TypeError(f"`from_qwix(dtype=...)` must be a floating-point type; got {errors.brief(dtype)}.")
 
     def leaf(where: str, q: Any) -> QuantizedArray:
         qtype = q.qtype if isinstance(q.qtype, str) else jnp.dtype(q.qtype).name
@@ -224,7 +224,7 @@ def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for key, child in node.items():
         if not isinstance(key, str) or not key or "/" in key:
             rule = "must have keys that are strings without '/'"
-            raise TypeError(f"`save(tree=...)` {rule}; at {path!r} it has {_check.brief(key)}.")
+            raise TypeError(f"`save(tree=...)` {rule}; at {path!r} it has {errors.brief(key)}.")
         yield from _flatten(child, f"{path}/{key}" if path else key)
 
 
@@ -234,7 +234,7 @@ def _encode(where: str, leaf: Any, spec: QuantSpec) -> tuple[dict[str, Any] | No
         return None, {}
     if not isinstance(leaf, QuantizedArray):
         return {}, {where: _numpy(where, leaf)}
-    _check.integer(f"save(tree=...)[{where!r}].bits", leaf.bits, low=MIN_BITS, high=MAX_BITS)
+    errors.integer(f"save(tree=...)[{where!r}].bits", leaf.bits, low=MIN_BITS, high=MAX_BITS)
     parts = {"codes": leaf.codes, "scale": leaf.scale, "zero_point": leaf.zero_point}
     parts = {name: _numpy(where, x) for name, x in parts.items() if x is not None}
     fault = _fault(leaf, spec.symmetric)
@@ -357,7 +357,7 @@ def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
 def _numpy(where: str, x: Any) -> np.ndarray:
     is_array = isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, Tracer)
     if not is_array or x.dtype.name not in TYPES.values():
-        got = x.dtype.name if is_array else _check.brief(x)
+        got = x.dtype.name if is_array else errors.brief(x)
         raise TypeError(f"`save(tree=...)` must hold arrays of floats, integers or bools; at {where!r} it has {got}.")
     return np.asarray(x, jnp.dtype(x.dtype.name), order="C")
 

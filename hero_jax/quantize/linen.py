@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax.core import tracers
 from jax.core import Tracer
 
-from hero_jax import _check, _tree
+from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
@@ -171,7 +171,7 @@ def quantized_activations(
 
     Cost: element-wise work beside the forward pass.
     """
-    _check.integer("quantized_activations(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
+    errors.integer("quantized_activations(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
 
     def rounded(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
         if path not in ranges:

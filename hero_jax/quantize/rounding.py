@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _tree
+from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid, _plan, weights
 from hero_jax.quantize.spec import QuantSpec
@@ -75,7 +75,7 @@ def optimized(
     Source: Nagel et al., Up or down? Adaptive rounding for post-training quantization, ICML 2020, equation 13, here
     minimised by coordinate descent on the codes in place of their continuous relaxation.
     """
-    _check.integer("optimized(num_sweeps=...)", num_sweeps, low=1)
+    errors.integer("optimized(num_sweeps=...)", num_sweeps, low=1)
     plan = _plan.plan_of("optimized", params, bits, spec, mask)
 
     def leaf(w: jax.Array, entry: tuple[Any, jax.Array | None], is_stacked: bool) -> jax.Array:
@@ -116,7 +116,7 @@ def quantized(
     >>> quantized(w, 2, {"kernel": g})["kernel"].codes[:, 0]
     Array([1, 1, 0], dtype=int8)
     """
-    _check.integer("quantized(num_sweeps=...)", num_sweeps, low=1)
+    errors.integer("quantized(num_sweeps=...)", num_sweeps, low=1)
     plan = _plan.static("quantized", _plan.plan_of("quantized", params, bits, spec, mask), "optimized")
 
     def leaf(w: jax.Array, entry: tuple[int, jax.Array | None], is_stacked: bool) -> weights.QuantizedArray:

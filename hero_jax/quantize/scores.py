@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _check
+from hero_jax import errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _plan, weights
 from hero_jax.quantize.spec import QuantSpec
@@ -169,7 +169,7 @@ def _metrics(result: Mapping[str, Any] | jax.typing.ArrayLike) -> tuple[dict[str
     metrics = {}
     for name, value in result.items():
         if name != "predictions":
-            _check.scalar(f"eval_fn(...)[{name!r}]", value)
+            errors.scalar(f"eval_fn(...)[{name!r}]", value)
             metrics[name] = float(value)
     return metrics, None if predictions is None else np.asarray(predictions)
 

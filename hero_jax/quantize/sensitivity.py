@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hero_jax import _check, _loop, _tree
+from hero_jax import _check, _loop, _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.operators import Operator
 from hero_jax.quantize import _plan, weights
@@ -115,7 +115,7 @@ def sensitivities(
 
     Source: Dong, Yao, Arfeen, Gholami, Mahoney and Keutzer, HAWQ-V2, NeurIPS 2020, section 3.
     """
-    _check.integer("sensitivities(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
+    errors.integer("sensitivities(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
     plan = _plan.plan_of("sensitivities", params, bits, spec, mask)
     layer_traces = _layer_traces("sensitivities", traces, params, plan)
     quantized, energies = _quantized(params, _plan.traced(plan), spec)
@@ -222,7 +222,7 @@ def predicted_costs(
         raise ArgumentError("`predicted_costs(bits=...)` must name at least one bit width; got none.")
     costs: dict[str, dict[int, float]] = {}
     for width in widths:
-        _check.integer("predicted_costs(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
+        errors.integer("predicted_costs(bits=...)", width, low=MIN_BITS, high=MAX_BITS)
         plan = _plan.plan_of("predicted_costs", params, width, spec, mask)
         layer_traces = _layer_traces("predicted_costs", traces, params, plan)
         energies = _quantized(params, _plan.traced(plan), spec)[1]
@@ -283,7 +283,7 @@ def _layer_traces(name: str, traces: PyTree, params: PyTree, plan: list[Any]) ->
     rest = iter(jax.tree.leaves(traces))
     found = [next(rest) if keep else math.nan for keep in kept]
     for path, trace in zip(_plan.paths_of(params), found, strict=True):
-        _check.scalar(f"{argument}[{path!r}]", trace)
+        errors.scalar(f"{argument}[{path!r}]", trace)
     return [float(trace) for trace in found]
 
 
@@ -316,7 +316,7 @@ def _by_trace(trace: float, n: int, energy: float) -> float:
 
 def _loss(mean_loss: Callable[[PyTree], jax.typing.ArrayLike], params: PyTree) -> float:
     value: Any = mean_loss(params)
-    _check.scalar("mean_loss(params)", value)
+    errors.scalar("mean_loss(params)", value)
     return float(value)
 
 

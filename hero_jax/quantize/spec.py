@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from hero_jax import _check
+from hero_jax import errors
 from hero_jax.errors import ArgumentError
 
 __all__ = ["GRANULARITIES", "GRIDS", "MAX_BITS", "MIN_BITS", "PRESETS", "RANGE_RULES", "QuantSpec", "named"]
@@ -82,33 +82,33 @@ class QuantSpec:
     stacked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check.one_of("QuantSpec(granularity=...)", self.granularity, GRANULARITIES)
-        _check.one_of("QuantSpec(grid=...)", self.grid, GRIDS)
-        _check.boolean("QuantSpec(symmetric=...)", self.symmetric)
-        _check.one_of("QuantSpec(range_rule=...)", self.range_rule, RANGE_RULES)
+        errors.one_of("QuantSpec(granularity=...)", self.granularity, GRANULARITIES)
+        errors.one_of("QuantSpec(grid=...)", self.grid, GRIDS)
+        errors.boolean("QuantSpec(symmetric=...)", self.symmetric)
+        errors.one_of("QuantSpec(range_rule=...)", self.range_rule, RANGE_RULES)
         if not self.symmetric and self.grid != "full":
             raise ArgumentError(f"`QuantSpec(grid=...)` must be 'full' where symmetric is False; got {self.grid!r}.")
         _goes_with("percentile", self.percentile, "range_rule", self.range_rule)
         if self.percentile is not None:
-            _check.scalar("QuantSpec(percentile=...)", self.percentile)
+            errors.scalar("QuantSpec(percentile=...)", self.percentile)
             if not 50 < self.percentile <= 100:
                 raise ArgumentError(f"`QuantSpec(percentile=...)` must be in (50, 100]; got {self.percentile!r}.")
             object.__setattr__(self, "percentile", float(self.percentile))
         _goes_with("group_size", self.group_size, "granularity", self.granularity, "group")
         if self.group_size is not None:
-            _check.integer("QuantSpec(group_size=...)", self.group_size, low=1)
+            errors.integer("QuantSpec(group_size=...)", self.group_size, low=1)
         for field in ("leaves", "stacked"):
             value = getattr(self, field)
             if not isinstance(value, tuple) or not all(isinstance(x, str) for x in value):
-                raise TypeError(f"`QuantSpec({field}=...)` must be a tuple of patterns; got {_check.brief(value)}.")
+                raise TypeError(f"`QuantSpec({field}=...)` must be a tuple of patterns; got {errors.brief(value)}.")
         for pair in self.overrides if isinstance(self.overrides, tuple) else (self.overrides,):
             if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise TypeError(
                     "`QuantSpec(overrides=...)` must be a tuple of pairs (pattern, bits or None); got"
-                    f" {_check.brief(pair)}."
+                    f" {errors.brief(pair)}."
                 )
             if pair[1] is not None:
-                _check.integer(f"QuantSpec(overrides=...)[{pair[0]!r}]", pair[1], low=MIN_BITS, high=MAX_BITS)
+                errors.integer(f"QuantSpec(overrides=...)[{pair[0]!r}]", pair[1], low=MIN_BITS, high=MAX_BITS)
 
     @property
     def name(self) -> str:
@@ -137,7 +137,7 @@ def named(name: str) -> QuantSpec:
               group_size=32, leaves=(), overrides=(), stacked=())
     """
     if not isinstance(name, str):
-        raise TypeError(f"`spec` must be a name; got {_check.brief(name)}.")
+        raise TypeError(f"`spec` must be a name; got {errors.brief(name)}.")
     if name in PRESETS:
         return PRESETS[name]
     match = re.fullmatch(

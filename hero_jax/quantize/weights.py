@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _tree
+from hero_jax import _tree, errors
 from hero_jax.quantize import _grid, _plan
 from hero_jax.quantize.spec import QuantSpec
 
@@ -86,7 +86,7 @@ def fake_quantize(
     Source: Jacob et al., Quantization and training of neural networks, CVPR 2018, section 2; Bengio et al., Estimating
     or propagating gradients through stochastic neurons, 2013 (straight-through).
     """
-    _check.boolean("fake_quantize(straight_through=...)", straight_through)
+    errors.boolean("fake_quantize(straight_through=...)", straight_through)
     return on_plan(params, _plan.plan_of("fake_quantize", params, bits, spec, mask), spec, straight_through)
 
 

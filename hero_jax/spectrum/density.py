@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _tree
+from hero_jax import _check, _tree, errors
 from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis, _krylov
 
@@ -95,11 +95,11 @@ def spectral_density(
     """
     like = like_of("spectral_density(operator=...)", operator)
     _check.not_empty("spectral_density(operator=...).like", like)
-    _check.integer("spectral_density(num_probes=...)", num_probes, low=1)
-    _check.integer("spectral_density(num_steps=...)", num_steps, low=1)
-    _check.integer("spectral_density(num_points=...)", num_points, low=2)
+    errors.integer("spectral_density(num_probes=...)", num_probes, low=1)
+    errors.integer("spectral_density(num_steps=...)", num_steps, low=1)
+    errors.integer("spectral_density(num_points=...)", num_points, low=2)
     if bandwidth is not None:
-        _check.positive("spectral_density(bandwidth=...)", bandwidth)
+        errors.positive("spectral_density(bandwidth=...)", bandwidth)
     keys, packing = jax.random.split(key, num_probes), _basis.Packing.of(like)
     probes = [_quadrature(operator, _signs(key_probe, packing), num_steps) for key_probe in keys]
     nodes, weights, is_set, products, asymmetries, scales = map(jnp.stack, zip(*probes, strict=True))

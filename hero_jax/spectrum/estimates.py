@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hero_jax import _check, _loop, _tree
+from hero_jax import _check, _loop, _tree, errors
 from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis
 
@@ -92,7 +92,7 @@ def trace(
     Source: Hutchinson 1990; Meyer, Musco, Musco and Woodruff, Hutch++: optimal stochastic trace estimation, SOSA 2021.
     """
     _check_arguments("trace", operator, num_probes, rtol)
-    _check.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(operator.like))
+    errors.integer("trace(sketch_size=...)", sketch_size, low=0, high=_tree.size(operator.like))
     if not sketch_size:
         return _rescaled(*_average(_quadratic_form, operator, key, num_probes, rtol))
     packing = _basis.Packing.of(operator.like)
@@ -272,9 +272,9 @@ def moments(operator: Operator, key: jax.Array, *, num_probes: int = 100) -> Mom
 
 def _check_arguments(name: str, operator: Operator, num_probes: Any, rtol: Any) -> None:
     _check.not_empty(f"{name}(operator=...).like", like_of(f"{name}(operator=...)", operator))
-    _check.integer(f"{name}(num_probes=...)", num_probes, low=1)
+    errors.integer(f"{name}(num_probes=...)", num_probes, low=1)
     if rtol is not None:
-        _check.non_negative(f"{name}(rtol=...)", rtol)
+        errors.non_negative(f"{name}(rtol=...)", rtol)
 
 
 def _quadratic_form(z: PyTree, product: PyTree) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hero_jax import _check, _loop, _tree
+from hero_jax import _check, _loop, _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis, _krylov
@@ -127,14 +127,14 @@ def top_eigenpairs(
     """
     like = like_of("top_eigenpairs(operator=...)", operator)
     dimension = _tree.size(like)
-    _check.integer("top_eigenpairs(k=...)", k, low=1, high=dimension)
-    _check.one_of("top_eigenpairs(which=...)", which, WHICH)
-    _check.positive("top_eigenpairs(rtol=...)", rtol)
-    _check.integer("top_eigenpairs(max_matvecs=...)", max_matvecs, low=1)
+    errors.integer("top_eigenpairs(k=...)", k, low=1, high=dimension)
+    errors.one_of("top_eigenpairs(which=...)", which, WHICH)
+    errors.positive("top_eigenpairs(rtol=...)", rtol)
+    errors.integer("top_eigenpairs(max_matvecs=...)", max_matvecs, low=1)
     if basis_size is None:
         basis_size = max(2 * k, k + 60)
     else:
-        _check.integer("top_eigenpairs(basis_size=...)", basis_size, low=min(k + 1, dimension))
+        errors.integer("top_eigenpairs(basis_size=...)", basis_size, low=min(k + 1, dimension))
     num_starts = 1 if v0 is None else _check_starts(v0, like)
     packing = _basis.Packing.of(like)
     solver = _TopEigenpairs(k, which, min(basis_size, dimension), num_starts, packing)
@@ -189,8 +189,8 @@ def lanczos(
     Source: Golub and Meurant, Matrices, moments and quadrature with applications, chapters 4 and 6.
     """
     _check.floating_tree("v0", v0)
-    _check.integer("lanczos(num_steps=...)", num_steps, low=1)
-    _check.positive("lanczos(rtol=...)", rtol)
+    errors.integer("lanczos(num_steps=...)", num_steps, low=1)
+    errors.positive("lanczos(rtol=...)", rtol)
     length = jax.jit(_tree.norm)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
         raise ArgumentError(f"`lanczos(v0=...)` must be finite and not zero; its norm is {length}.")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hero_jax import _check, _loop, _tree
+from hero_jax import _check, _loop, _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.spectrum import _residual
 
@@ -82,8 +82,8 @@ def power_iteration(
 
     Source: Golub and Van Loan, Matrix Computations, section 8.2; the residual bound is theorem 8.1.15 there.
     """
-    _check.integer("power_iteration(max_iters=...)", max_iters, low=1)
-    _check.positive("power_iteration(rtol=...)", rtol)
+    errors.integer("power_iteration(max_iters=...)", max_iters, low=1)
+    errors.positive("power_iteration(rtol=...)", rtol)
     _check.floating_tree("v0", v0)
     start, length = jax.jit(_tree.normalize)(v0)
     if not isinstance(length, Tracer) and not (jnp.isfinite(length) and length > 0):
