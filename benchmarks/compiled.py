@@ -37,8 +37,8 @@ from rich.table import Table
 from benchmarks import step_cost
 from experiments import cli
 from experiments.config import DTYPES
-from experiments.storage import runs
-from hero_jax import _check, models
+from experiments.storage import environment, files
+from hero_jax import errors, models
 
 PyTree = Any
 # XLA's description of one device (`GpuTargetConfigProto`), by NVIDIA's data sheet.
@@ -102,13 +102,13 @@ class Arguments:
     """JSON file for the record."""
 
     def __post_init__(self) -> None:
-        _check.one_of("target", self.target, TARGETS)
+        errors.one_of("target", self.target, TARGETS)
         for name in self.methods:
-            _check.one_of("methods", name, step_cost.METHODS)
-        _check.one_of("model", self.model, models.MODELS)
-        _check.one_of("dtype", self.dtype, DTYPES)
+            errors.one_of("methods", name, step_cost.METHODS)
+        errors.one_of("model", self.model, models.MODELS)
+        errors.one_of("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "image_size"):
-            _check.integer(name, getattr(self, name), low=1)
+            errors.integer(name, getattr(self, name), low=1)
 
 
 def mesh_of(name: str) -> Mesh:
@@ -235,7 +235,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints what the step of every method is compiled to for the target; with `--out`, writes the record too."""
     mesh = mesh_of(arguments.target)
-    record: dict[str, Any] = {"arguments": runs.to_json(arguments), "environment": runs.environment()}
+    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
     record["rows"] = measure(arguments, mesh)
     cli.console.print(table(record["rows"]))
     cli.console.print(
@@ -243,7 +243,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" {mesh.devices.flat[0].device_kind} x {mesh.size} and not run; temporary memory and"
         f" arguments in MiB, compile in seconds. jax {jax.__version__}."
     )
-    runs.write_record(arguments.out, record)
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

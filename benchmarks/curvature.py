@@ -28,9 +28,9 @@ from rich.table import Table
 from benchmarks import peers
 from experiments import cli, data
 from experiments.config import TrainConfig
-from experiments.storage import runs
+from experiments.storage import environment, files
 from experiments.training import compiled, loop
-from hero_jax import _check, curvature, models, spectrum
+from hero_jax import curvature, errors, models, spectrum
 
 PyTree = Any
 
@@ -62,8 +62,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for name in ("images", "k", "epochs", "batch_size", "repeats"):
-            _check.integer(name, getattr(self, name), low=1)
-        _check.positive("rtol", self.rtol)
+            errors.integer(name, getattr(self, name), low=1)
+        errors.positive("rtol", self.rtol)
 
 
 def measure_product(loss_fn: Any, params: PyTree, batch: PyTree, repeats: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         assert isinstance(logits, jax.Array)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    record: dict[str, Any] = {"arguments": runs.to_json(arguments), "environment": runs.environment()}
+    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
     batch = (images[: arguments.batch_size], labels[: arguments.batch_size])
     record["product"] = row = measure_product(loss_fn, variables["params"], batch, arguments.repeats)
     cli.console.print(
@@ -188,7 +188,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" running BatchNorm statistics, to a relative residual of {arguments.rtol:g}; compilation apart."
         + ("" if reason is None else f" The PyTorch tools were left out: {reason}.")
     )
-    runs.write_record(arguments.out, record)
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

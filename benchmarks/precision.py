@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from rich import box
 from rich.table import Table
@@ -29,9 +30,9 @@ from rich.table import Table
 from benchmarks.step_cost import gradient_function
 from experiments import cli, data
 from experiments.config import TrainConfig
-from experiments.storage import runs
+from experiments.storage import environment, files, runs
 from experiments.training import compiled
-from hero_jax import _check, _tree, curvature, models, perturbations
+from hero_jax import curvature, errors, models, perturbations
 
 PyTree = Any
 Quantities = dict[str, PyTree]
@@ -67,7 +68,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("batches", 2)):
-            _check.integer(name, getattr(self, name), low=low)
+            errors.integer(name, getattr(self, name), low=low)
 
 
 def averaged_product(
@@ -77,8 +78,9 @@ def averaged_product(
     product: Callable[..., PyTree] = curvature.grad_product,
 ) -> PyTree:
     """H(w*) D d, as the penalty "detached" of `hero` computes it."""
-    scaled, peak = _tree.peak_scaled(jax.tree.map(lambda x: x * (x.ndim > 1) / x.size, d))
-    return _tree.scale(peak, product(grad_fn, perturbed, scaled))
+    vector = jax.tree.map(lambda x: x * (x.ndim > 1) / x.size, d)
+    peak = optax.tree.norm(vector, ord="inf")
+    return optax.tree.scale(peak, product(grad_fn, perturbed, optax.tree.scale(1 / peak, vector)))
 
 
 class Computation:
@@ -95,11 +97,11 @@ class Computation:
                 return gradient(params, *rest)[0]
 
             g = grad_fn(params)
-            perturbed = _tree.add(params, perturbations.ascent(params, g, rho, adaptive=True))
+            perturbed = optax.tree.add(params, perturbations.ascent(params, g, rho, adaptive=True))
             perturbed_grads = grad_fn(perturbed)
-            d = _tree.subtract(perturbed_grads, g)
+            d = optax.tree.sub(perturbed_grads, g)
             product = averaged_product(grad_fn, perturbed, d)
-            direction = _tree.add(perturbed_grads, product, 2 * gamma)
+            direction = optax.tree.add_scale(perturbed_grads, 2 * gamma, product)
             return dict(zip(("w*", *QUANTITIES), (perturbed, g, perturbed_grads, d, product, direction), strict=False))
 
         def alone(perturbed: PyTree, d: PyTree, *rest: PyTree) -> Quantities:
@@ -168,11 +170,11 @@ def measure(
             steps[dtype] |= computation.alone(*given, *rest)
         for (found, exact), name in itertools.product(COMPARED, QUANTITIES):
             row = compare(steps[found][name], steps[exact][name])
-            row["size"] = float(_tree.norm(steps[exact][name]) / _tree.norm(steps[exact]["g"]))
+            row["size"] = float(optax.tree.norm(steps[exact][name]) / optax.tree.norm(steps[exact]["g"]))
             seen.setdefault((found, exact, name), []).append(row)
         for dtype in ("float32", "float64"):
             row = compare(steps[dtype][BY_DIFFERENCE], steps[dtype][QUANTITIES[-1]])
-            row["size"] = float(_tree.norm(steps[dtype][QUANTITIES[-1]]) / _tree.norm(steps[dtype]["g"]))
+            row["size"] = float(optax.tree.norm(steps[dtype][QUANTITIES[-1]]) / optax.tree.norm(steps[dtype]["g"]))
             seen.setdefault((dtype, EXACT, BY_DIFFERENCE), []).append(row)
     rows = []
     for (found, exact, name), values in seen.items():
@@ -208,7 +210,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         for dtype in ("bfloat16", "float32", "float64")
     }
     points = weights(arguments, dataset)
-    record: dict[str, Any] = {"arguments": runs.to_json(arguments), "environment": runs.environment()}
+    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
     record |= {"rho": preset.rho, "gamma": preset.gamma, "rows": []}
     for where, (params, batch_stats) in points.items():
         rows = measure(computations, params, batch_stats, batches)
@@ -238,7 +240,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" error and cosine against float32, error of float32 against float64, size in norms of g; mean ± standard"
         f" deviation over {arguments.batches} batches. {device['kind']}; jax {versions['jax']}."
     )
-    runs.write_record(arguments.out, record)
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

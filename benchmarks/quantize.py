@@ -30,8 +30,8 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli
-from experiments.storage import runs
-from hero_jax import _check, models, quantize
+from experiments.storage import environment, files
+from hero_jax import errors, models, quantize
 from hero_jax.evaluate import classifier
 
 PyTree = Any
@@ -54,7 +54,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "repeats"):
-            _check.integer(name, getattr(self, name), low=1)
+            errors.integer(name, getattr(self, name), low=1)
 
 
 def timed(
@@ -165,8 +165,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" precision, {spec.name}; warm: medians of {arguments.repeats} in turn. Sweeps contain the evaluations, whose"
         " compilation is that of the classifier's line."
     )
-    record = {"arguments": runs.to_json(arguments), "environment": runs.environment(), "seconds": measured}
-    runs.write_record(arguments.out, record)
+    record = {"arguments": files.to_json(arguments), "environment": environment.current(), "seconds": measured}
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

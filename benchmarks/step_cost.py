@@ -34,8 +34,8 @@ import hero_jax
 from benchmarks import peers
 from experiments import cli
 from experiments.config import DTYPES
-from experiments.storage import runs
-from hero_jax import _check, models, penalties
+from experiments.storage import environment, files
+from hero_jax import errors, models, penalties
 
 PyTree = Any
 RHO, GAMMA = 0.5, 5.0
@@ -133,13 +133,13 @@ class Arguments:
     """JSON file for the record."""
 
     def __post_init__(self) -> None:
-        _check.one_of("model", self.model, models.MODELS)
+        errors.one_of("model", self.model, models.MODELS)
         for name in self.methods:
-            _check.one_of("methods", name, METHODS)
-        _check.one_of("dtype", self.dtype, DTYPES)
+            errors.one_of("methods", name, METHODS)
+        errors.one_of("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "image_size"):
-            _check.integer(name, getattr(self, name), low=1)
-        _check.integer("repeats", self.repeats, low=2)
+            errors.integer(name, getattr(self, name), low=1)
+        errors.integer("repeats", self.repeats, low=2)
         if self.with_torch and self.model not in TORCH_MODELS:
             raise ValueError(f"`with_torch` needs a model of {', '.join(TORCH_MODELS)}; got {self.model!r}.")
 
@@ -380,7 +380,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints the cost of a step of every method; with `--out`, writes the record too."""
     # What is missing is said before minutes have gone by.
     beside = torch_device() if arguments.with_torch else None
-    record: dict[str, Any] = {"arguments": runs.to_json(arguments), "environment": runs.environment()}
+    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
     versions, device = record["environment"]["versions"], record["environment"]["device"]
     record["peak_teraflops"] = best = peak(device["kind"], arguments.dtype)
     record["rows"] = measure(arguments)
@@ -399,7 +399,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" quartiles of {arguments.repeats} interleaved repeats, in milliseconds; flops in SGD steps and temporary MiB"
         f" as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python {versions['python']}.{notes}"
     )
-    runs.write_record(arguments.out, record)
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from experiments import cli, data
 from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig
-from experiments.storage import runs
+from experiments.storage import environment, files
 from experiments.training import compiled
-from hero_jax import _check, models
+from hero_jax import errors, models
 
 LAYOUTS = (*PARALLEL, "sharded")
 SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}
@@ -60,17 +60,17 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            _check.one_of("methods", method, METHODS)
+            errors.one_of("methods", method, METHODS)
         for layout in self.layouts:
-            _check.one_of("layouts", layout, LAYOUTS)
+            errors.one_of("layouts", layout, LAYOUTS)
         for dtype in self.dtypes:
-            _check.one_of("dtypes", dtype, DTYPES)
-        _check.one_of("dataset", self.dataset, SHAPES)
+            errors.one_of("dtypes", dtype, DTYPES)
+        errors.one_of("dataset", self.dataset, SHAPES)
         if self.model is not None:
-            _check.one_of("model", self.model, models.MODELS)
+            errors.one_of("model", self.model, models.MODELS)
         for count in (*self.devices, *self.steps_per_call, self.steps):
-            _check.integer("devices, steps_per_call and steps", count, low=1)
-        _check.integer("repeats", self.repeats, low=2)
+            errors.integer("devices, steps_per_call and steps", count, low=1)
+        errors.integer("repeats", self.repeats, low=2)
 
     def configurations(self) -> list[TrainConfig]:
         """The runs to measure, one a row."""
@@ -160,7 +160,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints images a second of each layout; with `--out`, writes the record too."""
     # Without effect on accelerators. The backend must not have been touched.
     jax.config.update("jax_num_cpu_devices", max(arguments.devices))
-    rows, environment = measure(arguments), runs.environment()
+    rows, where = measure(arguments), environment.current()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("method", "dtype", "layout"):
         table.add_column(name, no_wrap=True)
@@ -172,17 +172,17 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         speeds = (f"{row['images_per_second']:.0f}", f"{low:.0f}-{high:.0f}", f"{row['first_epoch_seconds']:.1f} s")
         table.add_row(*names, *speeds)
     cli.console.print(table)
-    config, device = arguments.configurations()[0], environment["device"]
+    config, device = arguments.configurations()[0], where["device"]
     simulated = ", simulated, which share the cores" if device["platform"] == "cpu" and device["count"] > 1 else ""
     cli.console.print(
         f"Training of {config.model} on images of {arguments.dataset}, batch {config.batch_size}, {arguments.steps}"
         f" steps an epoch, so many in a call: images a second, median and quartiles of {arguments.repeats} epochs after"
         f" the first, which compiles. {device['kind']} x"
-        f" {device['count']}{simulated}, {environment['machine']['cores']} cores; jax"
-        f" {environment['versions']['jax']}, python {environment['versions']['python']}."
+        f" {device['count']}{simulated}, {where['machine']['cores']} cores; jax"
+        f" {where['versions']['jax']}, python {where['versions']['python']}."
     )
-    record = {"arguments": runs.to_json(arguments), "environment": environment, "rows": rows}
-    runs.write_record(arguments.out, record)
+    record = {"arguments": files.to_json(arguments), "environment": where, "rows": rows}
+    files.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

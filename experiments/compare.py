@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 
@@ -16,8 +16,8 @@ from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS, TrainConfig
 from experiments.measure import sweep
-from experiments.storage import runs
-from hero_jax import _check, quantize
+from experiments.storage import environment, files
+from hero_jax import errors, quantize
 from hero_jax.evaluate import Spread
 
 # Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
@@ -61,8 +61,8 @@ class CompareConfig:
         if not self.methods:
             raise ValueError("`methods` must name at least one method; got none.")
         for method in self.methods:
-            _check.one_of("methods", method, METHODS)
-        _check.integer("seeds", self.seeds, low=1)
+            errors.one_of("methods", method, METHODS)
+        errors.integer("seeds", self.seeds, low=1)
         quantize.named(self.spec)
         self.run("sgd", 0)
         _ = self.measuring
@@ -99,7 +99,7 @@ class Measured(NamedTuple):
     eigenvalue_converged: bool
 
 
-def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: Any) -> list[Measured]:
+def compare(config: CompareConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin) -> list[Measured]:
     """Trains, quantizes and measures every method and seed, or what is left of them, in folders under `out`/runs."""
     configs = {method: config.run(method, 0) for method in config.methods}
     return [
@@ -112,7 +112,7 @@ def compare(config: CompareConfig, dataset: data.Dataset, out: Path, display: An
             },
             **{name: run.measured["curvature"][name] for name in Measured._fields if name.startswith("eigenvalue")},
         )
-        for run in sweep.run_all(configs, range(config.seeds), dataset, out, display, config.measuring)
+        for run in sweep.run_all(configs, range(config.seeds), dataset, out, begin, config.measuring)
     ]
 
 
@@ -188,21 +188,21 @@ def main(
     out = out or Path("runs") / f"compare-{config.dataset}"
     started = time.monotonic()
     with progress.bar() as display:
-        dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
         sweep.check({method: config.run(method, 0) for method in config.methods}, dataset)
-        runs.claim_same(out, config, may_differ=MAY_DIFFER)
-        results = compare(config, dataset, out, display)
+        files.claim_same(out, config, may_differ=MAY_DIFFER)
+        results = compare(config, dataset, out, progress.lines(display))
     if not results:
-        raise cli.Failed(f"Every run diverged; {out} has the messages.")
+        raise files.Failed(f"Every run diverged; {out} has the messages.")
     rows = summarize(results)
     header, lines = cells(rows)
     text = caption(config, dataset)
     record = {
-        "config": runs.to_json(config),
-        "environment": runs.environment(),
+        "config": files.to_json(config),
+        "environment": environment.current(),
         "results": [r._asdict() | {"accuracy": {str(b or "full"): a for b, a in r.accuracy.items()}} for r in results],
     }
-    runs.write_json(out / "results.json", record)
+    files.write_json(out / "results.json", record)
     (out / "table.md").write_text(f"{tables.markdown(header, lines)}\n{text}\n")
     plots.accuracy_over_bits(rows, config.spec, out / "bits.png")
     plots.eigenvalues(results, out / "eigenvalues.png")

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from experiments import cli, progress
 from experiments.analysis import plots
-from experiments.storage import runs
+from experiments.storage import environment, files
 from experiments.training import compiled
-from hero_jax import _check, curvature, spectrum
+from hero_jax import curvature, errors, spectrum
 
 PyTree = Any
 SPLITS = ("train", "test")
@@ -52,16 +52,16 @@ class HessianConfig:
     """Of all random vectors."""
 
     def __post_init__(self) -> None:
-        _check.one_of("split", self.split, SPLITS)
+        errors.one_of("split", self.split, SPLITS)
         for name in ("eigenvalues", "max_products", "density_steps"):
-            _check.integer(name, getattr(self, name), low=1)
+            errors.integer(name, getattr(self, name), low=1)
         # One probe has no spread, so no error.
         for name in ("probes", "density_probes"):
-            _check.integer(name, getattr(self, name), low=2)
+            errors.integer(name, getattr(self, name), low=2)
         if self.images is not None:
-            _check.integer("images", self.images, low=1)
-        _check.integer("seed", self.seed, low=0)
-        _check.positive("rtol", self.rtol)
+            errors.integer("images", self.images, low=1)
+        errors.integer("seed", self.seed, low=0)
+        errors.positive("rtol", self.rtol)
         if self.max_products < self.eigenvalues:
             raise ValueError(
                 f"`max_products` must be at least the {self.eigenvalues} eigenvalues; got {self.max_products}."
@@ -170,16 +170,17 @@ def main(
     out = out or run / f"hessian-{config.split}"
     started = time.monotonic()
     with progress.bar() as display:
-        _, trainer, variables, dataset = compiled.load(run, data_dir, display)
-        runs.claim(out, besides=("density.png", "layers.png"))
+        report = progress.steps(display)
+        _, trainer, variables, dataset = compiled.load(run, data_dir, report)
+        files.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(config.images)
         operator = trainer.hessian(variables, split)
-        measured = measure(config, operator, progress.steps(display))
-    record = {"config": runs.to_json(config), "run": run.name, "images": split.size, **measured}
+        measured = measure(config, operator, report)
+    record = {"config": files.to_json(config), "run": run.name, "images": split.size, **measured}
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")
     # Last, so that a folder with it is whole.
-    runs.write_json(out / "curvature.json", record | {"environment": runs.environment()})
+    files.write_json(out / "curvature.json", record | {"environment": environment.current()})
     for table in tables(measured):
         cli.console.print(table)
     trace, norm = measured["trace"], measured["hessian_norm"]

@@ -21,9 +21,9 @@ import tyro
 from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import TrainConfig
-from experiments.storage import runs
+from experiments.storage import environment, files
 from experiments.training import compiled
-from hero_jax import _check, landscape
+from hero_jax import errors, landscape
 from hero_jax.evaluate import Spread
 from hero_jax.quantize import linen
 
@@ -57,17 +57,17 @@ class LandscapeConfig:
     """Of all random directions, the same for all runs."""
 
     def __post_init__(self) -> None:
-        _check.integer("images", self.images, low=1)
-        _check.integer("points", self.points, low=3)
+        errors.integer("images", self.images, low=1)
+        errors.integer("points", self.points, low=3)
         # Two for the plane, and one line has no deviation.
-        _check.integer("directions", self.directions, low=2)
-        _check.integer("seed", self.seed, low=0)
+        errors.integer("directions", self.directions, low=2)
+        errors.integer("seed", self.seed, low=0)
         for name in ("radius", "rise"):
-            _check.positive(name, getattr(self, name))
+            errors.positive(name, getattr(self, name))
         if not self.levels or list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"`levels` must be at least one number, in ascending order; got {self.levels}.")
         for level in self.levels:
-            _check.positive("levels", level)
+            errors.positive("levels", level)
 
 
 class Network(NamedTuple):
@@ -80,7 +80,7 @@ class Network(NamedTuple):
     test: data.Split
 
 
-def load(folders: Sequence[Path], data_dir: Path | None, display: Any, images: int) -> dict[str, Network]:
+def load(folders: Sequence[Path], data_dir: Path | None, report: Report, images: int) -> dict[str, Network]:
     """Run folders as `Network`s by name, with their first images; those of one model share what is compiled.
 
     Raises ValueError where a run is given twice, or where their data sets differ.
@@ -89,7 +89,7 @@ def load(folders: Sequence[Path], data_dir: Path | None, display: Any, images: i
     loaded: dict[str, Network] = {}
     shared: dict[str, compiled.Trainer] = {}
     for name, folder in zip(names, folders, strict=True):
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, display)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
         # Its evaluation depends on the model and the data set only.
         trainer = shared.setdefault(str(config.model), trainer)
         loaded[name] = Network(config, trainer, variables, dataset.train.first(images), dataset.test.first(images))
@@ -206,9 +206,9 @@ def main(
     out = out or folders[0] / "landscape"
     started = time.monotonic()
     with progress.bar() as display:
-        networks = load(folders, data_dir, display, config.images)
-        runs.claim(out, besides=("lines.png", "plane.png", "between.png"))
         report = progress.steps(display)
+        networks = load(folders, data_dir, report, config.images)
+        files.claim(out, besides=("lines.png", "plane.png", "between.png"))
         surfaces = {
             name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))
             for name, network in networks.items()
@@ -221,7 +221,7 @@ def main(
         }
     methods = {name: network.config.method for name, network in networks.items()}
     record = {
-        "config": runs.to_json(config),
+        "config": files.to_json(config),
         "images": {name: network.train.size for name, network in networks.items()},
         "runs": surfaces,
         "between": {"first": origin, "to": segments},
@@ -231,7 +231,7 @@ def main(
     if segments:
         plots.landscape_between(origin, segments, methods, out / "between.png")
     # Last, so that a folder with it is whole.
-    runs.write_json(out / "landscape.json", record | {"environment": runs.environment()})
+    files.write_json(out / "landscape.json", record | {"environment": environment.current()})
     header = ["run", "loss", "accuracy", "basin, line", "basin, plane", "not finite"]
     cli.console.print(tables.terminal(header, [_line(name, found) for name, found in surfaces.items()]))
     cli.console.print(

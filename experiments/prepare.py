@@ -14,7 +14,8 @@ import tyro
 
 from experiments import cli, data
 from experiments.data import records
-from hero_jax import _check
+from experiments.storage import files
+from hero_jax import errors
 
 
 def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = None) -> None:
@@ -24,7 +25,7 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
       name: digits, cifar10, cifar100, fashion_mnist, imagenette or imagenet2012.
       data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
     """
-    _check.one_of("name", name, data.DATASETS)
+    errors.one_of("name", name, data.DATASETS)
     if name == "digits":
         cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
         return
@@ -39,11 +40,11 @@ def prepare(name: str, root: Path) -> None:
     """Downloads and prepares a data set that is not in `root`.
 
     Raises:
-      cli.Failed: TensorFlow or files to be fetched by hand are missing, or the download failed; says which.
+      files.Failed: TensorFlow or files to be fetched by hand are missing, or the download failed; says which.
     """
     # It may be megabytes of wheels away: say so before anything is downloaded.
     if importlib.util.find_spec("tensorflow") is None:
-        raise cli.Failed(
+        raise files.Failed(
             f"Preparing {name} needs TensorFlow, which is not there (`pip install tensorflow`); reading it does not."
         )
     import tensorflow_datasets as tfds
@@ -51,7 +52,7 @@ def prepare(name: str, root: Path) -> None:
     about, manual = records.DATASETS[name], root / "downloads" / "manual"
     missing = [file for file in about.manual if not (manual / file).exists()]
     if missing:
-        raise cli.Failed(
+        raise files.Failed(
             f"{name} must be fetched by hand, from https://image-net.org/download-images; {' and '.join(missing)}"
             f" must be in {manual}."
         )
@@ -61,7 +62,7 @@ def prepare(name: str, root: Path) -> None:
         builder.download_and_prepare()
     except Exception as error:  # of the network, the disk, or a changed archive
         reason = records.one_line(error)
-        raise cli.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
+        raise files.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
 
 
 def described(name: str, builder: Any) -> str:

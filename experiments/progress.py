@@ -34,18 +34,28 @@ def task(display: rich_progress.Progress, description: str) -> Callable[[int, in
     return report
 
 
-def epochs(display: rich_progress.Progress, description: str, total: int) -> Callable[[Mapping[str, float]], None]:
-    """A reporter of the metrics of each epoch: loss, last accuracy, images a second."""
-    line = display.add_task(description, total=total, figures="")
-    last = {}
+def decoding(display: rich_progress.Progress, dataset: str) -> Callable[[int, int], None]:
+    """A reporter of the images of a data set that are decoded."""
+    return task(display, f"decoding {dataset}")
 
-    def report(row: Mapping[str, float]) -> None:
-        last.update(row)
-        accuracy = f"  accuracy {last['accuracy']:.2%}" if "accuracy" in last else ""
-        figures = f"loss {last['train_loss']:.4f}{accuracy}  {last['images_per_second']:,.0f} images/s"
-        display.update(line, completed=row["epoch"], figures=figures)
 
-    return report
+def lines(display: rich_progress.Progress) -> Callable[[str, int], Callable[[int, Mapping[str, float]], None]]:
+    """A maker, by description and total, of reporters `(done, metrics)`: loss, last accuracy, images a second."""
+
+    def begin(description: str, total: int) -> Callable[[int, Mapping[str, float]], None]:
+        line = display.add_task(description, total=total, figures="")
+        last = {}
+
+        def report(done: int, row: Mapping[str, float]) -> None:
+            last.update(row)
+            accuracy = f"  accuracy {last['accuracy']:.2%}" if "accuracy" in last else ""
+            speed = f"  {last['images_per_second']:,.0f} images/s" if last else ""
+            figures = f"loss {last['train_loss']:.4f}{accuracy}{speed}" if last else ""
+            display.update(line, completed=done, figures=figures)
+
+        return report
+
+    return begin
 
 
 def steps(display: rich_progress.Progress) -> Callable[[str, int, int], None]:

@@ -25,9 +25,9 @@ from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.analysis.networks import group_runs
 from experiments.config import TrainConfig
-from experiments.storage import runs
+from experiments.storage import environment, files
 from experiments.training import compiled
-from hero_jax import _check, curvature, quantize, spectrum
+from hero_jax import curvature, errors, quantize, spectrum
 from hero_jax.evaluate import Spread, aggregate, classifier
 from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
@@ -72,19 +72,19 @@ class QuantizeConfig:
         widths = {"bits": self.bits, "activation_bits": [self.activation_bits], "sensitivity": sensitivity_bits}
         for name, values in widths.items():
             for width in values:
-                _check.integer(name, width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+                errors.integer(name, width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         for step in self.steps:
             for part in step.split("+") if step != "nearest" else ():
-                _check.one_of("steps", part, STEPS)
+                errors.one_of("steps", part, STEPS)
             _check_once("steps", step.split("+"))
         _check_once("specs", [quantize.named(name).name for name in self.specs])
         _check_once("bits", self.bits)
         _check_once("steps", self.steps)
         for name in ("calibration", "images"):
             if getattr(self, name) is not None:
-                _check.integer(name, getattr(self, name), low=1)
-        _check.integer("probes", self.probes, low=2)
-        _check.integer("seed", self.seed, low=0)
+                errors.integer(name, getattr(self, name), low=1)
+        errors.integer("probes", self.probes, low=2)
+        errors.integer("seed", self.seed, low=0)
 
 
 def _check_once(argument: str, values: Sequence[Any]) -> None:
@@ -254,13 +254,13 @@ def layer_tables(measured: dict[str, Any]) -> Table:
 
 
 def load(
-    folders: Iterable[Path], data_dir: Path | None, display: Any, calibration: int
+    folders: Iterable[Path], data_dir: Path | None, report: compiled.Report, calibration: int
 ) -> dict[Path, tuple[TrainConfig, Network]]:
     """Run folders as `Network`s; those that differ in their seed only share data and what is compiled."""
     loaded = {}
     shared: dict[TrainConfig, Network] = {}
     for folder in folders:
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, display)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
         images = dataset.train.first(calibration).images
         batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
         classify = classifier(trainer.forward, batch_size=compiled.EVAL_BATCH)
@@ -293,13 +293,13 @@ def main(
     scores: dict[Key, list[list[quantize.QuantizedScore]]] = {}
     layers: dict[str, Any] = {}
     with progress.bar() as display:
-        loaded = load(folders, data_dir, display, config.calibration)
+        report = progress.steps(display)
+        loaded = load(folders, data_dir, report, config.calibration)
         names = {network[0].dataset for network in loaded.values()}
         if len(names) > 1:
             raise ValueError(f"`folders` must be of one data set; got {', '.join(sorted(names))}.")
         groups = group_runs((path, run) for path, (run, _) in loaded.items())
-        runs.claim(out)
-        report = progress.steps(display)
+        files.claim(out)
         for spec in config.specs:
             for step in config.steps:
                 for name, paths in groups.items():
@@ -319,13 +319,13 @@ def main(
     rows = [[*kind, *line] for kind, part in lines.items() for line in part]
     (out / "table.md").write_text(f"{tables.markdown(['spec', 'step', *header], rows, left=3)}\n{text}\n")
     write_rows(out / "rows.csv", scores)
-    record = {"config": runs.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
+    record = {"config": files.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
     results = [
         {"spec": spec, "step": step, "network": name, "seeds": [[row._asdict() for row in rows] for rows in seeds]}
         for (spec, step, name), seeds in scores.items()
     ]
-    runs.write_json(
-        out / "results.json", record | {"results": results, "layers": layers, "environment": runs.environment()}
+    files.write_json(
+        out / "results.json", record | {"results": results, "layers": layers, "environment": environment.current()}
     )
     plotted = {key: [spread[:2] for spread in row] for key, row in spreads.items()}
     plots.quantization(plotted, ["full", *map(str, config.bits)], out / "bits.png")

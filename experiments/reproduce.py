@@ -27,12 +27,11 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, data, landscape, progress, report, search
-from experiments.config import TrainConfig
-from experiments.data import label_noise
+from experiments.config import LABEL_NOISE_KINDS, TrainConfig
 from experiments.measure import sweep
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import methods
-from hero_jax import _check
+from hero_jax import errors
 
 PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")
 Settings = Mapping[str, Any]
@@ -124,15 +123,15 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         for name in ("seeds", "search_seeds", "validation_size"):
             if getattr(self, name) is not None:
-                _check.integer(name, getattr(self, name), low=1)
+                errors.integer(name, getattr(self, name), low=1)
         for rate in self.noise_rates:
-            _check.fraction("noise_rates", rate)
+            errors.fraction("noise_rates", rate)
             if rate == 0:
                 raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
         for name in self.variants:
-            _check.one_of("variants", name, variants({}, 1, 1))
+            errors.one_of("variants", name, variants({}, 1, 1))
         for kind in self.noise_kinds:
-            _check.one_of("noise_kinds", kind, label_noise.KINDS)
+            errors.one_of("noise_kinds", kind, LABEL_NOISE_KINDS)
         self.run({}, 0)
         _ = self.measuring
 
@@ -254,8 +253,8 @@ def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path
             label_noise_kind=kind,
         )
         path = out / "search" / f"{label}-{name}"
-        there = runs.read_json(path / "search.json").get("config")
-        if there is not None and runs.difference(there, searched, ("seeds",)) is not None:
+        there = files.read_json(path / "search.json").get("config")
+        if there is not None and files.difference(there, searched, ("seeds",)) is not None:
             cli.console.print(f"{path} has a search of its own, which is left as it is")
             continue
         if there is not None:
@@ -282,7 +281,7 @@ def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settin
         if prefix not in ("clean", "noisy") or name not in TUNED:
             wanted = f"clean-NAME or noisy-NAME, with NAME one of {', '.join(TUNED)}"
             raise ValueError(f"`out` must have its searches in folders {wanted}; got {file.parent}.")
-        record = runs.read_json(file)
+        record = files.read_json(file)
         if prefix != label or not record.get("best"):
             continue
         wanted, searched = _what_is_searched(config, prefix, name), _what_was_searched(record["config"])
@@ -381,15 +380,15 @@ def main(
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
     for part in parts:
-        _check.one_of("parts", part, PARTS)
+        errors.one_of("parts", part, PARTS)
     out = out or Path("runs") / f"reproduce-{config.dataset}"
     started = time.monotonic()
     with progress.bar() as display:
-        dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
     share = 4 if config.dataset == "digits" else 10
     held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
     sweep.check({"hero": config.run({}, held_out)}, dataset)
-    runs.claim_same(out, config, may_differ=MAY_DIFFER, besides=("search",))
+    files.claim_same(out, config, may_differ=MAY_DIFFER, besides=("search",))
     # A search that cannot be taken is refused before hours have gone by.
     plan(config, "accuracy", held_out, out)
     for part in (part for part in PARTS if part in parts):
@@ -397,13 +396,15 @@ def main(
         if part == "search":
             run_search(config, held_out, out, data_dir)
         elif part == "landscape":
-            with runs.locked(out, wait=True):
+            with files.locked(out, wait=True):
                 draw_landscape(config, out, data_dir)
         else:
             with progress.bar() as display:
                 configs = plan(config, part, held_out, out)
-                sweep.run_all(configs, range(config.seeds), dataset, out / part, display, config.measuring)
-    with runs.locked(out, wait=True):
+                sweep.run_all(
+                    configs, range(config.seeds), dataset, out / part, progress.lines(display), config.measuring
+                )
+    with files.locked(out, wait=True):
         report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
 
@@ -420,7 +421,7 @@ def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) ->
     status = {folder: runs.status(folder) for folder in folders}
     left = [folder.name for folder, ended in status.items() if ended not in ("done", "diverged")]
     done = tuple(folder for folder, ended in status.items() if ended == "done")
-    record = runs.read_json(out / "landscape" / "landscape.json")
+    record = files.read_json(out / "landscape" / "landscape.json")
     if left:
         cli.console.print(f"no landscape before {', '.join(left)} ended: give the command again then")
     elif record and len(record["runs"]) != len(done):

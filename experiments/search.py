@@ -20,8 +20,8 @@ from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS, TAKES, TrainConfig
 from experiments.measure import sweep
-from experiments.storage import runs
-from hero_jax import _check
+from experiments.storage import environment, files
+from hero_jax import errors
 from hero_jax.evaluate import Spread
 
 # Those that every method has come last: a combination is named after the others, and after these where they are tried.
@@ -31,7 +31,7 @@ OF_EVERY_METHOD = ("learning_rate", "weight_decay")
 MAY_DIFFER = (*SEARCHED, "seeds")
 
 
-class AllDiverged(cli.Failed):
+class AllDiverged(files.Failed):
     """There is nothing to choose among."""
 
 
@@ -81,15 +81,15 @@ class SearchConfig:
     """symmetric, uniform or asymmetric: see docs/data.md."""
 
     def __post_init__(self) -> None:
-        _check.one_of("method", self.method, METHODS)
+        errors.one_of("method", self.method, METHODS)
         for name in ("seeds", "validation_size"):
-            _check.integer(name, getattr(self, name), low=1)
+            errors.integer(name, getattr(self, name), low=1)
         for name in SEARCHED:
             values = getattr(self, name)
             if values and name not in (*TAKES[self.method], *OF_EVERY_METHOD):
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {values!r}.")
             for value in values:
-                _check.non_negative(name, value)
+                errors.non_negative(name, value)
                 if values.count(value) > 1:
                     raise ValueError(f"`{name}` must name each once; got {value!r} twice.")
         assert self.runs()
@@ -158,17 +158,17 @@ def main(
     """
     out = out or Path("runs") / f"search-{config.dataset}-{config.method}"
     with progress.bar() as display:
-        dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+        dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
         sweep.check(config.runs(), dataset)
-        runs.claim_same(out, config, MAY_DIFFER)
+        files.claim_same(out, config, MAY_DIFFER)
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
-            runs.write_json(out / "search.json", {"config": runs.to_json(config), "grid": [], "best": None})
-        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, display)
+            files.write_json(out / "search.json", {"config": files.to_json(config), "grid": [], "best": None})
+        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, progress.lines(display))
     grid = summarize(config.runs(), found)
     best = best_of(grid)
-    record = {"config": runs.to_json(config), "grid": grid, "best": best, "environment": runs.environment()}
-    runs.write_json(out / "search.json", record)
+    record = {"config": files.to_json(config), "grid": grid, "best": best, "environment": environment.current()}
+    files.write_json(out / "search.json", record)
     if best is None:
         raise AllDiverged("Every run of the search diverged; smaller values of what is searched may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]

@@ -53,18 +53,18 @@ def main(
     cli.console.quiet = not is_writer
     cli.console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
     with progress.bar() as bar:
-        dataset = data.load(config.dataset, data_dir, progress.task(bar, f"decoding {config.dataset}"))
+        dataset = data.load(config.dataset, data_dir, progress.decoding(bar, config.dataset))
         dataset = subset(config, dataset)
         # Before the folder is made: a setting that the data does not allow leaves none.
         trainer = build(config, dataset)
-        advance = progress.epochs(bar, config.method, config.epochs)
+        advance = progress.lines(bar)(config.method, config.epochs)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
             stack.enter_context(layouts.watched())
             write = stack.enter_context(events(out)) if tensorboard and is_writer else None
 
             def report(row: dict[str, float]) -> None:
-                advance(row)
+                advance(int(row["epoch"]), row)
                 if write is not None:
                     write(row)
 

@@ -85,7 +85,7 @@ def test_test_split_is_another_matrix(run, measured, tmp_path):
 
 def test_every_product_is_reported(run):
     with progress.bar() as display:
-        _, trainer, variables, dataset = compiled.load(run, None, display)
+        _, trainer, variables, dataset = compiled.load(run, None, progress.steps(display))
     operator = trainer.hessian(variables, data.Split(*(x[:50] for x in dataset.train)))
     calls = []
     config = HessianConfig(eigenvalues=1, probes=3, density_probes=2, density_steps=4)

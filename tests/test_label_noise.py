@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import data
+from experiments.config import LABEL_NOISE_KINDS
 from experiments.data import label_noise
 
 
@@ -53,7 +54,7 @@ class TestLabelNoise:
             expected[c, similar[c] if similar else (c + 1) % 5] += 13
         np.testing.assert_array_equal(counts, expected)
 
-    @pytest.mark.parametrize("kind", label_noise.KINDS)
+    @pytest.mark.parametrize("kind", LABEL_NOISE_KINDS)
     def test_depends_on_the_seed(self, kind):
         dataset = labeled(6, 50)
         first, again, other = (label_noise.alter(dataset, 0.5, kind, seed).train.labels for seed in (1, 1, 2))

@@ -13,7 +13,7 @@ import hero_jax
 from experiments import data
 from experiments.analysis import networks
 from experiments.config import BEFORE, METHODS, TrainConfig
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import compiled, loop, methods
 from hero_jax import models, quantize
 from tests import problems
@@ -264,11 +264,11 @@ def test_settings_reach_the_transformation(method, field, values):
 @pytest.mark.parametrize("method", ["sgd", "sam", "grad_l1", "hero"])
 def test_a_folder_of_before_these_fields_is_the_same_run(method):
     config = short(method=method)
-    older = {name: value for name, value in runs.to_json(config).items() if name not in BEFORE}
-    assert runs.difference(older, config, ()) is None
+    older = {name: value for name, value in files.to_json(config).items() if name not in BEFORE}
+    assert files.difference(older, config, ()) is None
     if method == "sam":
         changed = dataclasses.replace(config, suppress=0.5)
-        assert runs.difference(older, changed, ()) == ("suppress", 0.0, 0.5)
+        assert files.difference(older, changed, ()) == ("suppress", 0.0, 0.5)
 
 
 def test_no_two_networks_have_one_name():

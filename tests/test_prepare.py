@@ -5,8 +5,9 @@ import io
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments import cli, data, prepare
+from experiments import data, prepare
 from experiments.data import records
+from experiments.storage import files
 from tests.test_prepared import cifar_row, pixels, write_prepared
 
 
@@ -81,7 +82,7 @@ def test_preparation_that_fails_leaves_nothing(tmp_path, with_tensorflow, monkey
         raise ConnectionError("Failed to resolve\nthe host")
 
     monkeypatch.setattr(tfds.builder_cls("cifar10"), "_split_generators", fail)
-    with pytest.raises(cli.Failed, match=r"^cifar10 was not prepared, .* \(Failed to resolve the host\)\.$"):
+    with pytest.raises(files.Failed, match=r"^cifar10 was not prepared, .* \(Failed to resolve the host\)\.$"):
         prepare.main("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError):
         records.find("cifar10", tmp_path)
@@ -91,7 +92,7 @@ def test_preparation_that_fails_leaves_nothing(tmp_path, with_tensorflow, monkey
 def test_without_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        cli.Failed, match=r"Preparing cifar100 needs TensorFlow, which is not there \(`pip install tens"
+        files.Failed, match=r"Preparing cifar100 needs TensorFlow, which is not there \(`pip install tens"
     ):
         prepare.main("cifar100", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -100,11 +101,11 @@ def test_without_tensorflow(tmp_path, monkeypatch):
 def test_imagenet_must_be_fetched_by_hand(tmp_path, with_tensorflow):
     manual = tmp_path / "downloads" / "manual"
     both = r"ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar must be in .*downloads/manual\.$"
-    with pytest.raises(cli.Failed, match=f"imagenet2012 must be fetched by hand, from https://image-net.* {both}"):
+    with pytest.raises(files.Failed, match=f"imagenet2012 must be fetched by hand, from https://image-net.* {both}"):
         prepare.main("imagenet2012", tmp_path)
     manual.mkdir(parents=True)
     (manual / "ILSVRC2012_img_train.tar").touch()
-    with pytest.raises(cli.Failed, match=r"images; ILSVRC2012_img_val.tar must be in"):
+    with pytest.raises(files.Failed, match=r"images; ILSVRC2012_img_val.tar must be in"):
         prepare.main("imagenet2012", tmp_path)
 
 

@@ -14,8 +14,9 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments import cli, data
+from experiments import data
 from experiments.data import records
+from experiments.storage import files
 
 SIZES = {"train": 30, "test": 12}
 
@@ -494,5 +495,7 @@ class TestDamagedRecord:
         test = data.load("imagenette", tmp_path).test
         assert test.rows(np.array([3, 5])).labels.tolist() == [3, 5]
         reason = "cannot identify image file" if kind == "image of no format" else reason
-        with pytest.raises(cli.Failed, match=rf"^Image 4 of imagenette/320px-v2/1.0.0 validation cannot .*\({reason}"):
+        with pytest.raises(
+            files.Failed, match=rf"^Image 4 of imagenette/320px-v2/1.0.0 validation cannot .*\({reason}"
+        ):
             test.rows(np.array([3, 4]))

@@ -18,7 +18,7 @@ from experiments import report, search, train
 from experiments.analysis import page, plots, saved, tables
 from experiments.config import TrainConfig
 from experiments.search import SearchConfig
-from experiments.storage import runs
+from experiments.storage import environment, files
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -38,16 +38,16 @@ def fake(
     """A run folder as a run leaves it: one row an epoch, with `more` fields (a list of one value an epoch each)."""
     folder.mkdir(parents=True)
     config = TrainConfig(**{"method": "sgd", "epochs": EPOCHS, **fields}).resolved()
-    runs.write_json(folder / "config.json", runs.to_json(config))
-    runs.write_json(folder / "environment.json", ENVIRONMENT | (part or {}))
-    runs.write_json(folder / "status.json", {"status": status, "message": message})
+    files.write_json(folder / "config.json", files.to_json(config))
+    files.write_json(folder / "environment.json", ENVIRONMENT | (part or {}))
+    files.write_json(folder / "status.json", {"status": status, "message": message})
     rows = []
     for i, accuracy in enumerate(accuracies):
         row = {"epoch": i + 1, "train_loss": 0.5 / (i + 1), "images_per_second": 640.0, "step": 10 * (i + 1)}
         rows.append(row | {"accuracy": accuracy} | {name: values[i] for name, values in (more or {}).items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if measured is not None:
-        runs.write_json(folder / "measured.json", measured)
+        files.write_json(folder / "measured.json", measured)
     return folder
 
 
@@ -142,7 +142,7 @@ def everything(tmp_path_factory):
         for gamma in (0.1, 0.2)
     ]
     (base / "search").mkdir()
-    runs.write_json(base / "search" / "search.json", {"grid": grid, "best": grid[3], "config": {}})
+    files.write_json(base / "search" / "search.json", {"grid": grid, "best": grid[3], "config": {}})
     fake(base / "search" / "trial", seed=9)
     folder = base / "landscape-a"
     folder.mkdir()
@@ -159,7 +159,7 @@ def everything(tmp_path_factory):
     config = {"radius": 1.0, "directions": 5, "rise": 0.1}
     record = {"runs": {"sgd-s0": around}, "config": config, "between": between, "environment": ENVIRONMENT}
     record["images"] = {"sgd-s0": 1433}
-    runs.write_json(folder / "landscape.json", record)
+    files.write_json(folder / "landscape.json", record)
     return base, *made(base)
 
 
@@ -382,7 +382,7 @@ def test_a_search_that_was_ended_or_diverged_stays_out_of_the_table(tmp_path):
     fake(tmp_path / "main")
     configs = SearchConfig(method="sam", rho=(0.1, 0.2)).runs()
     for name, grid in (("begun", []), ("diverged", search.summarize(configs, []))):
-        runs.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
+        files.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
         fake(tmp_path / name / "runs" / "trial", method="sam", rho=0.2)
     text, _ = made(tmp_path)
     assert "SAM" not in text[text.index("## Accuracy") : text.index("## Search")]
@@ -504,7 +504,7 @@ def test_older_runs_without_newer_fields(tmp_path):
     old = fake(tmp_path / "old", method="hero", seed=1)
     fields = json.loads((old / "config.json").read_text())
     newer = ("interval", "scope", "reduction", "label_noise", "label_noise_kind", "dtype")
-    runs.write_json(old / "config.json", {name: fields[name] for name in fields if name not in newer})
+    files.write_json(old / "config.json", {name: fields[name] for name in fields if name not in newer})
     text, _ = made(tmp_path)
     assert cells_of(text, "HERO")[0][1] == "2"
 
@@ -563,14 +563,14 @@ class TestRefusals:
     def test_fields_of_another_version(self, tmp_path):
         folder = fake(tmp_path / "a")
         fields = json.loads((folder / "config.json").read_text())
-        runs.write_json(folder / "config.json", fields | {"warp": 9})
+        files.write_json(folder / "config.json", fields | {"warp": 9})
         with pytest.raises(ValueError, match=r"`folders` must hold runs of fields that are known here; .* has warp"):
             report.main((tmp_path,))
 
     def test_impossible_configuration(self, tmp_path):
         folder = fake(tmp_path / "a")
         fields = json.loads((folder / "config.json").read_text())
-        runs.write_json(folder / "config.json", fields | {"epochs": -1})
+        files.write_json(folder / "config.json", fields | {"epochs": -1})
         with pytest.raises(ValueError, match=r"`folders` must hold runs that are possible here; .*`epochs`"):
             report.main((tmp_path,))
 
@@ -629,7 +629,7 @@ def test_a_real_run(tmp_path):
     text, code = made(tmp_path)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert cells_of(text, "SGD")[0][1:3] == ["1", f"{100 * row['accuracy']:.2f}"]
-    assert runs.environment()["commit"] in text
+    assert environment.current()["commit"] in text
     assert not [tag for tag, _ in Page(code).tags if tag == "img"]
 
 

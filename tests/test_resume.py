@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from experiments import cli
 from experiments.config import TrainConfig
-from experiments.storage import runs, tensorboard
+from experiments.storage import files, runs, tensorboard
 from experiments.training import compiled, layouts, loop
 from hero_jax.models import resnet
 from tests import problems
@@ -286,14 +285,14 @@ class TestDamage:
         part(config, images, out, trainer)
         assert_same(out, whole[0])
         shutil.rmtree(out / "checkpoint")
-        with pytest.raises(cli.Failed, match="is a run that is done, and its checkpoint is gone"):
+        with pytest.raises(files.Failed, match="is a run that is done, and its checkpoint is gone"):
             part(config, images, out, trainer)
         assert len(rows(out)) == 4
 
     def test_of_all_is_an_error_and_loses_nothing(self, config, images, trainer, begun):
         for step in "12":
             damage(begun / "checkpoint" / step, "cut")
-        with pytest.raises(cli.Failed, match=r"No checkpoint in .* can be read \(the last is that of step 2: "):
+        with pytest.raises(files.Failed, match=r"No checkpoint in .* can be read \(the last is that of step 2: "):
             part(config, images, begun, trainer)
         assert problems.last_step(begun) == 2
         assert status(begun) == "failed"
@@ -381,26 +380,27 @@ class TestFolders:
         part(config, images, out, trainer)
         assert_same(out, whole[0])
 
-    def test_a_lock_that_is_waited_for(self, tmp_path, capsys):
+    def test_a_lock_that_is_waited_for(self, tmp_path, caplog):
+        caplog.set_level("INFO")
         entered = threading.Event()
 
         def other():
-            with runs.locked(tmp_path, wait=True):
+            with files.locked(tmp_path, wait=True):
                 entered.set()
 
         thread = threading.Thread(target=other)
-        with runs.locked(tmp_path):
+        with files.locked(tmp_path):
             thread.start()
             assert not entered.wait(0.3)
         assert entered.wait(10)
         thread.join()
-        assert "waiting for another process" in capsys.readouterr().out
+        assert "waiting for another process" in caplog.text
 
     def test_without_locks(self, config, monkeypatch, tmp_path):
         def flock(*_):
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(runs.fcntl, "flock", flock)
+        monkeypatch.setattr(files.fcntl, "flock", flock)
         with pytest.warns(UserWarning, match="without locks"), runs.RunFolder(tmp_path / "run", config):
             pass
         assert status(tmp_path / "run") == "done"
@@ -411,7 +411,7 @@ class TestFolders:
                 "import sys; from experiments import train; from experiments.storage import runs;"
                 "runs.RunFolder(train.Path(sys.argv[1]), train.TrainConfig(**__import__('json').loads(sys.argv[2])))"
             )
-            arguments = [str(tmp_path / "run"), json.dumps(runs.to_json(config))]
+            arguments = [str(tmp_path / "run"), json.dumps(files.to_json(config))]
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert "Busy: `out` must be free; another process is writing" in found.stderr
 

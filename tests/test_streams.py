@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, data, train
+from experiments import data, train
 from experiments.config import TrainConfig
 from experiments.data import label_noise, records, streams
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import compiled, loop
 from tests import problems
 from tests.test_parallel import run_two
@@ -146,7 +146,7 @@ class TestStream:
     def test_damaged_image_is_named(self):
         broken = stream([gradient(20, 20)] * 6)
         broken.source[4]["image"] = broken.source[4]["image"][:60]
-        with pytest.raises(cli.Failed, match=r"Image 4 of made up cannot be read \("):
+        with pytest.raises(files.Failed, match=r"Image 4 of made up cannot be read \("):
             broken.take(np.array([0, 4])).rows(np.array([0, 1]))
 
 
@@ -359,7 +359,7 @@ class TestTraining:
         images = stream([gradient(20, 20)] * 16)
         images.source[11]["image"] = b"nothing"
         broken = data.Dataset(images, images, 10, data.Pixels(255.0, (0.5,) * 3, (0.25,) * 3, augment=False))
-        with pytest.raises(cli.Failed, match="Image 11 of made up cannot be read"):
+        with pytest.raises(files.Failed, match="Image 11 of made up cannot be read"):
             loop.train(config(), broken)
         assert not threads()
 

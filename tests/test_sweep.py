@@ -20,7 +20,7 @@ from experiments import compare, data, progress, reproduce, search
 from experiments.config import METHODS, TrainConfig, presets
 from experiments.measure import sweep
 from experiments.search import SearchConfig
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import compiled, loop, methods
 from tests import problems
 
@@ -36,7 +36,7 @@ def digits():
 
 def run_all(configs, seeds, dataset, out, measuring=MEASURING):
     with progress.bar() as display:
-        return sweep.run_all(configs, seeds, dataset, out, display, measuring)
+        return sweep.run_all(configs, seeds, dataset, out, progress.lines(display), measuring)
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +95,14 @@ class TestSweep:
         assert changed == {"runs/sgd-s0/measured.json", "runs/sgd-s0/lock"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
 
-    def test_processes_share_the_runs(self, swept, digits, tmp_path, monkeypatch, capsys):
+    def test_processes_share_the_runs(self, swept, digits, tmp_path, monkeypatch, caplog):
+        caplog.set_level("INFO")
         """One run is being made by another process, which ends without having made it: it is made last."""
         _, configs, found = swept
         path = tmp_path / "runs" / "sgd-s0"
         path.mkdir(parents=True)
         lock = contextlib.ExitStack()
-        lock.enter_context(runs.locked(path))
+        lock.enter_context(files.locked(path))
         made = []
 
         def train(run, *rest, **options):
@@ -117,7 +118,7 @@ class TestSweep:
         monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=sleep))
         again = run_all(configs, range(2), digits, tmp_path)
         assert made == [("sgd", 1), ("asam", 0), ("asam", 1), "waited", ("sgd", 0)]
-        assert "waiting for what other processes make: 1 of the runs" in capsys.readouterr().out
+        assert "waiting for what other processes make: 1 of the runs" in caplog.text
         assert [(run.name, run.config, run.measured) for run in again] == [
             (run.name, run.config, run.measured) for run in found
         ]
@@ -141,10 +142,12 @@ class TestSweep:
         assert len(folders) == 6
         for folder in folders:
             assert runs.status(folder) == "done"
-            assert "continued" not in runs.read_json(folder / "environment.json")
+            assert "continued" not in files.read_json(folder / "environment.json")
         assert not list((tmp_path / "out").rglob("*.tmp"))
 
-    def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, capsys):
+    def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, caplog):
+        caplog.set_level("INFO")
+
         def train(run, *rest, **options):
             return failing(run, *rest, **options) if run.seed == 0 else original(run, *rest, **options)
 
@@ -160,7 +163,7 @@ class TestSweep:
         configs = {"sgd": TrainConfig(method="sgd", **SMALL).resolved()}
         found = run_all(configs, range(2), digits, tmp_path)
         assert [run.config.seed for run in found] == [1]
-        assert "sgd-s0 diverged" in capsys.readouterr().out
+        assert "sgd-s0 diverged" in caplog.text
         before = written(tmp_path)
         run_all(configs, range(2), digits, tmp_path)
         assert written(tmp_path) == before
@@ -176,7 +179,7 @@ class TestSweep:
         file = out / "runs" / "asam-s0" / "measured.json"
         record = json.loads(file.read_text())
         text = file.read_text()
-        runs.write_json(file, record | {"curvature": record["curvature"] | {"eigenvalue": float("inf")}})
+        files.write_json(file, record | {"curvature": record["curvature"] | {"eigenvalue": float("inf")}})
         again = run_all({"asam": configs["asam"]}, range(1), digits, out)
         assert np.isnan(again[0].measured["curvature"]["eigenvalue"])
         file.write_text(text)
@@ -332,7 +335,7 @@ def leave_search(out, name, **best):
     path = out / "search" / name / "search.json"
     path.parent.mkdir(parents=True)
     config = {"method": method, "penalty": penalty or None, "label_noise": 0.8 if prefix == "noisy" else 0.0}
-    runs.write_json(path, {"config": config, "best": {"method": method, **best} if best else None})
+    files.write_json(path, {"config": config, "best": {"method": method, **best} if best else None})
 
 
 class TestReproduce:
@@ -373,7 +376,7 @@ class TestReproduce:
     )
     def test_a_search_in_the_wrong_place(self, folder, record, message, tmp_path):
         (tmp_path / "search" / folder).mkdir(parents=True)
-        runs.write_json(tmp_path / "search" / folder / "search.json", record)
+        files.write_json(tmp_path / "search" / folder / "search.json", record)
         # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
             reproduce.main(reproduce.ReproduceConfig(), out=tmp_path)
@@ -467,7 +470,7 @@ class TestReproduce:
         path = tmp_path / "search" / "clean-sam-suppress" / "search.json"
         path.parent.mkdir()
         best = {"rho": 0.15, "suppress": 0.9}
-        runs.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
+        files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
         planned = reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
         assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
         assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
@@ -475,7 +478,7 @@ class TestReproduce:
         for name in ("sgd", "noise", "ema", "sgd-longer"):
             assert (planned[name].learning_rate, planned[name].weight_decay) == (0.2, 0.002)
         # A search without suppression is not one of it.
-        runs.write_json(path, {"config": {"method": "sam"}, "best": best})
+        files.write_json(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
             reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
 
@@ -485,15 +488,15 @@ class TestReproduce:
         for name, status in (("sgd", "done"), ("asam", "diverged"), ("hero", "done")):
             folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
             folder.mkdir(parents=True)
-            runs.write_json(folder / "status.json", {"status": status})
+            files.write_json(folder / "status.json", {"status": status})
         reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
         # Another one is there; one of the runs is still to end.
         (tmp_path / "landscape").mkdir()
-        runs.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
+        files.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
         reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
-        runs.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
+        files.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
         reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
         printed = "".join(capsys.readouterr().out.split())
         assert "landscapeisofotherruns:removeitforoneof2nolandscapebeforehero-s0ended" in printed

@@ -12,7 +12,7 @@ import pytest
 
 import hero_jax
 from experiments import data
-from experiments.config import METHODS, TAKES, TrainConfig, presets
+from experiments.config import LABEL_NOISE_KINDS, METHODS, TAKES, TrainConfig, presets
 from experiments.data import label_noise
 from experiments.storage import runs
 from experiments.training import compiled, loop, methods
@@ -191,7 +191,7 @@ class TestLabelNoise:
         assert rows[-1]["accuracy"] == trainer.evaluate(variables, digits.test)["accuracy"]
 
     def test_kind_and_seed_reach_the_labels_and_none_alters_nothing(self, digits):
-        kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in label_noise.KINDS]
+        kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in LABEL_NOISE_KINDS]
         others = [dataclasses.replace(kinds[0], seed=1), dataclasses.replace(kinds[0], label_noise=0.4)]
         labels = [compiled.with_label_noise(config, digits).train.labels for config in kinds + others]
         assert all((a != b).any() for i, a in enumerate(labels) for b in labels[:i])

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -18,9 +18,6 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from experiments.config import LABELS, METHODS
 from experiments.storage import runs
-
-if TYPE_CHECKING:
-    from experiments.compare import Measured, Row
 
 # Okabe and Ito, Color Universal Design, 2008; the two of NSO and MSAM, and those for what is not a method: Tol, Colour
 # Schemes, SRON technical note, 2021, muted.
@@ -40,7 +37,7 @@ MARKERS = {method: _STYLES[method][1] for method in METHODS}
 _OTHERS = ("#332288", "#999999", "#44AA99", "#DDCC77")
 
 
-def accuracy_over_bits(rows: Sequence[Row], spec: str, path: Path) -> None:
+def accuracy_over_bits(rows: Sequence[Any], spec: str, path: Path) -> None:
     """Accuracy against the bit width of the weights, mean and standard deviation over seeds."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -125,7 +122,7 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, flo
     figure.savefig(path, dpi=150)
 
 
-def eigenvalues(results: Sequence[Measured], path: Path) -> None:
+def eigenvalues(results: Sequence[Any], path: Path) -> None:
     """Top Hessian eigenvalue of every run, on a logarithmic axis; the bar is the mean of the method."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()

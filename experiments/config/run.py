@@ -6,10 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import data
 from experiments.config import presets
-from experiments.data import label_noise
-from hero_jax import _check, models, penalties, perturbations, quantize
+from hero_jax import errors, models, penalties, perturbations, quantize
 
 LABELS = {
     "sgd": "SGD",
@@ -25,6 +23,7 @@ LABELS = {
 METHODS = tuple(LABELS)
 PARALLEL = ("none", "pmap", "jit")
 DTYPES = ("float32", "bfloat16")
+LABEL_NOISE_KINDS = ("symmetric", "uniform", "asymmetric")
 # Fields that say when a run pauses or asks the host, and nothing about what it computes.
 PACE = ("save_minutes", "max_minutes", "steps_per_call")
 # The hyper-parameters each method has, besides those of SGD.
@@ -168,12 +167,12 @@ class TrainConfig:
     save memory: docs/parallel.md says how much, and where."""
 
     def __post_init__(self) -> None:
-        _check.one_of("method", self.method, METHODS)
-        _check.one_of("dataset", self.dataset, data.DATASETS)
+        errors.one_of("method", self.method, METHODS)
+        errors.one_of("dataset", self.dataset, presets.DATASETS)
         if self.model is not None:
-            _check.one_of("model", self.model, models.MODELS)
+            errors.one_of("model", self.model, models.MODELS)
         if self.penalty is not None:
-            _check.one_of("penalty", self.penalty, penalties.PENALTIES)
+            errors.one_of("penalty", self.penalty, penalties.PENALTIES)
         sizes = (
             "epochs",
             "batch_size",
@@ -192,29 +191,29 @@ class TrainConfig:
         )
         for name in sizes:
             if getattr(self, name) is not None:
-                _check.integer(name, getattr(self, name), low=1)
+                errors.integer(name, getattr(self, name), low=1)
         for name in ("seed", "validation_size"):
-            _check.integer(name, getattr(self, name), low=0)
+            errors.integer(name, getattr(self, name), low=0)
         if self.max_minutes is not None:
-            _check.positive("max_minutes", self.max_minutes)
+            errors.positive("max_minutes", self.max_minutes)
         if self.gamma_warmup is not None:
-            _check.integer("gamma_warmup", self.gamma_warmup, low=0)
+            errors.integer("gamma_warmup", self.gamma_warmup, low=0)
         for name in ("learning_rate", "weight_decay", "rho", "gamma", "sigma", "save_minutes"):
             if getattr(self, name) is not None:
-                _check.non_negative(name, getattr(self, name))
-        _check.one_of("dtype", self.dtype, DTYPES)
+                errors.non_negative(name, getattr(self, name))
+        errors.one_of("dtype", self.dtype, DTYPES)
         if self.scope is not None:
-            _check.one_of("scope", self.scope, perturbations.SCOPES)
+            errors.one_of("scope", self.scope, perturbations.SCOPES)
         if self.reduction is not None:
-            _check.one_of("reduction", self.reduction, penalties.REDUCTIONS)
+            errors.one_of("reduction", self.reduction, penalties.REDUCTIONS)
         if self.noise_bits is not None:
-            _check.integer("noise_bits", self.noise_bits, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+            errors.integer("noise_bits", self.noise_bits, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         if self.product is not None:
-            _check.one_of("product", self.product, penalties.PRODUCTS)
+            errors.one_of("product", self.product, penalties.PRODUCTS)
         for name in ("ema_decay", "suppress", "ascent_decay", "perturb_from", "penalize_from", "label_noise"):
             if getattr(self, name) is not None:
-                _check.fraction(name, getattr(self, name))
-        _check.one_of("label_noise_kind", self.label_noise_kind, label_noise.KINDS)
+                errors.fraction(name, getattr(self, name))
+        errors.one_of("label_noise_kind", self.label_noise_kind, LABEL_NOISE_KINDS)
         for name in {name for names in TAKES.values() for name in names}:
             if getattr(self, name) is not None and name not in TAKES[self.method]:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {getattr(self, name)!r}.")
@@ -235,7 +234,7 @@ class TrainConfig:
 
     def _check_layout(self) -> None:
         """Refuses what contradicts itself whatever the devices are; `parallel.layout` knows these."""
-        _check.one_of("parallel", self.parallel, PARALLEL)
+        errors.one_of("parallel", self.parallel, PARALLEL)
         if self.parallel == "none" and (self.devices or 1) > 1:
             raise ValueError(f"`devices` must be 1 with parallel 'none'; got {self.devices}.")
         if self.shard_params and self.parallel != "jit":

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.data import records
 from experiments.data.streams import Pixels, Split, Stream
-from hero_jax import _check
+from hero_jax import errors
 
 DATASETS = ("digits", *records.DATASETS)
 
@@ -51,7 +51,7 @@ def load(name: str, data_dir: Path | None = None, report: records.Report | None 
       FileNotFoundError: the data set is not prepared there; says which command prepares it.
       ValueError: what is there is in another format, damaged or only a part; says what, and in which record.
     """
-    _check.one_of("dataset", name, DATASETS)
+    errors.one_of("dataset", name, DATASETS)
     if name == "digits":
         return _digits()
     about = records.DATASETS[name]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from experiments import data
+from experiments.config import LABEL_NOISE_KINDS
 from experiments.data.streams import Stream
-from hero_jax import _check
-
-KINDS = ("symmetric", "uniform", "asymmetric")
+from hero_jax import errors
 
 
 def alter(dataset: data.Dataset, rate: float, kind: str, seed: int) -> data.Dataset:
@@ -41,8 +40,8 @@ def alter(dataset: data.Dataset, rate: float, kind: str, seed: int) -> data.Data
     Correction Approach, CVPR 2017, section 5. Papers that say "symmetric" mean either of the first two: name the kind
     beside the rate.
     """
-    _check.fraction("label_noise", rate)
-    _check.one_of("label_noise_kind", kind, KINDS)
+    errors.fraction("label_noise", rate)
+    errors.one_of("label_noise_kind", kind, LABEL_NOISE_KINDS)
     # Not the generator of `data.subset` or `data.epoch_order`, or the first images of their orders would be altered.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     train, num_classes = dataset.train, dataset.num_classes

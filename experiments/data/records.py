@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments import cli
 from experiments.data.streams import Pixels, Split, Stream
-from experiments.storage import runs
-from hero_jax import _check
+from experiments.storage import files
+from hero_jax import errors
 
 # Height and width of the images of a stream.
 STREAM_SIDE = 224
@@ -285,7 +284,7 @@ def _only(features: Any, key: str, kind: str) -> Any:
         raise ValueError(f"it has {len(values) or 'no'} {key}{'s' * bool(values)}")
     if found != kind:
         wanted = {"bytes_list": "encoded", "int64_list": "an integer"}[kind]
-        raise ValueError(f"its {key} {_check.brief(values[0])} is not {wanted}")
+        raise ValueError(f"its {key} {errors.brief(values[0])} is not {wanted}")
     return values[0]
 
 
@@ -319,7 +318,7 @@ def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Spli
     rows, shape = _Rows(builder, split, DATASETS[name].num_classes), builder.info.features["image"].shape
     files = builder.info.splits[split].filepaths
     content = _content(files)
-    cache = cli.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{content}.npz"
+    cache = files.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{content}.npz"
     cached = _read_cache(cache, (len(rows), *shape))
     if cached is not None:
         return cached
@@ -375,7 +374,7 @@ def _write_cache(path: Path, split: Split) -> None:
     """Writes whole or not at all; a cache that cannot be written is no reason to stop."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with runs.atomic(path) as file:
+        with files.atomic(path) as file:
             np.savez(file, images=split.images, labels=split.labels)
     except OSError as error:
         warnings.warn(f"Could not cache the decoded images at {path} ({error}).", stacklevel=2)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from experiments import cli
+from experiments.storage import files
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -134,7 +134,7 @@ class Stream:
           augment: (seed, epoch) of the random crops; None for those of evaluation.
 
         Raises:
-          cli.Failed: an image that cannot be read; says which.
+          files.Failed: an image that cannot be read; says which.
         """
         split = Split(np.empty((len(indices), *self.shape), np.uint8), np.empty(len(indices), np.int32))
 
@@ -156,7 +156,7 @@ class Stream:
                 box, flip = random_crop(rng, *image.size), rng.random() < 0.5
             pixels = np.asarray(image.convert("RGB").resize((self.side, self.side), Image.Resampling.BILINEAR, box))
         except Exception as error:  # whatever a damaged file raises
-            raise cli.Failed(f"Image {index} of {self.name} cannot be read ({error}).") from error
+            raise files.Failed(f"Image {index} of {self.name} cannot be read ({error}).") from error
         return pixels[:, ::-1] if flip else pixels, (example["label"] + self.shift[i]) % self.num_classes
 
 

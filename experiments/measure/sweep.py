@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, data, progress
+from experiments import data
 from experiments.config import TrainConfig
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import compiled, loop
-from hero_jax import _check, quantize, spectrum
+from hero_jax import errors, quantize, spectrum
 
 PyTree = Any
+# Makes a reporter `(done, metrics)` of a description and a total.
+Begin = Callable[[str, int], Callable[[int, Mapping[str, float]], None]]
+logger = logging.getLogger(__name__)
 # Of the Hutchinson estimate of the Hessian norm.
 NORM_PROBES = 10
 # Training images for the Hessian where nothing is said: all of digits, of others what a product takes seconds for on a
@@ -52,12 +56,12 @@ class Measuring:
     def __post_init__(self) -> None:
         for name in ("curvature_size", "curvature_products"):
             if getattr(self, name) is not None:
-                _check.integer(name, getattr(self, name), low=1)
+                errors.integer(name, getattr(self, name), low=1)
         for name in ("specs", "bits"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must name at least one; got none.")
         for width in self.bits:
-            _check.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
+            errors.integer("bits", width, low=quantize.MIN_BITS, high=quantize.MAX_BITS)
         for spec in self.specs:
             quantize.named(spec)
 
@@ -80,7 +84,7 @@ def run_all(
     seeds: Sequence[int],
     dataset: data.Dataset,
     out: Path,
-    display: Any,
+    begin: Begin,
     measuring: Measuring | None = None,
 ) -> list[Run]:
     """Trains and measures every configuration with every seed, or what is left of them.
@@ -94,7 +98,7 @@ def run_all(
       seeds: seeds of each.
       dataset: the data as loaded: each configuration holds out and leaves out its own part.
       out: where the run folders are: `out`/runs/NAME-sSEED.
-      display: of `progress.bar`.
+      begin: makes a reporter `(done, metrics)` of a description and a total: one of all runs, and one of each.
       measuring: what is measured of each; None: nothing.
 
     Returns:
@@ -103,7 +107,7 @@ def run_all(
     Raises:
       FileExistsError: a folder holds a run of another configuration.
     """
-    total = display.add_task("all runs", total=len(configs) * len(seeds), figures="")
+    report, ended = begin("all runs", len(configs) * len(seeds)), 0
     programs: dict[TrainConfig, tuple[compiled.Trainer, data.Dataset]] = {}
 
     def trainer_of(run: TrainConfig) -> tuple[compiled.Trainer, data.Dataset]:
@@ -124,19 +128,20 @@ def run_all(
             path = folders[name, run]
             has_ended = runs.status(path) in ("done", "diverged")
             if has_ended:
-                runs.check_same(path, run, run.may_differ())
+                files.check_same(path, run, run.may_differ())
             if not has_ended or not _is_measured(path, measuring):
                 try:
-                    _train(name, run, path, trainer_of, display, measuring)
-                except runs.Busy:
+                    _train(name, run, path, trainer_of, begin, measuring)
+                except files.Busy:
                     busy.append((name, run))
                     continue
             if runs.status(path) == "diverged":
-                cli.console.print(f"{path.name} diverged; the others go on")
-            display.update(total, advance=1)
+                logger.info("%s diverged; the others go on", path.name)
+            ended += 1
+            report(ended, {})
         if len(busy) == len(left):
             if not has_waited:
-                cli.console.print(f"waiting for what other processes make: {len(busy)} of the runs")
+                logger.info("waiting for what other processes make: %d of the runs", len(busy))
                 has_waited = True
             time.sleep(WAIT)
         left = busy
@@ -156,7 +161,7 @@ def _train(
     run: TrainConfig,
     path: Path,
     trainer_of: Callable[[TrainConfig], tuple[compiled.Trainer, data.Dataset]],
-    display: Any,
+    begin: Begin,
     measuring: Measuring | None,
 ) -> None:
     """Trains what is left of a run, if anything is, and measures it."""
@@ -164,12 +169,13 @@ def _train(
     try:
         with runs.RunFolder(path, run, run.may_differ()) as folder:
             trainer, images = trainer_of(run)
-            report = progress.epochs(display, f"{name}, seed {run.seed}", run.epochs)
+            line = begin(f"{name}, seed {run.seed}", run.epochs)
+            report: loop.Report = lambda row: line(int(row["epoch"]), row)  # noqa: E731
             variables = loop.train(run, images, folder, report, trainer).variables
             if measuring is not None and not _is_measured(path, measuring):
                 variables = jax.tree.map(jnp.asarray, variables)
                 found = measure(measuring, run.dataset, trainer, variables, compiled.with_label_noise(run, images))
-                runs.write_json(path / "measured.json", {"config": runs.to_json(measuring), **found})
+                files.write_json(path / "measured.json", {"config": files.to_json(measuring), **found})
     except loop.Diverged:
         return
 
@@ -211,7 +217,7 @@ def measure(
 
 def _measured(path: Path) -> dict[str, Any]:
     """measured.json of a run folder; empty where there is none."""
-    found = runs.read_json(path / "measured.json")
+    found = files.read_json(path / "measured.json")
     if "curvature" in found:
         # null is what a number that is not finite was written as.
         found["curvature"] = {k: math.nan if v is None else v for k, v in found["curvature"].items()}
@@ -222,5 +228,5 @@ def _is_measured(path: Path, measuring: Measuring | None) -> bool:
     """Whether a run has been measured as it is asked for; one that diverged has nothing to measure."""
     if measuring is None or runs.status(path) == "diverged":
         return True
-    wanted = json.loads(json.dumps(runs.to_json(measuring)))
+    wanted = json.loads(json.dumps(files.to_json(measuring)))
     return _measured(path).get("config") == wanted

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from optax import microbatching
 
-from experiments import data, progress
+from experiments import data
 from experiments.config import TrainConfig
 from experiments.data import label_noise
 from experiments.storage import runs
@@ -25,6 +25,8 @@ from hero_jax.evaluate import classifier
 
 PyTree = Any
 EVAL_BATCH = 500
+# Called with what is done, how much of it, and the total.
+Report = Callable[[str, int, int], None]
 
 
 class Trainer(NamedTuple):
@@ -214,11 +216,18 @@ def _stride(config: TrainConfig, name: str, batch_size: int, rows: int) -> int:
     return stride
 
 
-def load(run: Path, data_dir: Path | None, display: Any) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
-    """The configuration, the trainer, the last saved variables and the data of a run folder."""
+def load(
+    run: Path, data_dir: Path | None, report: Report | None = None
+) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
+    """The configuration, the trainer, the last saved variables and the data of a run folder.
+
+    `report(what, done, total)` is called while a data set is decoded for the first time.
+    """
     variables = runs.load_variables(run)
     config = TrainConfig(**json.loads((run / "config.json").read_text())).resolved().on_one_device()
-    dataset = data.load(config.dataset, data_dir, progress.task(display, f"decoding {config.dataset}"))
+    dataset = data.load(
+        config.dataset, data_dir, None if report is None else functools.partial(report, f"decoding {config.dataset}")
+    )
     dataset = with_label_noise(config, subset(config, dataset))
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
 

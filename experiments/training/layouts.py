@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,12 +29,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import cli
 from experiments.config import TrainConfig
-from experiments.storage import runs
-from hero_jax import _check, parallel
+from experiments.storage import files, runs
+from hero_jax import errors, parallel
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 AXIS = "data"
 # How long, in seconds, a process waits for the others: to join, without a sign of life, at the end.
 JOIN_TIMEOUT = 300
@@ -366,12 +367,12 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         assert num_processes is not None
         if not re.fullmatch(r".+:\d+", coordinator):
             raise ValueError(f"`coordinator` must be HOST:PORT; got {coordinator!r}.")
-        _check.integer("num_processes", num_processes, low=1)
-        _check.integer("process_id", process_id, low=0, high=num_processes - 1)
+        errors.integer("num_processes", num_processes, low=1)
+        errors.integer("process_id", process_id, low=0, high=num_processes - 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and do nothing
     where = "the others" if coordinator is None else f"all {num_processes} processes at {coordinator}"
-    cli.console.print(f"waiting for {where}, at most {JOIN_TIMEOUT} s")
+    logger.info("waiting for %s, at most %d s", where, JOIN_TIMEOUT)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -399,4 +400,4 @@ def watched() -> Iterator[None]:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = str(error).split("\n")[0]
-        raise cli.Failed(f"One of the {jax.process_count()} processes is gone ({reason}).") from error
+        raise files.Failed(f"One of the {jax.process_count()} processes is gone ({reason}).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -14,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import cli, data
+from experiments import data
 from experiments.config import TrainConfig
 from experiments.data import streams
-from experiments.storage import runs
-from experiments.training import layouts, methods
+from experiments.storage import files, runs
+from experiments.training import interrupts, layouts, methods
 from experiments.training.compiled import Trainer, build, with_label_noise
 from experiments.training.layouts import TrainState
 from hero_jax import spectrum
 
 PyTree = Any
+# Called with the metrics of each epoch.
+Report = Callable[[dict[str, float]], None]
+logger = logging.getLogger(__name__)
 # Most products for the eigenvalue, and probes for the norm, at one point of training.
 CURVATURE_PRODUCTS = 100
 CURVATURE_PROBES = 10
@@ -33,7 +37,7 @@ MEMORIZED_SIZE = 2000
 AGREE_EVERY = 10
 
 
-class Diverged(cli.Failed):
+class Diverged(files.Failed):
     """The loss stopped being finite."""
 
 
@@ -48,7 +52,7 @@ def train(
     config: TrainConfig,
     dataset: data.Dataset,
     folder: runs.RunFolder | None = None,
-    report: Callable[[dict[str, float]], None] | None = None,
+    report: Report | None = None,
     trainer: Trainer | None = None,
 ) -> Result:
     """Runs one training, or the rest of one.
@@ -73,7 +77,7 @@ def train(
     assert config.epochs is not None
     run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
     last = config.epochs * run.steps_per_epoch
-    with cli.deferred_interrupts() as is_interrupted, contextlib.closing(run):
+    with interrupts.deferred() as is_interrupted, contextlib.closing(run):
         clock = _Clock(config, is_interrupted)
         while run.step < last:
             run.advance()
@@ -106,7 +110,7 @@ class _Run:
         dataset: data.Dataset,
         trainer: Trainer,
         folder: runs.RunFolder | None,
-        report: Callable[[dict[str, float]], None] | None,
+        report: Report | None,
     ) -> None:
         assert config.batch_size is not None
         self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
@@ -137,7 +141,7 @@ class _Run:
             self._curvature.eigenvectors = restored["eigenvectors"]
             self._good = restored
             is_over = self.step == (config.epochs or 0) * self.steps_per_epoch
-            cli.console.print("done already" if is_over else f"continuing after step {self.step}")
+            logger.info("done already" if is_over else f"continuing after step {self.step}")
         self._batches = self._read_ahead(train) if isinstance(train, data.Stream) else None
         self._begun = self.step, time.monotonic()
 
