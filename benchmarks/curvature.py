@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import peers
 from experiments import cli, data
-from experiments.config import TrainConfig
+from experiments.config import resolve
 from experiments.storage import environment, files
 from experiments.training import compiled, loop
 from hero_jax import curvature, errors, models, spectrum
@@ -129,9 +129,9 @@ def measure_memory(loss_fn: Any, params: PyTree, batch_size: int, total: int = 5
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints what products and eigenvalues cost; with `--out`, writes the record too."""
-    config = TrainConfig(
+    config = resolve(
         method="sgd", dataset="cifar10", epochs=arguments.epochs, train_size=arguments.images, eval_every=1000
-    ).resolved()
+    )
     dataset = data.subset(data.load("cifar10", arguments.data_dir), arguments.images, 0)
     trainer = compiled.build(config, dataset)
     # The accuracy of these weights is of no interest: one image tests them.

@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks.step_cost import gradient_function
 from experiments import cli, data
-from experiments.config import TrainConfig
+from experiments.config import resolve
+from experiments.config.methods import Hero
 from experiments.storage import environment, files, runs
 from experiments.training import compiled
 from hero_jax import curvature, errors, models, perturbations
@@ -133,13 +134,13 @@ class Computation:
 def weights(arguments: Arguments, dataset: data.Dataset) -> dict[str, tuple[PyTree, PyTree]]:
     """(params, batch_stats) on the host, at the start and after `arguments.steps` steps of SGD in float32."""
     size, batch_size = dataset.train.size, arguments.batch_size
-    config = TrainConfig(
+    config = resolve(
         method="sgd",
         dataset=arguments.dataset,
         model=arguments.model,
         batch_size=batch_size,
         epochs=-(-arguments.steps // (size // batch_size)),
-    ).resolved()
+    )
     trainer = compiled.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
@@ -188,11 +189,10 @@ def measure(
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints how far each quantity is from that of a wider type; with `--out`, writes the record too."""
-    preset = TrainConfig(
+    preset = resolve(
         method="hero", dataset=arguments.dataset, model=arguments.model, rho=arguments.rho, gamma=arguments.gamma
-    ).resolved()
-    assert preset.rho is not None
-    assert preset.gamma is not None
+    )
+    assert isinstance(preset.method, Hero)
     dataset = data.load(arguments.dataset, arguments.data_dir)
     size = arguments.batch_size
     batches = []
@@ -206,12 +206,12 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         images, labels = (x[i : i + size] for x in train)
         batches.append((np.asarray(data.normalize(jnp.asarray(images), dataset.pixels)), labels))
     computations = {
-        dtype: Computation(arguments.model, dataset.num_classes, dtype, preset.rho, preset.gamma)
+        dtype: Computation(arguments.model, dataset.num_classes, dtype, preset.method.rho, preset.method.gamma)
         for dtype in ("bfloat16", "float32", "float64")
     }
     points = weights(arguments, dataset)
     record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
-    record |= {"rho": preset.rho, "gamma": preset.gamma, "rows": []}
+    record |= {"rho": preset.method.rho, "gamma": preset.method.gamma, "rows": []}
     for where, (params, batch_stats) in points.items():
         rows = measure(computations, params, batch_stats, batches)
         record["rows"] += [{"weights": where, **row} for row in rows]
@@ -236,8 +236,9 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
                 )
     versions, device = record["environment"]["versions"], record["environment"]["device"]
     cli.console.print(
-        f"{arguments.model} on {arguments.dataset}, batch {size}, rho {preset.rho:g}, gamma {preset.gamma:g}; relative"
-        f" error and cosine against float32, error of float32 against float64, size in norms of g; mean ± standard"
+        f"{arguments.model} on {arguments.dataset}, batch {size}, rho {preset.method.rho:g},"
+        f" gamma {preset.method.gamma:g}; relative error and cosine against"
+        f" float32, error of float32 against float64, size in norms of g; mean ± standard"
         f" deviation over {arguments.batches} batches. {device['kind']}; jax {versions['jax']}."
     )
     files.write_record(arguments.out, record)

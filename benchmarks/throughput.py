@@ -22,7 +22,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli, data
-from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig
+from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig, resolve
 from experiments.storage import environment, files
 from experiments.training import compiled
 from hero_jax import errors, models
@@ -80,7 +80,7 @@ class Arguments:
                 for layout in self.layouts:
                     for devices in (None,) if layout == "none" else self.devices:
                         for steps in self.steps_per_call:
-                            config = TrainConfig(
+                            config = resolve(
                                 method=method,
                                 dataset=self.dataset,
                                 model=self.model,
@@ -91,7 +91,7 @@ class Arguments:
                                 devices=devices,
                                 steps_per_call=steps,
                             )
-                            found.append(config.resolved())
+                            found.append(config)
         return found
 
 
@@ -106,19 +106,18 @@ def random_dataset(name: str, size: int) -> data.Dataset:
 
 def epoch(config: TrainConfig, dataset: data.Dataset) -> Callable[[], float]:
     """An epoch that returns its seconds when called."""
-    assert config.batch_size is not None
     trainer = compiled.build(config, dataset)
     images, labels = trainer.layout.replicate(dataset.train)
     state = trainer.init(0)
-    order = data.epoch_order(0, 0, dataset.train.size, config.batch_size)
+    order = data.epoch_order(0, 0, dataset.train.size, config.budget.batch_size)
 
     def run() -> float:
         nonlocal state
         started = time.perf_counter()
         losses: Any = None
-        if config.steps_per_call > 1:
-            for start in range(0, len(order), config.steps_per_call):
-                part = order[start : start + config.steps_per_call]
+        if config.pace.steps_per_call > 1:
+            for start in range(0, len(order), config.pace.steps_per_call):
+                part = order[start : start + config.pace.steps_per_call]
                 state, losses = trainer.steps(state, images, labels, part)
         else:
             for indices in order:
@@ -132,8 +131,7 @@ def epoch(config: TrainConfig, dataset: data.Dataset) -> Callable[[], float]:
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """One row a configuration: images a second, median and quartiles, and seconds to the end of the first epoch."""
     configurations = arguments.configurations()
-    assert configurations[0].batch_size is not None
-    dataset = random_dataset(arguments.dataset, arguments.steps * configurations[0].batch_size)
+    dataset = random_dataset(arguments.dataset, arguments.steps * configurations[0].budget.batch_size)
     epochs = [epoch(config, dataset) for config in configurations]
     first = [run() for run in epochs]
     times = [[run() for run in epochs] for _ in range(arguments.repeats)]
@@ -143,11 +141,11 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         low, _, high = statistics.quantiles(seconds, n=4)
         rows.append(
             {
-                "method": config.method,
-                "dtype": config.dtype,
-                "layout": "sharded" if config.shard_params else config.parallel,
-                "devices": config.devices or 1,
-                "steps_per_call": config.steps_per_call,
+                "method": config.method.name,
+                "dtype": config.layout.dtype,
+                "layout": "sharded" if config.layout.shard_params else config.layout.parallel,
+                "devices": 1 if config.layout.devices == "all" else config.layout.devices,
+                "steps_per_call": config.pace.steps_per_call,
                 "images_per_second": images / statistics.median(seconds),
                 "quartiles": [images / high, images / low],
                 "first_epoch_seconds": begun,
@@ -175,9 +173,9 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     config, device = arguments.configurations()[0], where["device"]
     simulated = ", simulated, which share the cores" if device["platform"] == "cpu" and device["count"] > 1 else ""
     cli.console.print(
-        f"Training of {config.model} on images of {arguments.dataset}, batch {config.batch_size}, {arguments.steps}"
-        f" steps an epoch, so many in a call: images a second, median and quartiles of {arguments.repeats} epochs after"
-        f" the first, which compiles. {device['kind']} x"
+        f"Training of {config.task.model} on images of {arguments.dataset}, batch {config.budget.batch_size},"
+        f" {arguments.steps} steps an epoch, so many in a call: images a second, median and"
+        f" quartiles of {arguments.repeats} epochs after the first, which compiles. {device['kind']} x"
         f" {device['count']}{simulated}, {where['machine']['cores']} cores; jax"
         f" {where['versions']['jax']}, python {where['versions']['python']}."
     )

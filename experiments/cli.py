@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +20,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from experiments.config import SETTINGS, TrainConfig, resolve
 from experiments.storage import files
 from experiments.training import interrupts
 
@@ -46,7 +51,7 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
     elif jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / f"compiled-{_instructions()}"))
     try:
-        tyro.cli(main)
+        call(main, sys.argv[1:])
     except (ValueError, TypeError, OSError) as error:
         if not str(error).startswith("`"):
             raise
@@ -55,6 +60,45 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
         _leave(f"stopped: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+def call(main: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """Calls `main` with what the flags say; a `config` that is a TrainConfig has the presets as its defaults."""
+    if typing.get_type_hints(main).get("config") is TrainConfig:
+        main = functools.partial(main, config=_preset(arguments))
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    tyro.cli(
+        main,
+        prog=f"python -m {module.name}" if module else None,
+        args=arguments,
+        compact_help=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def _preset(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that the flags ask for: what is left out depends on the method, the data set and more of them.
+
+    Raises:
+      ArgumentError, TypeError: a setting that a run does not have, in one line instead of the box that tyro draws.
+    """
+    given: dict[str, Any] = {}
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--no-") and name.removeprefix("no_") in SETTINGS:
+            given[name.removeprefix("no_")] = False
+        elif flag.startswith("--") and name in SETTINGS:
+            given[name] = _value(value or following)
+    return resolve(**given)
+
+
+def _value(text: str) -> Any:
+    """A number or a word; True for a flag that another follows."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text.startswith("--") or text
 
 
 def _instructions() -> str:

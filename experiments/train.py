@@ -46,18 +46,18 @@ def main(
         tensorboard: Write the metrics of each epoch to OUT/tensorboard too.
     """
     layouts.join(coordinator, num_processes, process_id, distributed)
-    config = layouts.with_devices(config.resolved())
-    assert config.epochs is not None
+    config = layouts.with_devices(config)
     out = out or config.default_folder()
     is_writer = jax.process_index() == 0
     cli.console.quiet = not is_writer
-    cli.console.print(f"{config.method} on {config.dataset}, {config.model}, {config.epochs} epochs, into {out}")
+    task, epochs = config.task, config.budget.epochs
+    cli.console.print(f"{config.method.name} on {task.dataset}, {task.model}, {epochs} epochs, into {out}")
     with progress.bar() as bar:
-        dataset = data.load(config.dataset, data_dir, progress.decoding(bar, config.dataset))
+        dataset = data.load(task.dataset, data_dir, progress.decoding(bar, task.dataset))
         dataset = subset(config, dataset)
         # Before the folder is made: a setting that the data does not allow leaves none.
         trainer = build(config, dataset)
-        advance = progress.lines(bar)(config.method, config.epochs)
+        advance = progress.lines(bar)(config.method.name, epochs)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
             stack.enter_context(layouts.watched())
@@ -72,7 +72,7 @@ def main(
     if not result.metrics:
         cli.console.print("ended before the first evaluation; the same command continues")
         return
-    if config.every is not None and is_writer:
+    if config.watch.every != "never" and is_writer:
         plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
     cli.console.print(
         f"test accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"

@@ -11,8 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from experiments import data, hessian, progress, train
-from experiments.config import TrainConfig
-from experiments.hessian import HessianConfig
+from experiments.config import resolve
+from experiments.measure.hessian import HessianConfig
 from experiments.storage import runs
 from experiments.training import compiled
 from hero_jax import models
@@ -24,7 +24,7 @@ SIZE = 200
 def run(tmp_path_factory):
     """Six epochs of SGD on digits, with the curvature of every third."""
     out = tmp_path_factory.mktemp("hessian") / "run"
-    train.main(TrainConfig(method="sgd", epochs=7, train_size=SIZE, every=3, curvature_size=150), out=out)
+    train.main(resolve(method="sgd", epochs=7, train_size=SIZE, every=3, curvature_size=150), out=out)
     return out
 
 
@@ -115,7 +115,7 @@ def test_training_logs_the_curvature_of_every_third_epoch(run):
 
 
 def test_without_every_nothing_is_measured(tmp_path):
-    train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
+    train.main(resolve(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
     assert "eigenvalue" not in runs.read_metrics(tmp_path / "run")[0]
     assert not (tmp_path / "run" / "curvature.png").exists()
 
@@ -146,4 +146,4 @@ def test_bad_settings(options, message):
 
 def test_bad_every():
     with pytest.raises(ValueError, match="`every` must be an integer >= 1; got 0"):
-        TrainConfig(every=0)
+        resolve(every=0)

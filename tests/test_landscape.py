@@ -1,6 +1,5 @@
 """Lines, planes and segments through weights against NumPy and closed forms; `experiments.landscape` on saved runs."""
 
-import dataclasses
 import json
 
 import flax.linen as nn
@@ -13,8 +12,9 @@ from PIL import Image
 from experiments import data, train
 from experiments import landscape as command
 from experiments.analysis import plots
-from experiments.config import TrainConfig
-from experiments.landscape import LandscapeConfig
+from experiments.config import resolve
+from experiments.measure import landscape as measuring
+from experiments.measure.landscape import LandscapeConfig
 from experiments.storage import runs
 from experiments.training import compiled
 from hero_jax import landscape, models
@@ -393,7 +393,7 @@ def folders(tmp_path_factory):
     """A few epochs of SGD and HERO on digits."""
     base = tmp_path_factory.mktemp("runs")
     for method in ("sgd", "hero"):
-        train.main(TrainConfig(method=method, epochs=6, train_size=200), out=base / method)
+        train.main(resolve(method=method, epochs=6, train_size=200), out=base / method)
     return base / "sgd", base / "hero"
 
 
@@ -472,14 +472,14 @@ def test_table_names_the_barriers_of_train_first():
 def test_fraction_below_of_known_areas():
     steps = np.linspace(-2, 2, 21)
     # |x| < 1/2 of |x| <= 2, and the disk of radius 1/2 (linear interpolation of |x| is almost that of a cone).
-    assert command.fraction_below(steps, np.abs(steps), 0.5) == pytest.approx(0.25, abs=0.01)
+    assert measuring.fraction_below(steps, np.abs(steps), 0.5) == pytest.approx(0.25, abs=0.01)
     distance = np.hypot(*np.meshgrid(steps, steps))
-    assert command.fraction_below(steps, distance, 1.0) == pytest.approx(0.25, abs=0.01)
-    assert command.fraction_below(steps, distance, 9.0) == 1
+    assert measuring.fraction_below(steps, distance, 1.0) == pytest.approx(0.25, abs=0.01)
+    assert measuring.fraction_below(steps, distance, 9.0) == 1
     half = np.where(steps[:, None] > 0, np.nan, 0 * distance)
-    assert command.fraction_below(steps, half, 1.0) == pytest.approx(0.5, abs=0.01)
+    assert measuring.fraction_below(steps, half, 1.0) == pytest.approx(0.5, abs=0.01)
     infinite = np.where(steps > 0, np.inf, 0.0)
-    assert command.fraction_below(steps, infinite, 1.0) == pytest.approx(0.5, abs=0.01)
+    assert measuring.fraction_below(steps, infinite, 1.0) == pytest.approx(0.5, abs=0.01)
 
 
 def test_levels_rise_and_radius_change_the_measure(folders, tmp_path):
@@ -508,17 +508,17 @@ class Normalized(nn.Module):
 def test_batch_statistics_between_two_runs_are_those_of_the_point(monkeypatch):
     monkeypatch.setattr(models, "create", lambda name, num_classes: Normalized())
     dataset = problems.random_images(64)
-    config = TrainConfig(batch_size=32, method="sgd").resolved()
+    config = resolve(batch_size=32, method="sgd")
     trainer = compiled.build(config, dataset)
     states = [trainer.init(seed) for seed in (0, 1)]
     first, second = (
-        command.Network(
+        measuring.Network(
             config, trainer, {"params": s.params, "batch_stats": s.batch_stats}, dataset.train, dataset.test.first(40)
         )
         for s in states
     )
-    monkeypatch.setattr(command, "BETWEEN", np.array([0.0, 0.5, 1.0]))
-    found = command.between(first, second, lambda done, total: None)
+    monkeypatch.setattr(measuring, "BETWEEN", np.array([0.0, 0.5, 1.0]))
+    found = measuring.between(first, second, lambda done, total: None)
     params = jax.tree.map(lambda x, y: (x + y) / 2, first.variables["params"], second.variables["params"])
     # One batch is all of the images: its statistics are what they are estimated to be.
     stats = trainer.statistics(first.variables | {"params": params}, first.train.images)
@@ -529,18 +529,18 @@ def test_batch_statistics_between_two_runs_are_those_of_the_point(monkeypatch):
     kept = trainer.evaluate(first.variables | {"params": params}, first.train)
     assert abs(kept["loss"] - expected["loss"]) > 0.01
     # Around a run its own statistics stay.
-    around = command.around(LandscapeConfig(points=3, directions=2), first, lambda what, done, total: None)
+    around = measuring.around(LandscapeConfig(points=3, directions=2), first, lambda what, done, total: None)
     center = trainer.evaluate(first.variables, first.train)["loss"]
     assert around["lines"][0][1] == pytest.approx(center, rel=1e-6)
 
 
 def test_runs_of_other_architectures_are_not_connected(folders, tmp_path, monkeypatch):
     loaded = compiled.load
-    train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "other")
+    train.main(resolve(method="sgd", epochs=1, train_size=64), out=tmp_path / "other")
 
     def load(folder, *arguments):
         config, *rest = loaded(folder, *arguments)
-        return dataclasses.replace(config, model="mlp" if folder in folders else "vit_tiny"), *rest
+        return config.replace(model="mlp" if folder in folders else "vit_tiny"), *rest
 
     monkeypatch.setattr(compiled, "load", load)
     command.main((*folders, tmp_path / "other"), LandscapeConfig(images=20, points=3, directions=2), tmp_path / "out")
@@ -567,10 +567,10 @@ def test_a_run_has_the_color_of_its_method_where_no_other_has(tmp_path):
 
 def test_names_of_runs(tmp_path):
     a, b, c = (tmp_path / name for name in ("x/run", "y/run", "other"))
-    assert command._names([a, c]) == ["run", "other"]
-    assert command._names([a, b]) == [str(a), str(b)]
+    assert measuring._names([a, c]) == ["run", "other"]
+    assert measuring._names([a, b]) == [str(a), str(b)]
     with pytest.raises(ValueError, match=r"`folders` must name each run once; got .* twice"):
-        command._names([a, tmp_path / "x" / ".." / "x" / "run"])
+        measuring._names([a, tmp_path / "x" / ".." / "x" / "run"])
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_errors_of_the_command(folders, tmp_path, monkeypatch):
 
     def other(folder, *arguments):
         config, *rest = loaded(folder, *arguments)
-        return config if folder == folders[0] else TrainConfig(dataset="cifar10").resolved(), *rest
+        return config if folder == folders[0] else resolve(dataset="cifar10"), *rest
 
     monkeypatch.setattr(compiled, "load", other)
     with pytest.raises(ValueError, match="`folders` must be of one data set; got cifar10, digits"):

@@ -1,6 +1,5 @@
 """One answer on every layout of the trainer, two real processes included; m-sharpness; what is split; errors."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ import pytest
 
 import hero_jax
 from experiments import data
-from experiments.config import TrainConfig
+from experiments.config import resolve
 from experiments.storage import runs
 from experiments.training import compiled, layouts, loop
 from hero_jax import models
@@ -58,7 +57,7 @@ def dataset(problem):
 def config(problem, method, **options):
     name = {"mlp": "digits", "conv": "cifar10"}[problem]
     warmup = {"gamma_warmup": 0} if method == "hero" else {}
-    return TrainConfig(dataset=name, method=method, **SIZES, **warmup, **options).resolved()
+    return resolve(dataset=name, method=method, **SIZES, **warmup, **options)
 
 
 def build(config, images):
@@ -141,9 +140,7 @@ def test_microbatches_take_an_eighth_of_the_memory():
     images = dataset("conv")
 
     def memory(microbatch_size):
-        run = TrainConfig(
-            method="hero", dataset="cifar10", batch_size=64, epochs=1, microbatch_size=microbatch_size
-        ).resolved()
+        run = resolve(method="hero", dataset="cifar10", batch_size=64, epochs=1, microbatch_size=microbatch_size)
         trainer = build(run, images)
         arguments = (trainer.init(0), *trainer.layout.replicate(images.train), np.arange(64))
         compiled = jax.jit(trainer.step).lower(*arguments).compile()
@@ -167,7 +164,7 @@ def test_rematerialisation_is_in_every_pass(remat):
     """What it saves is the compiler's, and on CPU nothing: the program that is handed to it says what may be kept."""
     run = config("conv", "hero", remat=remat)
     trainer = build(run, dataset("conv"))
-    arguments = (trainer.init(0), *trainer.layout.replicate(dataset("conv").train), np.arange(run.batch_size))
+    arguments = (trainer.init(0), *trainer.layout.replicate(dataset("conv").train), np.arange(run.budget.batch_size))
     recomputed = str(jax.make_jaxpr(trainer.step)(*arguments)).count("remat2[")
     # The clean pass, and the perturbed one with its product.
     assert recomputed == (3 if remat else 0)
@@ -258,7 +255,7 @@ def test_the_clock_asks_after_the_steps_that_were_called(monkeypatch):
         return urgency
 
     monkeypatch.setattr(layouts, "agreed", agreed)
-    loop.train(TrainConfig(method="sgd", epochs=1, batch_size=256), data.load("digits"))
+    loop.train(resolve(method="sgd", epochs=1, batch_size=256), data.load("digits"))
     assert [step for step in asked if step is not None] == [1, 2, 3, 4, 5]
 
 
@@ -283,7 +280,7 @@ class TestTwoProcesses:
         assert ["test accuracy" in text for _, text in outputs] == [True, False]
         assert json.loads((out / "environment.json").read_text())["device"]["processes"] == 2
         read, trainer, variables, images = compiled.load(out, None, None)
-        assert read.parallel == "none"
+        assert read.layout.parallel == "none"
         one = loop.train(read, images, trainer=trainer)
         problems.assert_close(variables, one.variables, rtol=1e-4)
         np.testing.assert_allclose(runs.read_metrics(out)[-1]["loss"], one.metrics["loss"], rtol=1e-5)
@@ -304,10 +301,10 @@ class TestTwoProcesses:
         assert outputs[0][0] not in (0, None)
         assert "another task died" in outputs[0][1] or "processes is gone" in outputs[0][1]
         # What is left continues on one device.
-        stopped = dataclasses.replace(TrainConfig(**json.loads((out / "config.json").read_text())), parallel="none")
+        stopped = resolve(**json.loads((out / "config.json").read_text())).replace(parallel="none")
         with runs.RunFolder(out, stopped, stopped.may_differ()) as folder:
             before = problems.last_step(out)
-            last = dataclasses.replace(stopped, max_minutes=1e-9)
+            last = stopped.replace(max_minutes=1e-9)
             loop.train(last, data.load("digits"), folder)
             assert problems.last_step(out) == before + 1
 
@@ -348,13 +345,13 @@ cli.run(train.main)
     def test_continue_what_one_device_began(self, tmp_path):
         """Process 0 alone has the folder."""
         out, options = tmp_path / "run", ["--epochs", "2", "--train-size", "256"]
-        begun = TrainConfig(epochs=2, train_size=256, max_minutes=1e-9).resolved()
+        begun = resolve(epochs=2, train_size=256, max_minutes=1e-9)
         images = data.subset(data.load("digits"), 256, 0)
         trainer = compiled.build(begun, images)
         with runs.RunFolder(out, begun, begun.may_differ()) as folder:
             loop.train(begun, images, folder, trainer=trainer)
         assert problems.last_step(out) == 1
-        whole = loop.train(dataclasses.replace(begun, max_minutes=None), images, trainer=trainer)
+        whole = loop.train(begun.replace(max_minutes="never"), images, trainer=trainer)
         command = [sys.executable, "-m", "experiments.train", *options, "--parallel", "pmap", "--out", str(out)]
         outputs = run_two(command, process_flags)
         assert [code for code, _ in outputs] == [0, 0], outputs
@@ -470,7 +467,7 @@ def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
 )
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**options)
+        resolve(**options)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +487,7 @@ def test_bad_configurations(options, message):
 )
 def test_layouts_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        compiled.build(TrainConfig(**{**SIZES, **options}).resolved(), dataset("mlp"))
+        compiled.build(resolve(**{**SIZES, **options}), dataset("mlp"))
 
 
 def test_layouts_that_do_not_fit_several_processes(monkeypatch):

@@ -11,8 +11,8 @@ from PIL import Image
 from experiments import cli, progress, quantize, train
 from experiments.analysis import plots, tables
 from experiments.analysis.networks import group_runs
-from experiments.config import TrainConfig
-from experiments.quantize import QuantizeConfig
+from experiments.config import resolve
+from experiments.measure.quantization import QuantizeConfig
 from hero_jax import evaluate
 
 SIZE = 200
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     """Two seeds of SGD and one of HERO, a few epochs on digits."""
     base = tmp_path_factory.mktemp("runs")
     for method, seed in (("sgd", 0), ("sgd", 1), ("hero", 0)):
-        config = TrainConfig(method=method, epochs=6, train_size=SIZE, seed=seed)
+        config = resolve(method=method, epochs=6, train_size=SIZE, seed=seed)
         train.main(config, out=base / f"{method}-{seed}")
     return base / "sgd-0", base / "sgd-1", base / "hero-0"
 
@@ -174,19 +174,19 @@ def test_points_of_a_bit_width_stay_beside_it_however_many_networks_there_are():
 
 
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
-    runs = [(tmp_path / str(i), TrainConfig(seed=i)) for i in range(2)]
-    others = [TrainConfig(epochs=9), TrainConfig(epochs=9, rho=0.5), TrainConfig(method="sam")]
+    runs = [(tmp_path / str(i), resolve(seed=i)) for i in range(2)]
+    others = [resolve(epochs=9), resolve(epochs=9, rho=0.5), resolve(method="sam")]
     assert group_runs([*runs, *((tmp_path / str(i), other) for i, other in enumerate(others, 2))]) == {
         "HERO (epochs None)": [tmp_path / "0", tmp_path / "1"],
         "HERO": [tmp_path / "2"],
         "HERO (rho 0.5)": [tmp_path / "3"],
         "SAM": [tmp_path / "4"],
     }
-    two = [(tmp_path / str(n), TrainConfig(epochs=n)) for n in (3, 4)]
+    two = [(tmp_path / str(n), resolve(epochs=n)) for n in (3, 4)]
     assert list(group_runs(two)) == ["HERO (epochs 3)", "HERO (epochs 4)"]
     # What a method's networks do not settle, those of all methods do, but for what is the method's own.
-    longer = [(tmp_path / f"sgd{n}", TrainConfig(method="sgd", epochs=n)) for n in (4, 16)]
-    hero = [(tmp_path / f"hero{rho}", TrainConfig(epochs=4, rho=rho).resolved()) for rho in (0.1, 1.0)]
+    longer = [(tmp_path / f"sgd{n}", resolve(method="sgd", epochs=n)) for n in (4, 16)]
+    hero = [(tmp_path / f"hero{rho}", resolve(epochs=4, rho=rho)) for rho in (0.1, 1.0)]
     assert list(group_runs([*longer, *hero])) == ["SGD", "SGD (epochs 16)", "HERO (rho 0.1)", "HERO"]
     with pytest.raises(ValueError, match="`folders` must differ"):
         group_runs([runs[0], runs[0]])

@@ -6,11 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
 from benchmarks import compiled, curvature, precision, step_cost, throughput
 from benchmarks import quantize as sweep
-from experiments import compare, hessian, landscape, prepare, quantize, report, reproduce, search, train
+from experiments import cli, compare, hessian, landscape, prepare, quantize, report, reproduce, search, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -49,7 +48,7 @@ def test_commands_parse(module, arguments):
     def record(*positional, **named):
         parsed.update(named, positional=positional)
 
-    tyro.cli(record, args=shlex.split(arguments))
+    cli.call(record, shlex.split(arguments))
     assert parsed
 
 

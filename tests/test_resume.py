@@ -1,6 +1,5 @@
 """Runs that end early and go on: bit for bit, after any end, on other devices; folders that must not be touched."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from experiments.config import TrainConfig
+from experiments.config import resolve
 from experiments.storage import files, runs, tensorboard
 from experiments.training import compiled, layouts, loop
 from hero_jax.models import resnet
@@ -55,7 +54,7 @@ def build(config, images):
 def config():
     """4 epochs of 4 steps; BatchNorm, augmentation, an eigenvector in the state, one that is measured."""
     options = {"penalty": "eigenvalue", "gamma": 0.1, "gamma_warmup": 0, "rho": 0.1, "every": 2}
-    return TrainConfig(dataset="cifar10", epochs=4, batch_size=4, **options).resolved()
+    return resolve(dataset="cifar10", epochs=4, batch_size=4, **options)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def trainer(config, images):
 
 def part(config, images, out, trainer, **options):
     """One part of a run; `options` are what ends it."""
-    config = dataclasses.replace(config, **options)
+    config = config.replace(**options)
     with runs.RunFolder(out, config, config.may_differ()) as folder:
         return loop.train(config, images, folder, trainer=trainer)
 
@@ -214,7 +213,7 @@ def test_other_devices_in_every_part(config, images, whole, tmp_path, layouts):
         "sharded": {"parallel": "jit", "shard_params": True, "devices": 4},
     }
     for i, layout in enumerate(layouts):
-        changed = dataclasses.replace(config, **options[layout])
+        changed = config.replace(**options[layout])
         trainer, calls = build(changed, images), []
 
         def step(*arguments, trainer=trainer, calls=calls, **options):
@@ -342,7 +341,7 @@ def damage(checkpoint, how):
 
 class TestFolders:
     def test_of_another_run(self, config, whole):
-        other = dataclasses.replace(config, rho=0.7)
+        other = config.replace(rho=0.7)
         with pytest.raises(FileExistsError, match=r"`out` must be .* or that of the same run; .* has rho 0.1, not 0.7"):
             runs.RunFolder(whole[0], other, other.may_differ())
 
@@ -353,7 +352,7 @@ class TestFolders:
         file.write_text(json.dumps({name: value for name, value in fields.items() if name != "augment"}))
         part(config, images, tmp_path / "run", trainer)
         assert_same(tmp_path / "run", whole[0])
-        other = dataclasses.replace(config, augment=False)
+        other = config.replace(augment=False)
         with pytest.raises(FileExistsError, match="has augment True, not False"):
             runs.RunFolder(tmp_path / "run", other)
 
@@ -409,7 +408,7 @@ class TestFolders:
         with runs.RunFolder(tmp_path / "run", config):
             code = (
                 "import sys; from experiments import train; from experiments.storage import runs;"
-                "runs.RunFolder(train.Path(sys.argv[1]), train.TrainConfig(**__import__('json').loads(sys.argv[2])))"
+                "runs.RunFolder(train.Path(sys.argv[1]), train.resolve(**__import__('json').loads(sys.argv[2])))"
             )
             arguments = [str(tmp_path / "run"), json.dumps(files.to_json(config))]
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -418,10 +417,10 @@ class TestFolders:
     def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
         assert config.may_differ() >= {"parallel", "devices", "shard_params", "remat", "max_minutes", "steps_per_call"}
         for parts in ({"sync": False, "groups": 2}, {"microbatch_size": 2}):
-            changed = dataclasses.replace(config, **parts)
+            changed = config.replace(**parts)
             assert not changed.may_differ() & {"parallel", "devices", "groups", "sync", "microbatch_size"}
 
     def test_m_sharpness_says_how_many_devices(self, config):
         assert layouts.with_devices(config) == config
-        changed = dataclasses.replace(config, sync=False, parallel="pmap")
+        changed = config.replace(sync=False, parallel="pmap")
         assert layouts.with_devices(changed).devices == 8

@@ -1,6 +1,5 @@
 """Streams: what a read gives, random crops, reading ahead, every layout, two real processes, training and resuming."""
 
-import dataclasses
 import io
 import math
 import sys
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from experiments import data, train
-from experiments.config import TrainConfig
+from experiments.config import resolve
 from experiments.data import label_noise, records, streams
 from experiments.storage import files, runs
 from experiments.training import compiled, loop
@@ -75,7 +74,7 @@ def gradient(height, width):
 
 def config(**options):
     options = {"model": "mlp", "epochs": 2, "batch_size": 8, "learning_rate": 0.02, "rho": 0.1, "gamma": 1.0} | options
-    return TrainConfig(dataset="imagenette", gamma_warmup=0, **options).resolved()
+    return resolve(dataset="imagenette", gamma_warmup=0, **options)
 
 
 class TestStream:
@@ -303,7 +302,7 @@ class TestTraining:
         assert trainer.evaluate(variables, images.test)["accuracy"] == last["accuracy"]
         in_memory = trainer.evaluate(variables, images.test.first(21))
         assert in_memory == pytest.approx({name: last[name] for name in ("accuracy", "loss")}, rel=1e-6)
-        assert read.dataset == "imagenette"
+        assert read.task.dataset == "imagenette"
 
     def test_evaluation_in_chunks_equals_that_in_memory(self, dataset, monkeypatch):
         monkeypatch.setattr(compiled, "EVAL_BATCH", 8)
@@ -337,7 +336,7 @@ class TestTraining:
         trainer = compiled.build(run, dataset)
 
         def part(out, **options):
-            now = dataclasses.replace(run, **options)
+            now = run.replace(**options)
             with runs.RunFolder(out, now, now.may_differ()) as folder:
                 return loop.train(now, dataset, folder, trainer=trainer)
 

@@ -12,7 +12,8 @@ import pytest
 
 import hero_jax
 from experiments import data
-from experiments.config import LABEL_NOISE_KINDS, METHODS, TAKES, TrainConfig, presets
+from experiments.config import LABEL_NOISE_KINDS, METHODS, presets, resolve
+from experiments.config import methods as configured
 from experiments.data import label_noise
 from experiments.storage import runs
 from experiments.training import compiled, loop, methods
@@ -27,7 +28,7 @@ def digits():
 
 
 def short(**options):
-    return TrainConfig(**{"epochs": 2, "batch_size": 64, **options}).resolved()
+    return resolve(**{"epochs": 2, "batch_size": 64, **options})
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +60,25 @@ OPTIONAL["hero"] = OPTIONAL["sam"] | OPTIONAL["grad_l1"]
 @pytest.mark.parametrize("dataset", presets.DATASETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_fills_every_field_its_method_has(dataset, method):
-    config = TrainConfig(method=method, dataset=dataset).resolved()
-    everything = {name for names in TAKES.values() for name in names}
-    for name in ("model", "epochs", "batch_size", "learning_rate", "weight_decay", *everything):
-        is_filled = name not in everything or (name in TAKES[method] and name not in OPTIONAL.get(method, ()))
-        assert (getattr(config, name) is not None) == is_filled, name
-    assert config.resolved() == config
+    config = resolve(method=method, dataset=dataset)
+    filled = config.flat()
+    assert {"model", "epochs", "batch_size", "learning_rate", "weight_decay"} <= filled.keys()
+    assert None not in filled.values()
+    taken = {name for name in filled if name in configured.SETTINGS}
+    assert taken == set(configured.settings(METHODS[method]))
+    assert {name for name in taken if filled[name] in ("none", "all")} == OPTIONAL.get(method, set())
+    assert resolve(**filled) == config
     tx = methods.optimizer(config, 10)
     assert isinstance(tx.init({"w": jnp.ones((2, 3))})[0], hero_jax.HeroState | hero_jax.NsoState | optax.EmptyState)
 
 
 def test_given_values_win_over_presets():
-    config = TrainConfig(method="hero", rho=0.7, epochs=3).resolved()
-    assert (config.rho, config.epochs) == (0.7, 3)
-    assert config.gamma == presets.DATASETS["digits"]["methods"]["hero"]["gamma"]
-    assert TrainConfig(dataset="cifar10", model="vgg19_bn").resolved().learning_rate == 0.05
-    assert TrainConfig(dataset="cifar10", model="vgg19_bn", learning_rate=0.1).resolved().learning_rate == 0.1
-    assert TrainConfig(penalty="eigenvalue").resolved().gamma != config.gamma
+    config = resolve(method="hero", rho=0.7, epochs=3)
+    assert (config.method.rho, config.budget.epochs) == (0.7, 3)
+    assert config.method.gamma == presets.DATASETS["digits"]["methods"]["hero"]["gamma"]
+    assert resolve(dataset="cifar10", model="vgg19_bn").budget.learning_rate == 0.05
+    assert resolve(dataset="cifar10", model="vgg19_bn", learning_rate=0.1).budget.learning_rate == 0.1
+    assert resolve(penalty="eigenvalue").method.gamma != config.method.gamma
 
 
 def test_presets_name_what_there_is():
@@ -99,7 +102,7 @@ def test_presets_name_what_there_is():
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**options)
+        resolve(**options)
 
 
 @pytest.mark.parametrize(("field", "values"), [("scope", ("global", "leaf")), ("reduction", ("mean", "sum"))])
@@ -163,7 +166,7 @@ def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
 def test_ema_averages_the_statistics_of_batch_norm(monkeypatch):
     monkeypatch.setattr(compiled.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     images = problems.random_images(16)
-    config = TrainConfig(method="ema", dataset="cifar10", batch_size=8, epochs=1).resolved()
+    config = resolve(method="ema", dataset="cifar10", batch_size=8, epochs=1)
     trainer = compiled.build(config, images)
     first = trainer.init(0)
     before = runs.snapshot(first.batch_stats)
@@ -192,7 +195,7 @@ class TestLabelNoise:
 
     def test_kind_and_seed_reach_the_labels_and_none_alters_nothing(self, digits):
         kinds = [short(label_noise=0.3, label_noise_kind=kind) for kind in LABEL_NOISE_KINDS]
-        others = [dataclasses.replace(kinds[0], seed=1), dataclasses.replace(kinds[0], label_noise=0.4)]
+        others = [kinds[0].replace(seed=1), kinds[0].replace(label_noise=0.4)]
         labels = [compiled.with_label_noise(config, digits).train.labels for config in kinds + others]
         assert all((a != b).any() for i, a in enumerate(labels) for b in labels[:i])
         assert compiled.with_label_noise(short(), digits) is digits
@@ -336,8 +339,8 @@ def test_interruption_at_once_saves_the_last_evaluated_state(digits, sgd, tmp_pa
 
 def test_without_augmentation_images_are_as_they_are():
     images = problems.random_images(16)
-    run = TrainConfig(method="sgd", model="mlp", epochs=1, batch_size=8).resolved()
-    off = dataclasses.replace(run, augment=False)
+    run = resolve(method="sgd", model="mlp", epochs=1, batch_size=8)
+    off = run.replace(augment=False)
     plain = images._replace(pixels=images.pixels._replace(augment=False))
     cases = [(off, images), (run, plain), (run, images)]
     found, expected, cropped = (loop.train(r, compiled.subset(r, x)).metrics["loss"] for r, x in cases)
@@ -356,7 +359,7 @@ def test_batch_statistics_are_those_of_the_clean_pass(monkeypatch):
     monkeypatch.setattr(compiled.models, "create", lambda _, num_classes: resnet.CifarResNet(0, num_classes))
     images = problems.random_images(16)
     sgd, hero = (
-        compiled.build(TrainConfig(method=method, dataset="cifar10", batch_size=8, epochs=1).resolved(), images)
+        compiled.build(resolve(method=method, dataset="cifar10", batch_size=8, epochs=1), images)
         for method in ("sgd", "hero")
     )
     after = [trainer.step(trainer.init(0), *images.train, np.arange(8))[0] for trainer in (sgd, hero)]
@@ -415,7 +418,7 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
 )
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**options)
+        resolve(**options)
 
 
 def test_batch_larger_than_the_data(digits):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LABELS, TAKES, TrainConfig, presets
+from experiments.config import Layout, Pace, TrainConfig, Watch, resolve
 
 # Fields that say what is measured along a run, and nothing about what it computes.
 WATCHED = ("every", "curvature_size")
@@ -16,8 +16,8 @@ WATCHED = ("every", "curvature_size")
 
 def network(config: TrainConfig) -> TrainConfig:
     """What the runs of one network share: the configuration with seed 0 and plain in whatever `may_differ`."""
-    plain = {name: getattr(TrainConfig, name) for name in (*config.may_differ(), *WATCHED)}
-    return dataclasses.replace(config, seed=0, **plain)
+    default = {field.name: field.default for group in (Layout, Pace, Watch) for field in dataclasses.fields(group)}
+    return config.replace(seed=0, **{name: default[name] for name in (*config.may_differ(), *WATCHED)})
 
 
 def by_network(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[TrainConfig, list[Path]]:
@@ -26,7 +26,7 @@ def by_network(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[TrainConfig,
     seen: dict[TrainConfig, Path] = {}
     for path, config in configs:
         shared = network(config)
-        with_seed = dataclasses.replace(shared, seed=config.seed)
+        with_seed = shared.replace(seed=config.seed)
         if with_seed in seen:
             raise ValueError(
                 f"`folders` must differ; {path} has the configuration and seed of another one, {seen[with_seed]}."
@@ -54,19 +54,21 @@ def _name(config: TrainConfig, among: Iterable[TrainConfig]) -> str:
     Where no value is that of most of them, that of most networks of every method goes without saying (the epochs, say),
     and where there is none either, the preset, or what is taken without one.
     """
-    every = [dataclasses.asdict(other) for other in among]
-    rivals = [other for other in every if other["method"] == config.method]
-    preset = presets.of(config.dataset, config.model, config.method, config.penalty, TAKES[config.method])
+    every = [other.flat() for other in among]
+    rivals = [other for other in every if other["method"] == config.method.name]
+    task, method = config.task, config.method
+    penalty = None if method.penalty == "none" else method.penalty
+    preset = resolve(method.name, task.dataset, model=task.model, penalty=penalty).flat()
     settings = []
-    for name, value in dataclasses.asdict(config).items():
-        if name == "sigma" and value is None and config.noise_bits is not None:
+    for name, value in config.flat().items():
+        if name == "sigma" and value == "none":
             continue  # the noise is that of the bits, which are named
         usual = _of_most(rivals, name)
-        if usual is None and name not in TAKES[config.method]:
+        if usual is None and not hasattr(method, name):
             usual = _of_most(every, name)
-        if value != (preset.get(name, getattr(TrainConfig, name)) if usual is None else usual[0]):
+        if value != (preset[name] if usual is None else usual[0]):
             settings.append(f"{name} {value}")
-    return LABELS[config.method] + (f" ({', '.join(settings)})" if settings else "")
+    return method.label + (f" ({', '.join(settings)})" if settings else "")
 
 
 def _of_most(configs: Iterable[Mapping[str, Any]], name: str) -> tuple[Any] | None:

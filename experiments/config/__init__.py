@@ -1,5 +1,32 @@
 """What a run is, and what it takes where that is left open."""
 
-from experiments.config.run import BEFORE, DTYPES, LABEL_NOISE_KINDS, LABELS, METHODS, PARALLEL, TAKES, TrainConfig
+from experiments.config.methods import LABELS, METHODS
+from experiments.config.run import (
+    DTYPES,
+    LABEL_NOISE_KINDS,
+    PARALLEL,
+    SETTINGS,
+    Budget,
+    Layout,
+    Pace,
+    Task,
+    TrainConfig,
+    Watch,
+    resolve,
+)
 
-__all__ = ["BEFORE", "DTYPES", "LABELS", "LABEL_NOISE_KINDS", "METHODS", "PARALLEL", "TAKES", "TrainConfig"]
+__all__ = [
+    "DTYPES",
+    "LABELS",
+    "LABEL_NOISE_KINDS",
+    "METHODS",
+    "PARALLEL",
+    "SETTINGS",
+    "Budget",
+    "Layout",
+    "Pace",
+    "Task",
+    "TrainConfig",
+    "Watch",
+    "resolve",
+]

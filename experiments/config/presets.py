@@ -6,25 +6,7 @@ What nobody published for a network here is said to be a starting point: `experi
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
-
-# The authors' released command for HERO (ResNet20 on CIFAR-10): rho 0.5, gamma 5, ASAM's perturbation, mean, no penalty
-# in the first epoch; https://arxiv.org/abs/2111.11986.
-EVERYWHERE: dict[str, Any] = {
-    "scope": "global",
-    "penalty": "detached",
-    "reduction": "mean",
-    "gamma_warmup": 1,
-    "interval": 1,
-    "suppress": 0.0,
-    "product": "exact",
-    "perturb_from": 0.0,
-    "penalize_from": 0.0,
-}
-
-# HERO perturbs as its authors do, MSAM as SAM does; the momentum of Becker et al., 2024 (arXiv 2401.12033).
-METHODS: dict[str, dict[str, Any]] = {"hero": {"adaptive": True}, "msam": {"adaptive": False, "ascent_decay": 0.9}}
 
 # Each penalty is of another size: "eigenvalue" is an eigenvalue, not a mean square. Starting points.
 PENALTIES: dict[str, dict[str, Any]] = {"eigenvalue": {"gamma": 0.1}}
@@ -104,19 +86,13 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 
 
-def of(dataset: str, model: str | None, method: str, penalty: str | None, takes: Collection[str]) -> dict[str, Any]:
-    """The fields that are filled in for a data set, a model, a method and a penalty (None: those of the preset).
+def budget(dataset: str, model: str | None = None) -> dict[str, Any]:
+    """The model, and epochs, batch size, learning rate and weight decay for it; None: the model of the data set."""
+    preset = {name: value for name, value in DATASETS[dataset].items() if name not in ("methods", "models")}
+    by_model = DATASETS[dataset].get("models", {})
+    return preset | by_model.get(model or preset["model"], {}) | ({"model": model} if model else {})
 
-    Of those that belong to methods everywhere, the ones this method `takes`.
-    """
-    preset = dict(DATASETS[dataset])
-    methods, by_model = preset.pop("methods"), preset.pop("models", {})
-    everywhere = {name: value for name, value in EVERYWHERE.items() if name in takes}
-    return (
-        everywhere
-        | preset
-        | by_model.get(model or preset["model"], {})
-        | METHODS.get(method, {})
-        | methods.get(method, {})
-        | PENALTIES.get(penalty or "", {})
-    )
+
+def settings(dataset: str, method: str, penalty: str | None = None) -> dict[str, Any]:
+    """The settings of a method on a data set, with a penalty (None: that of the method)."""
+    return DATASETS[dataset]["methods"].get(method, {}) | PENALTIES.get(penalty or "", {})

@@ -24,15 +24,13 @@ import jax.numpy as jnp
 from experiments import data
 from experiments.config import TrainConfig
 from experiments.storage import files, runs
-from experiments.training import compiled, loop
-from hero_jax import errors, quantize, spectrum
+from experiments.training import compiled, curvature, loop
+from hero_jax import errors, quantize
 
 PyTree = Any
 # Makes a reporter `(done, metrics)` of a description and a total.
 Begin = Callable[[str, int], Callable[[int, Mapping[str, float]], None]]
 logger = logging.getLogger(__name__)
-# Of the Hutchinson estimate of the Hessian norm.
-NORM_PROBES = 10
 # Training images for the Hessian where nothing is said: all of digits, of others what a product takes seconds for on a
 # CPU.
 CURVATURE_IMAGES = {"digits": 1433}
@@ -113,7 +111,7 @@ def run_all(
     def trainer_of(run: TrainConfig) -> tuple[compiled.Trainer, data.Dataset]:
         """The trainer and the images of a run, with the programs of one configuration at a time."""
         nonlocal programs
-        key = dataclasses.replace(run, seed=0, label_noise=0.0, label_noise_kind="symmetric")
+        key = run.replace(seed=0, label_noise=0.0, label_noise_kind="symmetric")
         if key not in programs:
             images = compiled.subset(run, dataset)
             programs = {key: (compiled.build(key, images), images)}
@@ -152,8 +150,7 @@ def run_all(
 def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
     """Raises ValueError where a configuration asks for more images than the data set has."""
     for run in {dataclasses.replace(run, seed=0) for run in configs.values()}:
-        assert run.batch_size is not None
-        compiled.check_batch_size(run.batch_size, compiled.subset(run, dataset).train.size)
+        compiled.check_batch_size(run.budget.batch_size, compiled.subset(run, dataset).train.size)
 
 
 def _train(
@@ -165,16 +162,15 @@ def _train(
     measuring: Measuring | None,
 ) -> None:
     """Trains what is left of a run, if anything is, and measures it."""
-    assert run.epochs is not None
     try:
         with runs.RunFolder(path, run, run.may_differ()) as folder:
             trainer, images = trainer_of(run)
-            line = begin(f"{name}, seed {run.seed}", run.epochs)
+            line = begin(f"{name}, seed {run.seed}", run.budget.epochs)
             report: loop.Report = lambda row: line(int(row["epoch"]), row)  # noqa: E731
             variables = loop.train(run, images, folder, report, trainer).variables
             if measuring is not None and not _is_measured(path, measuring):
                 variables = jax.tree.map(jnp.asarray, variables)
-                found = measure(measuring, run.dataset, trainer, variables, compiled.with_label_noise(run, images))
+                found = measure(measuring, run.task.dataset, trainer, variables, compiled.with_label_noise(run, images))
                 files.write_json(path / "measured.json", {"config": files.to_json(measuring), **found})
     except loop.Diverged:
         return
@@ -199,19 +195,12 @@ def measure(
         quantized[spec] = {"full" if row.bits is None else str(row.bits): 100 * row.metrics["accuracy"] for row in rows}
     images = dataset.train.first(measuring.curvature_images(name))
     operator = trainer.hessian(variables, images)
-    pairs = spectrum.top_eigenpairs(operator, jax.random.key(0), k=1, max_matvecs=measuring.curvature_products)
-    norm = spectrum.frobenius_norm(operator, jax.random.key(1), num_probes=NORM_PROBES)
+    keys = jax.random.key(0), jax.random.key(1)
+    found, _ = curvature.measure(operator, keys, measuring.curvature_products)
     return {
         "images": dataset.test.size,
         "quantized": quantized,
-        "curvature": {
-            "images": images.size,
-            "eigenvalue": float(pairs.eigenvalues[0]),
-            "eigenvalue_residual": float(pairs.residuals[0]),
-            "eigenvalue_converged": bool(pairs.converged[0]),
-            "hessian_norm": float(norm.mean),
-            "hessian_norm_sem": float(norm.sem),
-        },
+        "curvature": {"images": images.size, **found},
     }
 
 

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from experiments.config import TrainConfig, resolve
+
 logger = logging.getLogger(__name__)
 # What the name of a file has at its end while it is being written.
 UNFINISHED = r"\.[0-9a-f]{8}\.tmp$"
@@ -84,13 +86,12 @@ def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
 def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
     """The first field, and its two values, in which a saved configuration is not `config` (a dataclass).
 
-    A field that the saved one lacks, since it is older than the field, has its default, or what such runs did
-    (`TrainConfig.before`).
+    A setting that the saved one lacks, since it is older than the setting, has its default.
     """
-    theirs = {field.name: field.default for field in dataclasses.fields(config)}
-    if hasattr(config, "before"):
-        theirs |= config.before(there.get("method", ""))
-    theirs |= dict(there)
+    if isinstance(config, TrainConfig):
+        theirs = resolve(**there).flat()
+    else:
+        theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
     for name, value in json.loads(json.dumps(finite(to_json(config)))).items():
         if name not in may_differ and json.loads(json.dumps(theirs[name], default=str)) != value:
             return name, theirs[name], value
@@ -184,7 +185,8 @@ def finite(value: Any) -> Any:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    settings = config.flat() if isinstance(config, TrainConfig) else dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def cache_folder() -> Path:

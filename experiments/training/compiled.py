@@ -15,7 +15,8 @@ import optax
 from optax import microbatching
 
 from experiments import data
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, resolve
+from experiments.config.fields import number
 from experiments.data import label_noise
 from experiments.storage import runs
 from experiments.training import layouts, methods
@@ -65,29 +66,29 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 
     The step sees the whole batch, or under a mapped axis the rows of one device, and averages over that axis.
     """
-    assert config.model is not None
-    assert config.batch_size is not None
+    task, how = config.task, config.layout
     size, is_streamed = dataset.train.size, isinstance(dataset.train, data.Stream)
-    if is_streamed and config.steps_per_call > 1:
-        raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {config.steps_per_call}.")
-    check_batch_size(config.batch_size, size)
-    batch_size, steps_per_epoch = config.batch_size, size // config.batch_size
+    if is_streamed and config.pace.steps_per_call > 1:
+        calls = config.pace.steps_per_call
+        raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {calls}.")
+    check_batch_size(config.budget.batch_size, size)
+    batch_size, steps_per_epoch = config.budget.batch_size, size // config.budget.batch_size
     layout = layouts.layout(config)
     rows = batch_size // layout.num_parts
-    if config.microbatch_size is not None and rows % config.microbatch_size:
-        raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {config.microbatch_size}.")
+    if how.microbatch_size != "all" and rows % how.microbatch_size:
+        raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {how.microbatch_size}.")
     stride, ascent_stride = (
         _stride(config, name, batch_size, rows) for name in ("penalty_batch_size", "ascent_batch_size")
     )
     # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
-    shares_statistics = config.sync and layout.axis_name is not None
+    shares_statistics = how.sync and layout.axis_name is not None
     options: dict[str, Any] = {"axis_name": layout.axis_name} if shares_statistics else {}
-    model = models.create(config.model, dataset.num_classes, **options)
+    model = models.create(task.model, dataset.num_classes, **options)
     apply: Callable[..., Any] = model.apply
     apply_in_training = apply
-    if config.dtype != "float32":
-        options["dtype"] = jnp.dtype(config.dtype)
-        apply_in_training = models.create(config.model, dataset.num_classes, **options).apply
+    if how.dtype != "float32":
+        options["dtype"] = jnp.dtype(how.dtype)
+        apply_in_training = models.create(task.model, dataset.num_classes, **options).apply
     tx = methods.optimizer(config, steps_per_epoch, layout.axis_name)
     kinds, kind_of = methods.phases(config, steps_per_epoch)
     pixels, shape = dataset.pixels, dataset.train.shape
@@ -123,12 +124,12 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
             logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
 
-        if config.remat:
+        if how.remat:
             loss_fn = jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.dots_saveable)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if config.microbatch_size is not None:
+        if how.microbatch_size != "all":
             value_and_grad = microbatching.microbatch(
-                value_and_grad, (1, 2), config.microbatch_size, microbatching.AccumulationType.MEAN
+                value_and_grad, (1, 2), how.microbatch_size, microbatching.AccumulationType.MEAN
             )
 
         def at(params: PyTree, every: int) -> tuple[tuple[jax.Array, PyTree], PyTree]:
@@ -204,14 +205,14 @@ def _stride(config: TrainConfig, name: str, batch_size: int, rows: int) -> int:
 
     Raises ValueError where the part is not evenly spread over the `rows` that are taken together.
     """
-    size = getattr(config, name) or batch_size
+    size = number(getattr(config.method, name)) or batch_size
     stride = batch_size // size
     if batch_size % size or rows % stride:
         raise ValueError(f"`{name}` must be {batch_size} / k where k divides the {rows} images of a part; got {size}.")
-    if config.microbatch_size is not None and rows // stride % config.microbatch_size:
+    if config.layout.microbatch_size != "all" and rows // stride % config.layout.microbatch_size:
         raise ValueError(
             f"`microbatch_size` must divide the {rows // stride} images of a part that `{name}` takes; got"
-            f" {config.microbatch_size}."
+            f" {config.layout.microbatch_size}."
         )
     return stride
 
@@ -224,10 +225,9 @@ def load(
     `report(what, done, total)` is called while a data set is decoded for the first time.
     """
     variables = runs.load_variables(run)
-    config = TrainConfig(**json.loads((run / "config.json").read_text())).resolved().on_one_device()
-    dataset = data.load(
-        config.dataset, data_dir, None if report is None else functools.partial(report, f"decoding {config.dataset}")
-    )
+    config = resolve(**json.loads((run / "config.json").read_text())).on_one_device()
+    name = config.task.dataset
+    dataset = data.load(name, data_dir, None if report is None else functools.partial(report, f"decoding {name}"))
     dataset = with_label_noise(config, subset(config, dataset))
     return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
 
@@ -240,15 +240,17 @@ def check_batch_size(batch_size: int, train_size: int) -> None:
 
 def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The images that a run has for training, validation and testing, before its label noise."""
-    pixels = dataset.pixels._replace(augment=dataset.pixels.augment and config.augment)
-    return data.subset(dataset._replace(pixels=pixels), config.train_size, config.validation_size, config.test_size)
+    pixels = dataset.pixels._replace(augment=dataset.pixels.augment and config.task.augment)
+    task = config.task
+    train_size, test_size = number(task.train_size), number(task.test_size)
+    return data.subset(dataset._replace(pixels=pixels), train_size, task.validation_size, test_size)
 
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The data that a run is trained on: with the labels that its seed alters."""
-    if config.label_noise == 0:
+    if config.task.label_noise == 0:
         return dataset
-    return label_noise.alter(dataset, config.label_noise, config.label_noise_kind, config.seed)
+    return label_noise.alter(dataset, config.task.label_noise, config.task.label_noise_kind, config.seed)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

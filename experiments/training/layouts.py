@@ -18,7 +18,6 @@ loss)` and a process reads and sends the images of its own rows.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -283,36 +282,36 @@ def layout(config: TrainConfig) -> One:
       ValueError: fewer devices than asked for, a batch that devices or groups do not divide, several processes that
         would each do the same.
     """
-    assert config.batch_size is not None
-    if config.parallel == "none":
+    how = config.layout
+    if how.parallel == "none":
         if jax.process_count() > 1:
             raise ValueError(f"`parallel` must be 'pmap' or 'jit' with {jax.process_count()} processes; got 'none'.")
-        if config.groups == 1:
+        if how.groups == 1:
             return One()
-        _check_divides(config.batch_size, config.groups, "groups")
-        return Groups(config.groups)
+        _check_divides(config.budget.batch_size, how.groups, "groups")
+        return Groups(how.groups)
     # Ordered by process, so that the rows of a process are neighbors.
     available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    wanted = config.devices or len(available)
+    wanted = len(available) if how.devices == "all" else how.devices
     if wanted > len(available):
         raise ValueError(f"`devices` must be at most {len(available)}, which is what there is; got {wanted}.")
     if wanted < len(available) and jax.process_count() > 1:
         raise ValueError(
             f"`devices` must be all {len(available)} of the {jax.process_count()} processes; got {wanted}."
         )
-    _check_divides(config.batch_size, wanted, "devices")
-    if not config.sync and wanted == 1:
+    _check_divides(config.budget.batch_size, wanted, "devices")
+    if not how.sync and wanted == 1:
         raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
-    if config.parallel == "pmap":
+    if how.parallel == "pmap":
         return Pmap(available[:wanted])
-    return Mesh(available[:wanted], shard_params=config.shard_params)
+    return Mesh(available[:wanted], shard_params=how.shard_params)
 
 
 def with_devices(config: TrainConfig) -> TrainConfig:
     """The configuration with the number of devices, where that is a part of what is computed: parts of m-sharpness."""
-    if config.sync or config.parallel == "none" or config.devices is not None:
+    if config.layout.sync or config.layout.parallel == "none" or config.layout.devices != "all":
         return config
-    return dataclasses.replace(config, devices=jax.device_count())
+    return config.replace(devices=jax.device_count())
 
 
 def _check_divides(batch_size: int, parts: int, name: str) -> None:

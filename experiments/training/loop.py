@@ -19,18 +19,16 @@ from experiments import data
 from experiments.config import TrainConfig
 from experiments.data import streams
 from experiments.storage import files, runs
-from experiments.training import interrupts, layouts, methods
+from experiments.training import curvature, interrupts, layouts, methods
 from experiments.training.compiled import Trainer, build, with_label_noise
 from experiments.training.layouts import TrainState
-from hero_jax import spectrum
 
 PyTree = Any
 # Called with the metrics of each epoch.
 Report = Callable[[dict[str, float]], None]
 logger = logging.getLogger(__name__)
-# Most products for the eigenvalue, and probes for the norm, at one point of training.
+# Most products for the eigenvalue at one point of training.
 CURVATURE_PRODUCTS = 100
-CURVATURE_PROBES = 10
 # Altered training images, the first so many, on which memorisation is measured.
 MEMORIZED_SIZE = 2000
 # Calls of the step between the points at which several processes agree to save or stop.
@@ -73,10 +71,8 @@ def train(
       KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the call of the step (with several processes, after at most
         `AGREE_EVERY` of them) and a checkpoint; a second one at once.
     """
-    config = config.resolved()
-    assert config.epochs is not None
     run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
-    last = config.epochs * run.steps_per_epoch
+    last = config.budget.epochs * run.steps_per_epoch
     with interrupts.deferred() as is_interrupted, contextlib.closing(run):
         clock = _Clock(config, is_interrupted)
         while run.step < last:
@@ -90,7 +86,7 @@ def train(
             if wanted == _Wanted.INTERRUPTION:
                 raise KeyboardInterrupt
             if wanted == _Wanted.END and run.step < last:
-                run.status("interrupted", f"max_minutes {config.max_minutes} passed; step {run.step} of {last}.")
+                run.status("interrupted", f"max_minutes {config.pace.max_minutes} passed; step {run.step} of {last}.")
                 return Result(run.metrics, run.variables())
     return Result(run.metrics or run.evaluate(), run.variables())
 
@@ -112,10 +108,9 @@ class _Run:
         folder: runs.RunFolder | None,
         report: Report | None,
     ) -> None:
-        assert config.batch_size is not None
         self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
         dataset = with_label_noise(config, dataset)
-        train, batch_size = dataset.train, config.batch_size
+        train, batch_size = dataset.train, config.budget.batch_size
         size = train.size
         self.step, self.steps_per_epoch = 0, size // batch_size
         self.metrics: dict[str, float] = {}
@@ -140,7 +135,7 @@ class _Run:
             self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
             self._curvature.eigenvectors = restored["eigenvectors"]
             self._good = restored
-            is_over = self.step == (config.epochs or 0) * self.steps_per_epoch
+            is_over = self.step == config.budget.epochs * self.steps_per_epoch
             logger.info("done already" if is_over else f"continuing after step {self.step}")
         self._batches = self._read_ahead(train) if isinstance(train, data.Stream) else None
         self._begun = self.step, time.monotonic()
@@ -148,8 +143,8 @@ class _Run:
     def advance(self) -> None:
         """Makes one call: `steps_per_call` steps, or those that are left of the epoch."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        order = self._order(epoch)[done : done + self.config.steps_per_call]
-        if self.config.steps_per_call > 1:
+        order = self._order(epoch)[done : done + self.config.pace.steps_per_call]
+        if self.config.pace.steps_per_call > 1:
             images, labels = self._train
             self.state, losses = self.trainer.steps(self.state, images, labels, order)
         else:
@@ -164,14 +159,13 @@ class _Run:
     def end_epoch(self) -> None:
         """Evaluates where that is due, logs and reports."""
         config, epoch, losses = self.config, self.step // self.steps_per_epoch, self._checked_losses()
-        assert config.batch_size is not None
         first, started = self._begun
-        speed = (self.step - first) * config.batch_size / (time.monotonic() - started)
+        speed = (self.step - first) * config.budget.batch_size / (time.monotonic() - started)
         row = {"epoch": epoch, "train_loss": float(losses.mean()), "images_per_second": speed}
-        is_last = epoch == config.epochs
-        is_measured = config.every is not None and (is_last or epoch % config.every == 0)
+        is_last = epoch == config.budget.epochs
+        is_measured = config.watch.every != "never" and (is_last or epoch % config.watch.every == 0)
         self._losses = []
-        if is_last or is_measured or epoch % config.eval_every == 0:
+        if is_last or is_measured or epoch % config.watch.eval_every == 0:
             host = self.trainer.layout.to_host(self.state)
             variables = _variables(host._asdict())
             self.metrics = self._measured(variables)
@@ -215,8 +209,10 @@ class _Run:
     def _read_ahead(self, train: data.Stream) -> Generator[data.Split]:
         """The rows of this process in the batches that are left."""
         config = self.config
-        assert config.batch_size is not None
-        local, last = self.trainer.layout.local_rows(config.batch_size), (config.epochs or 0) * self.steps_per_epoch
+        local, last = (
+            self.trainer.layout.local_rows(config.budget.batch_size),
+            config.budget.epochs * self.steps_per_epoch,
+        )
 
         def wanted() -> Iterator[tuple[int, np.ndarray]]:
             for step in range(self.step, last):
@@ -225,7 +221,7 @@ class _Run:
 
         def read(rows: tuple[int, np.ndarray]) -> data.Split:
             epoch, indices = rows
-            return train.rows(indices, augment=(config.seed, epoch) if config.augment else None)
+            return train.rows(indices, augment=(config.seed, epoch) if config.task.augment else None)
 
         return streams.prefetch(read, wanted())
 
@@ -242,7 +238,7 @@ class _Run:
     def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
         """Takes a state on the host as the last good one: what is saved, here or if the run ends early."""
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(host.params)):
-            self._fail(f"The weights of {self.config.method} stopped being finite by step {self.step}.")
+            self._fail(f"The weights of {self.config.method.name} stopped being finite by step {self.step}.")
         padded = np.zeros(self.steps_per_epoch, np.float32)
         if losses is not None:
             padded[: len(losses)] = losses
@@ -260,7 +256,7 @@ class _Run:
         before = f"; the one before was {losses[first - 1]:.4g}" if first else ""
         step = self.step - len(losses) + first + 1
         where = f"step {step} (epoch {(step - 1) // self.steps_per_epoch + 1})"
-        return self._fail(f"The loss of {self.config.method} stopped being finite at {where}{before}.")
+        return self._fail(f"The loss of {self.config.method.name} stopped being finite at {where}{before}.")
 
     def _fail(self, message: str) -> NoReturn:
         """Ends a run that has diverged."""
@@ -297,9 +293,9 @@ class _Clock:
             return _Wanted.NOTHING
         now, config, wanted = time.monotonic(), self._config, _Wanted.NOTHING
         if jax.process_index() == 0:
-            if now - self._saved_at > 60 * config.save_minutes:
+            if now - self._saved_at > 60 * config.pace.save_minutes:
                 wanted = _Wanted.SAVE
-            if config.max_minutes is not None and now - self._begun_at > 60 * config.max_minutes:
+            if config.pace.max_minutes != "never" and now - self._begun_at > 60 * config.pace.max_minutes:
                 wanted = _Wanted.END
         if self._is_interrupted():
             wanted = _Wanted.INTERRUPTION
@@ -318,33 +314,21 @@ class _Curvature:
 
     def __init__(self, config: TrainConfig, trainer: Trainer, train: data.Split | data.Stream, params: PyTree) -> None:
         self._trainer = trainer
-        key_start, *self._keys = jax.random.split(jax.random.key(config.seed), 3)
+        key_start, *keys = jax.random.split(jax.random.key(config.seed), 3)
+        self._keys = keys[0], keys[1]
         self.eigenvectors: PyTree = {}
-        if config.every is not None:
-            self._images = train.first(config.curvature_size)
+        if config.watch.every != "never":
+            self._images = train.first(config.watch.curvature_size)
             # The second one is followed too, so that its overtaking the first is seen.
             pairs = jax.tree.map(lambda x: np.zeros((2, *x.shape), np.float32), params)
             self.eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
 
-    def __call__(self, variables: PyTree) -> dict[str, float]:
+    def __call__(self, variables: PyTree) -> dict[str, Any]:
         operator = self._trainer.hessian(variables, self._images)
-        pairs = spectrum.top_eigenpairs(
-            operator,
-            self._keys[0],
-            k=2,
-            v0={**operator.like, "params": self.eigenvectors},
-            max_matvecs=CURVATURE_PRODUCTS,
-        )
-        self.eigenvectors = runs.snapshot(pairs.eigenvectors["params"])
-        norm = spectrum.frobenius_norm(operator, self._keys[1], num_probes=CURVATURE_PROBES)
-        return {
-            "eigenvalue": float(pairs.eigenvalues[0]),
-            "eigenvalue_residual": float(pairs.residuals[0]),
-            "eigenvalue_products": int(pairs.num_matvecs),
-            "hessian_norm": float(norm.mean),
-            "hessian_norm_sem": float(norm.sem),
-            "curvature_images": self._images.size,
-        }
+        start = {**operator.like, "params": self.eigenvectors}
+        found, vectors = curvature.measure(operator, self._keys, CURVATURE_PRODUCTS, k=2, v0=start)
+        self.eigenvectors = runs.snapshot(vectors["params"])
+        return found | {"curvature_images": self._images.size}
 
 
 def _altered(dataset: data.Dataset) -> dict[str, data.Split]:

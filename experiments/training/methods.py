@@ -18,6 +18,7 @@ import optax
 
 import hero_jax
 from experiments.config import TrainConfig
+from experiments.config.methods import Asam, Ema, GradL1, Hero, Method, Msam, Nso, Sam, Sgd, WeightNoise
 from hero_jax import parallel, penalties, quantize
 
 PyTree = Any
@@ -33,18 +34,15 @@ def optimizer(
       config: a resolved configuration.
       steps_per_epoch: steps in an epoch, which the schedules count in.
       axis_name: the mapped axis that the batch is split over, as in `hero_jax.hero`: what follows the direction is the
-        same on every device. With `config.sync` perturbations are those of the whole batch.
+        same on every device. With `sync` perturbations are those of the whole batch.
     """
-    assert config.learning_rate is not None
-    assert config.weight_decay is not None
-    assert config.epochs is not None
-    cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs)
+    cosine = optax.cosine_decay_schedule(config.budget.learning_rate, config.budget.epochs)
     base = (
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.budget.weight_decay),
         optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
-    if config.method == "msam":
-        base = (_msam(config, optax.chain(*base), steps_per_epoch),)
+    if isinstance(config.method, Msam):
+        base = (_msam(config.method, optax.chain(*base), config.budget.epochs * steps_per_epoch),)
     return optax.chain(direction(config, steps_per_epoch, axis_name), *base)
 
 
@@ -52,31 +50,26 @@ def direction(
     config: TrainConfig, steps_per_epoch: int, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of the raw gradient that makes the method; that of MSAM, around the optimizer, is not here."""
-    if config.method in ("sgd", "noise", "ema", "msam"):
+    method = config.method
+    if isinstance(method, Sgd | WeightNoise | Ema | Msam):
         return optax.with_extra_args_support(optax.stateless(lambda grads, _: parallel.mean(grads, axis_name)))
-    where: dict[str, Any] = {} if axis_name is None else {"axis_name": axis_name, "sync": config.sync}
-    if config.method == "nso":
-        if config.noise_bits is None:
-            assert config.sigma is not None
-            return hero_jax.nso(config.sigma, seed=0, **where)
-        return hero_jax.nso(1.0, seed=0, sample=functools.partial(_bin_noise, config.noise_bits), **where)
-    if config.method == "grad_l1":
-        return hero_jax.grad_l1(_after_warmup(config, steps_per_epoch), **where)
-    assert config.rho is not None
-    assert config.scope is not None
-    assert config.suppress is not None
-    shared: dict[str, Any] = {"scope": config.scope, "suppress": config.suppress, **where}
-    if config.method in ("sam", "asam"):
-        made = hero_jax.sam(config.rho, adaptive=config.method == "asam", **shared)
+    where: dict[str, Any] = {} if axis_name is None else {"axis_name": axis_name, "sync": config.layout.sync}
+    if isinstance(method, Nso):
+        if method.noise_bits != "none":
+            return hero_jax.nso(1.0, seed=0, sample=functools.partial(_bin_noise, method.noise_bits), **where)
+        assert method.sigma != "none"
+        return hero_jax.nso(method.sigma, seed=0, **where)
+    if isinstance(method, GradL1):
+        return hero_jax.grad_l1(_after_warmup(method, steps_per_epoch), **where)
+    assert isinstance(method, Sam | Asam | Hero)
+    shared: dict[str, Any] = {"scope": method.scope, "suppress": method.suppress, **where}
+    if isinstance(method, Hero):
+        of_hero = {"adaptive": method.adaptive, "reduction": method.reduction, "product": method.product}
+        gamma = _after_warmup(method, steps_per_epoch)
+        made = hero_jax.hero(method.rho, gamma, penalty=method.penalty, **of_hero, **shared)
     else:
-        assert config.adaptive is not None
-        assert config.penalty is not None
-        assert config.reduction is not None
-        assert config.product is not None
-        shared |= {"adaptive": config.adaptive, "product": config.product}
-        gamma = _after_warmup(config, steps_per_epoch)
-        made = hero_jax.hero(config.rho, gamma, penalty=config.penalty, reduction=config.reduction, **shared)
-    return made if config.ascent_decay is None else _along_momentum(made, config.ascent_decay, axis_name)
+        made = hero_jax.sam(method.rho, adaptive=isinstance(method, Asam), **shared)
+    return made if method.ascent_decay == "none" else _along_momentum(made, method.ascent_decay, axis_name)
 
 
 class Phase(NamedTuple):
@@ -88,13 +81,15 @@ class Phase(NamedTuple):
 
 def phases(config: TrainConfig, steps_per_epoch: int) -> tuple[list[Phase], Callable[[Any], Any]]:
     """The kinds of steps that a run has, and which of them a step is: a function of its number, traced or not."""
-    assert config.epochs is not None
-    last = config.epochs * steps_per_epoch
-    perturb_at, penalize_at = (round((x or 0.0) * last) for x in (config.perturb_from, config.penalize_from))
-    interval = config.interval or 1
+    last = config.budget.epochs * steps_per_epoch
+    perturb_at, penalize_at = (round(x * last) for x in (config.method.perturb_from, config.method.penalize_from))
+    interval = config.method.interval
     kinds = [Phase(True, True)]
     # MSAM has no such step: its rho is 0 until then.
-    perturbs_late, penalizes_late = perturb_at > 0 and config.method != "msam", penalize_at > 0 or interval > 1
+    perturbs_late, penalizes_late = (
+        perturb_at > 0 and not isinstance(config.method, Msam),
+        penalize_at > 0 or interval > 1,
+    )
     if penalizes_late and (interval > 1 or penalize_at > perturb_at or not perturbs_late):
         kinds.append(Phase(True, False))
     else:
@@ -115,46 +110,45 @@ def gradients(config: TrainConfig) -> float:
 
     Counted from the formulas (`hero_jax.penalties`), not measured.
     """
-    assert config.batch_size is not None
-    perturb_from, penalize_from = config.perturb_from or 0.0, config.penalize_from or 0.0
-    perturbed, penalized = 1 - perturb_from, (1 - max(perturb_from, penalize_from)) / (config.interval or 1)
-    if config.method in ("sgd", "noise", "ema", "msam"):
+    method, batch_size = config.method, config.budget.batch_size
+    perturbed = 1 - method.perturb_from
+    penalized = (1 - max(method.perturb_from, method.penalize_from)) / method.interval
+    if isinstance(method, Sgd | WeightNoise | Ema | Msam):
         return 1.0
-    if config.method == "nso":
+    if isinstance(method, Nso):
         return 1 + perturbed
-    made = _penalty(config)
-    by_difference = config.product == "difference" and made is not made.without
+    made = _penalty(method)
+    by_difference = method.product == "difference" and made is not made.without
     whole = made.cost_by_difference if by_difference else made.cost
     assert whole is not None
     added = whole - made.without.cost
     of_ascent, of_penalty = (
-        (size or config.batch_size) / config.batch_size
-        for size in (config.ascent_batch_size, config.penalty_batch_size)
+        1.0 if size == "all" else size / batch_size for size in (method.ascent_batch_size, method.penalty_batch_size)
     )
     # The penalties of d need the gradient of the part at w + e.
-    needs_part = config.penalty in ("detached", "difference") and made is not made.without
+    needs_part = method.penalty in ("detached", "difference") and made is not made.without
     if of_ascent < 1:
-        suppresses = bool(config.suppress) * (perturbed - needs_part * penalized)
+        suppresses = bool(method.suppress) * (perturbed - needs_part * penalized)
         return 1 + of_ascent * (perturbed + (added + needs_part) * penalized + suppresses)
     if of_penalty < 1:
         # On a part the gradients that products begin with are not there yet.
-        added = of_penalty * (added + (2 if config.penalty == "difference" else 1)) * (made is not made.without)
+        added = of_penalty * (added + (2 if method.penalty == "difference" else 1)) * (made is not made.without)
     return 1 + (made.without.cost - 1) * perturbed + added * penalized
 
 
-def _penalty(config: TrainConfig) -> penalties.Penalty:
+def _penalty(method: Method) -> penalties.Penalty:
     """That of a method with a perturbation or a penalty."""
-    if config.method in ("sam", "asam"):
+    if isinstance(method, Sam | Asam):
         return penalties.PERTURBED
-    made = penalties.GRADIENT_L1 if config.method == "grad_l1" else penalties.PENALTIES[str(config.penalty)]
-    return made.without if config.gamma == 0 else made
+    made = penalties.GRADIENT_L1 if isinstance(method, GradL1) else penalties.PENALTIES[method.penalty]
+    return made.without if method.gamma == 0 else made
 
 
 def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
     """u of a step: uniform within a bin of the grid of `noise_bits` bits on the kernels, 0 elsewhere; None without."""
-    if config.noise_bits is None or config.method == "nso":
+    if config.method.noise_bits == "none" or isinstance(config.method, Nso):
         return None
-    return _bin_noise(config.noise_bits, params, key)
+    return _bin_noise(config.method.noise_bits, params, key)
 
 
 def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state: PyTree, step: jax.Array) -> PyTree:
@@ -168,18 +162,18 @@ def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state:
 
     Source: Polyak and Juditsky, 1992; the schedule of beta is that of TensorFlow's ExponentialMovingAverage.
     """
-    if config.method == "msam":
+    if isinstance(config.method, Msam):
         return variables | {"params": hero_jax.msam_eval_params(opt_state, variables["params"])}
-    if config.ema_decay is None:
+    if config.method.ema_decay == "none":
         return {}
     step = step.astype(jnp.float32)
-    beta = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+    beta = jnp.minimum(config.method.ema_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, x: a + (1 - beta).astype(x.dtype) * (x - a), before, variables)
 
 
 def has_evaluated(config: TrainConfig) -> bool:
     """Whether `evaluated` gives anything."""
-    return config.method == "msam" or config.ema_decay is not None
+    return isinstance(config.method, Msam | Ema)
 
 
 def seeded(opt_state: PyTree, seed: jax.Array) -> PyTree:
@@ -221,27 +215,20 @@ def _along_momentum(
 
 
 def _msam(
-    config: TrainConfig, base: optax.GradientTransformationExtraArgs, steps_per_epoch: int
+    method: Msam, base: optax.GradientTransformationExtraArgs, num_steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """`base` in the wrapper, whose rho is 0 before `perturb_from`."""
-    assert config.epochs is not None
-    assert config.rho is not None
-    assert config.scope is not None
-    assert config.adaptive is not None
-    assert config.ascent_decay is not None
-    rho = _from(config.rho, round((config.perturb_from or 0.0) * config.epochs * steps_per_epoch))
-    return hero_jax.msam(base, rho, decay=config.ascent_decay, adaptive=config.adaptive, scope=config.scope)
+    rho = _from(method.rho, round(method.perturb_from * num_steps))
+    return hero_jax.msam(base, rho, decay=method.ascent_decay, adaptive=method.adaptive, scope=method.scope)
 
 
 def _bin_noise(bits: int, params: PyTree, key: jax.Array) -> PyTree:
     return quantize.rounding_noise(params, bits, key, spec=NOISE_SPEC)
 
 
-def _after_warmup(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
+def _after_warmup(method: GradL1 | Hero, steps_per_epoch: int) -> float | optax.Schedule:
     """gamma, or 0 before `gamma_warmup` epochs have passed."""
-    assert config.gamma is not None
-    assert config.gamma_warmup is not None
-    return _from(config.gamma, config.gamma_warmup * steps_per_epoch)
+    return _from(method.gamma, method.gamma_warmup * steps_per_epoch)
 
 
 def _from(value: float, start: int) -> float | optax.Schedule:

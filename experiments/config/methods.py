@@ -1,0 +1,233 @@
+"""The methods, each with the settings that it has: `Sgd | WeightNoise | Ema | Nso | Msam | Sam | Asam | GradL1 | Hero`.
+
+A setting without a default is a matter of the data set: `presets` has it. The defaults are those of the authors'
+released command for HERO (ResNet20 on CIFAR-10, https://arxiv.org/abs/2111.11986), and for MSAM those of Becker et al.,
+2024 (arXiv 2401.12033).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from experiments.config.fields import Bits, Count, Fraction, NonNegative, Whole, check
+from hero_jax.errors import ArgumentError
+
+Name = Literal["sgd", "noise", "ema", "nso", "msam", "sam", "asam", "grad_l1", "hero"]
+# The flag and the saved setting are called `method`.
+Named = Annotated[Name, tyro.conf.arg(name="method")]
+Scope = Literal["global", "leaf"]
+Penalty = Literal["detached", "difference", "hvp", "eigenvalue"]
+
+
+class _Without:
+    """What a method does that has no such setting."""
+
+    sigma: NonNegative | Literal["none"] = "none"
+    noise_bits: Bits | Literal["none"] = "none"
+    ema_decay: Fraction | Literal["none"] = "none"
+    suppress: Fraction = 0.0
+    ascent_decay: Fraction | Literal["none"] = "none"
+    ascent_batch_size: Count | Literal["all"] = "all"
+    perturb_from: Fraction = 0.0
+    gamma: NonNegative = 0.0
+    penalty: Penalty | Literal["none"] = "none"
+    product: Literal["exact", "difference"] = "exact"
+    penalize_from: Fraction = 0.0
+    interval: Count = 1
+    penalty_batch_size: Count | Literal["all"] = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(_Without):
+    """What all methods share: a name, for flags and folders, and a label, for tables."""
+
+    label: ClassVar[str] = ""
+    name: Named
+    """What is trained; `--method NAME --help` shows its settings. sgd, noise (SGD around weights with noise), ema (SGD
+    whose averaged weights are evaluated), nso (noise of both signs), msam (momentum-SAM), sam, asam, grad_l1, hero."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.name != type(self).name:
+            raise ArgumentError(f"`method` must be {type(self).name!r} in {type(self).__name__}; got {self.name!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(Method):
+    """SGD with momentum."""
+
+    label: ClassVar[str] = "SGD"
+    name: Named = "sgd"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightNoise(Method):
+    """SGD whose gradient is that at weights with noise."""
+
+    label: ClassVar[str] = "Weight noise"
+    name: Named = "noise"
+    noise_bits: Bits  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The noise is uniform, as wide as a bin of the grid channel-narrow of this number of bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ema(Method):
+    """SGD; an exponential average of its weights and statistics is evaluated and saved."""
+
+    label: ClassVar[str] = "EMA"
+    name: Named = "ema"
+    ema_decay: Fraction  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Decay of the average per step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nso(Method):
+    """The mean of the gradients at weights with noise of both signs."""
+
+    label: ClassVar[str] = "NSO"
+    name: Named = "nso"
+    sigma: NonNegative | Literal["none"]
+    """Standard deviation of the noise on every weight; none where noise_bits is given."""
+    noise_bits: Bits | Literal["none"] = "none"
+    """Uniform noise instead, as wide as a bin of the grid channel-narrow of this number of bits."""
+    perturb_from: Fraction = 0.0
+    """Fraction of training before which nothing is perturbed, at the cost of SGD."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.sigma == "none") == (self.noise_bits == "none"):
+            raise ArgumentError(f"`sigma` must be left out where noise_bits is given; got {self.sigma!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Msam(Method):
+    """Momentum-SAM: the perturbation is along the momentum, so that a step takes one gradient."""
+
+    label: ClassVar[str] = "MSAM"
+    name: Named = "msam"
+    rho: NonNegative
+    """Radius of the perturbation."""
+    adaptive: bool = False
+    """Scale the perturbation with the weights, as ASAM does."""
+    scope: Scope = "global"
+    """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
+    ascent_decay: Fraction = 0.9  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Decay of the momentum per step."""
+    perturb_from: Fraction = 0.0
+    """Fraction of training before which nothing is perturbed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Perturbed(Method):
+    rho: NonNegative
+    """Radius of the perturbation."""
+    scope: Scope = "global"
+    """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
+    suppress: Fraction = 0.0
+    """Share taken from the components of the perturbed gradient that point the way of the gradient and are smaller:
+    those that fit noisy labels."""
+    ascent_decay: Fraction | Literal["none"] = "none"
+    """Perturb along a momentum of the gradients with this decay per step."""
+    ascent_batch_size: Count | Literal["all"] = "all"
+    """Images of a batch, evenly spread over it, on which perturbation and penalty are taken, at a lower cost. The loss
+    that is reported and BatchNorm's statistics are of these images too."""
+    perturb_from: Fraction = 0.0
+    """Fraction of training before which nothing is perturbed or penalized, at the cost of SGD."""
+    noise_bits: Bits | Literal["none"] = "none"
+    """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
+    number of bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Penalized(Method):
+    gamma: NonNegative
+    """Strength of the penalty."""
+    gamma_warmup: Whole = 1
+    """Epochs at the start without the penalty; the perturbed gradient is used from the first step."""
+    penalize_from: Fraction = 0.0
+    """Fraction of training before which the penalty is left out, at that lower cost."""
+    interval: Count = 1
+    """The penalty is in every N-th step; the others are without it, at their lower cost."""
+    penalty_batch_size: Count | Literal["all"] = "all"
+    """Images of a batch, evenly spread over it, on which the penalty's products with the Hessian are taken, at a lower
+    cost."""
+    noise_bits: Bits | Literal["none"] = "none"
+    """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
+    number of bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sam(_Perturbed):
+    """SAM: the gradient at the weights perturbed along the gradient."""
+
+    label: ClassVar[str] = "SAM"
+    name: Named = "sam"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asam(_Perturbed):
+    """ASAM: SAM with a perturbation that scales with the weights."""
+
+    label: ClassVar[str] = "ASAM"
+    name: Named = "asam"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradL1(_Penalized):
+    """SGD with a penalty on the absolute values of the gradient."""
+
+    label: ClassVar[str] = "GRAD L1"
+    name: Named = "grad_l1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hero(_Penalized, _Perturbed):
+    """HERO: the perturbed gradient, and a penalty on curvature."""
+
+    label: ClassVar[str] = "HERO"
+    name: Named = "hero"
+    adaptive: bool = True
+    """Scale the perturbation with the weights, as ASAM does."""
+    penalty: Penalty = "detached"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What is penalized: see hero_jax.penalties."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The penalty of a kernel is the mean over its entries, or their sum."""
+    product: Literal["exact", "difference"] = "exact"
+    """Products with the Hessian: exact, or the difference of two gradients, cheaper and for smooth networks alone, of
+    which hero_jax.models has vit_tiny."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.product == "difference" and self.penalty in ("hvp", "eigenvalue"):
+            raise ArgumentError(f"`product` must be 'exact' with penalty {self.penalty!r}; got 'difference'.")
+        if self.ascent_batch_size != "all" and self.penalty_batch_size != "all":
+            raise ArgumentError(
+                "`penalty_batch_size` must be left out where ascent_batch_size is given, which the penalty takes too;"
+                f" got {self.penalty_batch_size}."
+            )
+
+
+METHODS: dict[str, type[Method]] = {
+    "sgd": Sgd,
+    "noise": WeightNoise,
+    "ema": Ema,
+    "nso": Nso,
+    "msam": Msam,
+    "sam": Sam,
+    "asam": Asam,
+    "grad_l1": GradL1,
+    "hero": Hero,
+}
+LABELS = {name: kind.label for name, kind in METHODS.items()}
+
+
+def settings(kind: type[Method]) -> tuple[str, ...]:
+    """The names of the settings of a method."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.name != "name")
+
+
+# Of all methods together.
+SETTINGS = tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings(kind)))

@@ -1,0 +1,118 @@
+"""All that is measured of the Hessian of a saved run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments.config.fields import Count, Positive, Several, Whole, check
+from hero_jax import curvature, spectrum
+from hero_jax.errors import ArgumentError
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianConfig:
+    """What to measure, and how well."""
+
+    split: Literal["train", "test"] = "train"
+    """train (the images the run was trained on, without augmentation) or test."""
+    images: Count | Literal["all"] = "all"
+    """Measure the mean loss over this many images, the first ones."""
+    eigenvalues: Count = 5
+    """Eigenvalues of largest magnitude to find."""
+    rtol: Positive = 1e-3
+    """Relative residual at which an eigenpair counts as found."""
+    max_products: Count = 300
+    """Most products to spend on the eigenvalues."""
+    probes: Several = 30  # one has no spread, so no error
+    """Random probes of trace, norm and layer traces."""
+    density_probes: Several = 3
+    """Random starts of the spectral density; the band is their standard error."""
+    density_steps: Count = 40
+    """Lanczos steps from each of them."""
+    seed: Whole = 0
+    """Of all random vectors."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.max_products < self.eigenvalues:
+            raise ArgumentError(
+                f"`max_products` must be at least the {self.eigenvalues} eigenvalues; got {self.max_products}."
+            )
+
+
+def measure(
+    config: HessianConfig,
+    operator: curvature.Operator,
+    report: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """All quantities of one operator, as JSON values.
+
+    `report(what, done, total)` is called after every product.
+    """
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+
+    def watched(what: str, total: int) -> curvature.HostOperator:
+        done = 0
+
+        def product(vector: PyTree) -> PyTree:
+            nonlocal done
+            result = jax.block_until_ready(operator(vector))
+            done += 1
+            report(what, done, total)
+            return result
+
+        return curvature.HostOperator(product, operator.like)
+
+    number = min(config.eigenvalues, sum(x.size for x in jax.tree.leaves(operator.like)))
+    pairs = spectrum.top_eigenpairs(
+        watched("eigenvalues", config.max_products),
+        keys[0],
+        k=number,
+        rtol=config.rtol,
+        max_matvecs=config.max_products,
+    )
+    report("eigenvalues", config.max_products, config.max_products)
+    moments = spectrum.moments(watched("trace and norm", config.probes), keys[1], num_probes=config.probes)
+    density = spectrum.spectral_density(
+        watched("density", config.density_probes * config.density_steps),
+        keys[2],
+        num_probes=config.density_probes,
+        num_steps=config.density_steps,
+    )
+    report("density", config.density_probes * config.density_steps, config.density_probes * config.density_steps)
+    layers = jax.tree_util.tree_leaves_with_path(moments.layer_traces.mean)
+    sems = jax.tree.leaves(moments.layer_traces.sem)
+    sizes = [x.size for x in jax.tree.leaves(operator.like)]
+    return {
+        "eigenvalues": np.asarray(pairs.eigenvalues).tolist(),
+        "residuals": np.asarray(pairs.residuals).tolist(),
+        "converged": np.asarray(pairs.converged).tolist(),
+        "products": int(pairs.num_matvecs),
+        "asymmetry": float(pairs.asymmetry),
+        "trace": _estimate(moments.trace),
+        "hessian_norm": _estimate(moments.frobenius_norm),
+        "layer_traces": [
+            {
+                "layer": jax.tree_util.keystr(path[1:], simple=True, separator="/"),
+                "size": n,
+                "mean": float(x),
+                "sem": float(s),
+            }
+            for (path, x), s, n in zip(layers, sems, sizes, strict=True)
+        ],
+        "density": {
+            name: np.asarray(getattr(density, name)).tolist()
+            for name in ("grid", "density", "sem", "bandwidth", "nodes", "weights")
+        },
+    }
+
+
+def _estimate(estimate: spectrum.Estimate) -> dict[str, float]:
+    return {"mean": float(estimate.mean), "sem": float(estimate.sem), "probes": int(estimate.num_probes)}

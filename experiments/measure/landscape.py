@@ -1,0 +1,172 @@
+"""The loss around saved runs and between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import data
+from experiments.config import TrainConfig
+from experiments.config.fields import Count, Positive, Several, Whole, check
+from experiments.training import compiled
+from hero_jax import landscape
+from hero_jax.errors import ArgumentError, integer
+from hero_jax.evaluate import Spread
+from hero_jax.quantize import linen
+
+PyTree = Any
+Report = Callable[[str, int, int], None]
+# From a quarter before the first network to a quarter after the second, in sixteenths: both are among them.
+BETWEEN = np.arange(-4, 21) / 16
+SPLITS = ("train", "test")
+STATISTICS_BATCH = 128
+# Steps across the radius, to which values are interpolated to measure a basin.
+FINE = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class LandscapeConfig:
+    """What to draw."""
+
+    images: Count = 1000
+    """The loss is the mean over this many training images, the first ones, without augmentation."""
+    points: Annotated[int, functools.partial(integer, low=3)] = 21
+    """Points on each side of the plane, and on each line; an odd number has one at the weights themselves."""
+    radius: Positive = 1.0
+    """Furthest step along a direction, in units of the norm of each filter."""
+    levels: tuple[Positive, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    """Losses of the contours, the same for all runs."""
+    rise: Positive = 0.1
+    """The basin is where the loss is below that of the weights plus this."""
+    directions: Several = 5  # two for the plane, and one line has no deviation
+    """Random lines, for a mean and a deviation; the first two directions span the plane."""
+    seed: Whole = 0
+    """Of all random directions, the same for all runs."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.levels or list(self.levels) != sorted(set(self.levels)):
+            raise ArgumentError(f"`levels` must be at least one number, in ascending order; got {self.levels}.")
+
+
+class Network(NamedTuple):
+    """A saved run, and what evaluates it."""
+
+    config: TrainConfig
+    trainer: compiled.Trainer
+    variables: PyTree
+    train: data.Split
+    test: data.Split
+
+
+def load(folders: Sequence[Path], data_dir: Path | None, report: Report, images: int) -> dict[str, Network]:
+    """Run folders as `Network`s by name, with their first images; those of one model share what is compiled.
+
+    Raises ValueError where a run is given twice, or where their data sets differ.
+    """
+    names = _names(folders)
+    loaded: dict[str, Network] = {}
+    shared: dict[str, compiled.Trainer] = {}
+    for name, folder in zip(names, folders, strict=True):
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
+        # Its evaluation depends on the model and the data set only.
+        trainer = shared.setdefault(config.task.model, trainer)
+        loaded[name] = Network(config, trainer, variables, dataset.train.first(images), dataset.test.first(images))
+    datasets = {network.config.task.dataset for network in loaded.values()}
+    if len(datasets) > 1:
+        raise ArgumentError(f"`folders` must be of one data set; got {', '.join(sorted(datasets))}.")
+    return loaded
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or all of it where two have the same last part."""
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise ArgumentError(f"`folders` must name each run once; got {folder} twice.")
+    last = [folder.resolve().name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
+
+
+def around(config: LandscapeConfig, network: Network, report: Report) -> dict[str, Any]:
+    """The lines and the plane through the weights of one run, and the size of the basin in them, as JSON values.
+
+    BatchNorm normalises by the running statistics of the run at every point.
+    """
+    params = network.variables["params"]
+
+    def loss_fn(params: PyTree) -> dict[str, float]:
+        return network.trainer.evaluate(network.variables | {"params": params}, network.train)
+
+    key = jax.random.key(config.seed)
+    directions = [landscape.filter_normalized(params, jax.random.fold_in(key, i)) for i in range(config.directions)]
+    steps = np.linspace(-config.radius, config.radius, config.points)
+    center = loss_fn(params)
+    lines = []
+    for i, direction in enumerate(directions):
+        line_report = functools.partial(report, f"line {i + 1}")
+        lines.append(landscape.line(loss_fn, params, direction, steps, report=line_report).values["loss"])
+    plane_report = functools.partial(report, "plane")
+    plane = landscape.plane(loss_fn, params, tuple(directions[:2]), steps, steps, report=plane_report).values
+    limit = center["loss"] + config.rise
+    widths = [fraction_below(steps, line, limit) for line in lines]
+    return {
+        "center": center,
+        "steps": steps.tolist(),
+        "lines": [line.tolist() for line in lines],
+        "plane": {name: value.tolist() for name, value in plane.items()},
+        "not_finite": int(np.sum(~np.isfinite([*lines, *plane["loss"]]))),
+        "basin": {"line": Spread.of(widths)._asdict(), "plane": fraction_below(steps, plane["loss"], limit)},
+    }
+
+
+def fraction_below(steps: np.ndarray, losses: np.ndarray, limit: float) -> float:
+    """The fraction of a line, or of the disk that touches the sides of a plane, where the loss is below a limit.
+
+    Of all points x with |x| <= radius, those with L(x) < limit, L being interpolated linearly between the steps: (n,)
+    of a line, (n, n) of a plane. What is not finite is not below.
+    """
+    fine = np.linspace(steps[0], steps[-1], 2 * FINE + 1)
+    values, is_inside = losses, np.ones((), bool)
+    with np.errstate(invalid="ignore"):
+        for axis in range(losses.ndim):
+            values = np.apply_along_axis(lambda x: np.interp(fine, steps, x), axis, values)
+    if losses.ndim == 2:
+        is_inside = np.hypot(*np.meshgrid(fine, fine)) <= steps[-1] * (1 + 1e-9)
+    return float(np.mean((values < limit)[np.broadcast_to(is_inside, values.shape)]))
+
+
+def between(first: Network, second: Network, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """Loss and accuracy along the straight line from the first run to the second, and its barriers, as JSON values.
+
+    The images are those of the first run, and the statistics of BatchNorm are estimated anew on its training images
+    at every point, the two networks included.
+    """
+    images = first.train.images
+    batches = [images[i : i + STATISTICS_BATCH] for i in range(0, len(images), STATISTICS_BATCH)]
+
+    def loss_fn(params: PyTree) -> dict[str, dict[str, float]]:
+        variables = first.variables | {"params": params}
+        if jax.tree.leaves(first.variables["batch_stats"]):
+            stats = linen.reestimate_batch_stats(
+                lambda stats, images: first.trainer.statistics({"params": params, "batch_stats": stats}, images),
+                variables["batch_stats"],
+                batches,
+            )
+            variables = variables | {"batch_stats": stats}
+        return {split: first.trainer.evaluate(variables, getattr(first, split)) for split in SPLITS}
+
+    params = first.variables["params"], second.variables["params"]
+    found = landscape.interpolate(loss_fn, *params, BETWEEN, report=report)
+    values, barriers = {}, {}
+    for split in SPLITS:
+        part = found.values[split]
+        values[split] = {name: x.tolist() for name, x in part.items()}
+        errors = {"loss": part["loss"], "error": 1 - part["accuracy"]}
+        barriers[split] = {name: landscape.barrier(found.steps, x) for name, x in errors.items()}
+    return {"steps": found.steps.tolist(), **values, "barriers": barriers}
