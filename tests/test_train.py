@@ -76,8 +76,8 @@ def test_given_values_win_over_presets():
     config = resolve(method="hero", rho=0.7, epochs=3)
     assert (config.method.rho, config.budget.epochs) == (0.7, 3)
     assert config.method.gamma == presets.DATASETS["digits"]["methods"]["hero"]["gamma"]
-    assert resolve(dataset="cifar10", model="vgg19_bn").budget.learning_rate == 0.05
-    assert resolve(dataset="cifar10", model="vgg19_bn", learning_rate=0.1).budget.learning_rate == 0.1
+    assert resolve(dataset="cifar10", model="vgg19_bn").optimizer.learning_rate == 0.05
+    assert resolve(dataset="cifar10", model="vgg19_bn", learning_rate=0.1).optimizer.learning_rate == 0.1
     assert resolve(penalty="eigenvalue").method.gamma != config.method.gamma
 
 

@@ -59,14 +59,20 @@ class Task(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Budget(_Checked):
-    """How long it is learned, and how fast."""
+    """How long it is learned."""
 
     epochs: Count
     """Passes over the training images; the learning rate falls to 0 by a cosine, once per epoch."""
     batch_size: Count
     """Images per step. The last, smaller batch of an epoch is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(_Checked):
+    """What every method descends with: SGD, momentum 0.9, cosine."""
+
     learning_rate: NonNegative
-    """Peak learning rate of SGD with momentum 0.9."""
+    """Peak learning rate."""
     weight_decay: NonNegative
     """Coupled weight decay on all parameters, taken at the unperturbed weights."""
 
@@ -145,6 +151,7 @@ class TrainConfig:
     method: methods.Method
     task: Task
     budget: Budget
+    optimizer: Optimizer
     layout: Layout = Layout()
     watch: Watch = Watch()
     pace: Pace = Pace()
@@ -195,9 +202,9 @@ class TrainConfig:
         return Path("runs") / f"{self.task.dataset}-{self.task.model}-{self.method.name}-s{self.seed}"
 
 
-_TYPES = {"task": Task, "budget": Budget, "layout": Layout, "watch": Watch, "pace": Pace}
+_TYPES = {"task": Task, "budget": Budget, "optimizer": Optimizer, "layout": Layout, "watch": Watch, "pace": Pace}
 # In the order of `flat`.
-GROUPS = ("task", "budget", "method", "layout", "watch", "pace")
+GROUPS = ("task", "budget", "optimizer", "method", "layout", "watch", "pace")
 
 
 def resolve(method: str = "hero", dataset: str = "digits", **settings: Any) -> TrainConfig:

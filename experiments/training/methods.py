@@ -36,9 +36,9 @@ def optimizer(
       axis_name: the mapped axis that the batch is split over, as in `hero_jax.hero`: what follows the direction is the
         same on every device. With `sync` perturbations are those of the whole batch.
     """
-    cosine = optax.cosine_decay_schedule(config.budget.learning_rate, config.budget.epochs)
+    cosine = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.budget.epochs)
     base = (
-        optax.add_decayed_weights(config.budget.weight_decay),
+        optax.add_decayed_weights(config.optimizer.weight_decay),
         optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
     if isinstance(config.method, Msam):
