@@ -1,6 +1,5 @@
 """The trainer and its run folders: what is in them, divergence, BatchNorm statistics, reproducibility."""
 
-import dataclasses
 import json
 
 import chex
@@ -257,7 +256,7 @@ def run(digits, tmp_path_factory):
 class TestRunFolder:
     def test_holds_config_environment_and_status(self, run):
         folder, config, _ = run
-        assert json.loads((folder / "config.json").read_text()) == dataclasses.asdict(config)
+        assert json.loads((folder / "config.json").read_text()) == config.flat()
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["versions"]["jax"] == jax.__version__
         assert environment["device"]["platform"] == jax.devices()[0].platform
