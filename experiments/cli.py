@@ -20,7 +20,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.config import SETTINGS, TrainConfig, resolve
+from experiments.config import Grouped
 from experiments.storage import files
 from experiments.training import interrupts
 
@@ -63,9 +63,10 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
 
 
 def call(main: Callable[..., Any], arguments: Sequence[str]) -> None:
-    """Calls `main` with what the flags say; a `config` that is a TrainConfig has the presets as its defaults."""
-    if typing.get_type_hints(main).get("config") is TrainConfig:
-        main = functools.partial(main, config=_preset(arguments))
+    """Calls `main` with what the flags say; a `config` of groups has the presets as its defaults."""
+    kind = typing.get_type_hints(main).get("config")
+    if isinstance(kind, type) and issubclass(kind, Grouped):
+        main = functools.partial(main, config=kind.resolve(**_given(kind, arguments)))
     module = getattr(sys.modules["__main__"], "__spec__", None)
     tyro.cli(
         main,
@@ -76,29 +77,28 @@ def call(main: Callable[..., Any], arguments: Sequence[str]) -> None:
     )
 
 
-def _preset(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration that the flags ask for: what is left out depends on the method, the data set and more of them.
-
-    Raises:
-      ArgumentError, TypeError: a setting that a run does not have, in one line instead of the box that tyro draws.
-    """
-    given: dict[str, Any] = {}
-    for argument, following in itertools.pairwise([*arguments, "--"]):
-        flag, _, value = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--no-") and name.removeprefix("no_") in SETTINGS:
+def _given(kind: type[Grouped], arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that flags name: presets depend on them, and errors of theirs are one line, not tyro's box."""
+    settings, given = kind.settings(), {}
+    starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(arguments)]):
+        flag, _, value = arguments[start].partition("=")
+        name, values = flag.removeprefix("--").replace("-", "_"), [value] if value else arguments[start + 1 : end]
+        if name.removeprefix("no_") in settings and flag.startswith("--no-"):
             given[name.removeprefix("no_")] = False
-        elif flag.startswith("--") and name in SETTINGS:
-            given[name] = _value(value or following)
-    return resolve(**given)
+        elif name in settings and typing.get_origin(settings[name]) is tuple:
+            given[name] = tuple(map(_value, values))
+        elif name in settings:
+            given[name] = _value(values[0]) if values else True
+    return given
 
 
-def _value(text: str) -> Any:
-    """A number or a word; True for a flag that another follows."""
+def _value(text: str) -> int | float | str:
+    """A number or a word."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
-    return text.startswith("--") or text
+    return text
 
 
 def _instructions() -> str:

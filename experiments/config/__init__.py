@@ -1,20 +1,20 @@
-"""What a run is, and what it takes where that is left open."""
+"""What runs are made of, and what they take where that is left open."""
 
-from experiments.config.methods import LABELS, METHODS
-from experiments.config.run import (
+from experiments.config.groups import (
     DTYPES,
     LABEL_NOISE_KINDS,
     PARALLEL,
-    SETTINGS,
     Budget,
+    Grouped,
+    Labels,
     Layout,
     Optimizer,
     Pace,
     Task,
-    TrainConfig,
     Watch,
-    resolve,
 )
+from experiments.config.methods import LABELS, METHODS
+from experiments.config.run import TrainConfig, resolve
 
 __all__ = [
     "DTYPES",
@@ -22,8 +22,9 @@ __all__ = [
     "LABEL_NOISE_KINDS",
     "METHODS",
     "PARALLEL",
-    "SETTINGS",
     "Budget",
+    "Grouped",
+    "Labels",
     "Layout",
     "Optimizer",
     "Pace",

@@ -8,16 +8,13 @@ released command for HERO (ResNet20 on CIFAR-10, https://arxiv.org/abs/2111.1198
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
-
-import tyro
+import typing
+from typing import Any, ClassVar, Literal
 
 from experiments.config.fields import Bits, Count, Fraction, NonNegative, Whole, check
 from hero_jax.errors import ArgumentError
 
 Name = Literal["sgd", "noise", "ema", "nso", "msam", "sam", "asam", "grad_l1", "hero"]
-# The flag and the saved setting are called `method`.
-Named = Annotated[Name, tyro.conf.arg(name="method")]
 Scope = Literal["global", "leaf"]
 Penalty = Literal["detached", "difference", "hvp", "eigenvalue"]
 
@@ -45,14 +42,20 @@ class Method(_Without):
     """What all methods share: a name, for flags and folders, and a label, for tables."""
 
     label: ClassVar[str] = ""
-    name: Named
+    method: Name
     """What is trained; `--method NAME --help` shows its settings. sgd, noise (SGD around weights with noise), ema (SGD
     whose averaged weights are evaluated), nso (noise of both signs), msam (momentum-SAM), sam, asam, grad_l1, hero."""
 
     def __post_init__(self) -> None:
         check(self)
-        if self.name != type(self).name:
-            raise ArgumentError(f"`method` must be {type(self).name!r} in {type(self).__name__}; got {self.name!r}.")
+        wanted = type(self).method
+        if self.method != wanted:
+            raise ArgumentError(f"`method` must be {wanted!r} in {type(self).__name__}; got {self.method!r}.")
+
+    @property
+    def name(self) -> Name:
+        """That of the method."""
+        return self.method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Sgd(Method):
     """SGD with momentum."""
 
     label: ClassVar[str] = "SGD"
-    name: Named = "sgd"
+    method: Name = "sgd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class WeightNoise(Method):
     """SGD whose gradient is that at weights with noise."""
 
     label: ClassVar[str] = "Weight noise"
-    name: Named = "noise"
+    method: Name = "noise"
     noise_bits: Bits  # pyright: ignore[reportIncompatibleVariableOverride]
     """The noise is uniform, as wide as a bin of the grid channel-narrow of this number of bits."""
 
@@ -78,7 +81,7 @@ class Ema(Method):
     """SGD; an exponential average of its weights and statistics is evaluated and saved."""
 
     label: ClassVar[str] = "EMA"
-    name: Named = "ema"
+    method: Name = "ema"
     ema_decay: Fraction  # pyright: ignore[reportIncompatibleVariableOverride]
     """Decay of the average per step."""
 
@@ -88,7 +91,7 @@ class Nso(Method):
     """The mean of the gradients at weights with noise of both signs."""
 
     label: ClassVar[str] = "NSO"
-    name: Named = "nso"
+    method: Name = "nso"
     sigma: NonNegative | Literal["none"]
     """Standard deviation of the noise on every weight; none where noise_bits is given."""
     noise_bits: Bits | Literal["none"] = "none"
@@ -107,7 +110,7 @@ class Msam(Method):
     """Momentum-SAM: the perturbation is along the momentum, so that a step takes one gradient."""
 
     label: ClassVar[str] = "MSAM"
-    name: Named = "msam"
+    method: Name = "msam"
     rho: NonNegative
     """Radius of the perturbation."""
     adaptive: bool = False
@@ -164,7 +167,7 @@ class Sam(_Perturbed):
     """SAM: the gradient at the weights perturbed along the gradient."""
 
     label: ClassVar[str] = "SAM"
-    name: Named = "sam"
+    method: Name = "sam"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class Asam(_Perturbed):
     """ASAM: SAM with a perturbation that scales with the weights."""
 
     label: ClassVar[str] = "ASAM"
-    name: Named = "asam"
+    method: Name = "asam"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,7 @@ class GradL1(_Penalized):
     """SGD with a penalty on the absolute values of the gradient."""
 
     label: ClassVar[str] = "GRAD L1"
-    name: Named = "grad_l1"
+    method: Name = "grad_l1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,7 @@ class Hero(_Penalized, _Perturbed):
     """HERO: the perturbed gradient, and a penalty on curvature."""
 
     label: ClassVar[str] = "HERO"
-    name: Named = "hero"
+    method: Name = "hero"
     adaptive: bool = True
     """Scale the perturbation with the weights, as ASAM does."""
     penalty: Penalty = "detached"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -224,10 +227,11 @@ METHODS: dict[str, type[Method]] = {
 LABELS = {name: kind.label for name, kind in METHODS.items()}
 
 
-def settings(kind: type[Method]) -> tuple[str, ...]:
-    """The names of the settings of a method."""
-    return tuple(field.name for field in dataclasses.fields(kind) if field.name != "name")
+def settings(kind: type[Method]) -> dict[str, Any]:
+    """The types of the settings of a method, by name."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 # Of all methods together.
-SETTINGS = tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings(kind)))
+SETTINGS = {name: kind for method in METHODS.values() for name, kind in settings(method).items()}

@@ -202,6 +202,6 @@ def load(
         network = Network(trainer, variables, dataset, batches, classify)
         network = shared.setdefault(config.replace(seed=0), network)
         # Labels that were altered are those of each seed; else the data are there once.
-        own = {"dataset": dataset} if config.task.label_noise else {}
+        own = {"dataset": dataset} if config.labels.label_noise else {}
         loaded[folder] = config, network._replace(variables=variables, **own)
     return loaded

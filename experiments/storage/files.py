@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments.config import TrainConfig, resolve
+from experiments.config import Grouped
 
 logger = logging.getLogger(__name__)
 # What the name of a file has at its end while it is being written.
@@ -88,8 +88,8 @@ def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str
 
     A setting that the saved one lacks, since it is older than the setting, has its default.
     """
-    if isinstance(config, TrainConfig):
-        theirs = resolve(**there).flat()
+    if isinstance(config, Grouped):
+        theirs = type(config).resolve(**there).flat()
     else:
         theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
     for name, value in json.loads(json.dumps(finite(to_json(config)))).items():
@@ -185,7 +185,7 @@ def finite(value: Any) -> Any:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
-    settings = config.flat() if isinstance(config, TrainConfig) else dataclasses.asdict(config)
+    settings = config.flat() if isinstance(config, Grouped) else dataclasses.asdict(config)
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 

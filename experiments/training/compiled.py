@@ -248,9 +248,9 @@ def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The data that a run is trained on: with the labels that its seed alters."""
-    if config.task.label_noise == 0:
+    if config.labels.label_noise == 0:
         return dataset
-    return label_noise.alter(dataset, config.task.label_noise, config.task.label_noise_kind, config.seed)
+    return label_noise.alter(dataset, config.labels.label_noise, config.labels.label_noise_kind, config.seed)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,0 +1,229 @@
+"""The groups of settings that configurations are made of, and what makes a configuration of groups.
+
+A setting has one name in all groups, so that flags and saved configurations need no groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from experiments.config import presets
+from experiments.config.fields import Count, Fraction, NonNegative, Positive, Whole, check
+from hero_jax import models
+from hero_jax.errors import ArgumentError, one_of
+
+Dataset = Literal["digits", "cifar10", "cifar100", "fashion_mnist", "imagenette", "imagenet2012"]
+LabelNoise = Literal["symmetric", "uniform", "asymmetric"]
+Parallel = Literal["none", "pmap", "jit"]
+Dtype = Literal["float32", "bfloat16"]
+LABEL_NOISE_KINDS, PARALLEL, DTYPES = map(get_args, (LabelNoise, Parallel, Dtype))
+
+
+class Grouped:
+    """A dataclass of groups, which are dataclasses, and of settings of its own."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def resolve(cls, dataset: str = "digits", **settings: Any) -> Self:
+        """The configuration with these settings, by name; what is left out, or None, takes the preset or the default.
+
+        It takes what `flat` gives, and what older versions have saved, which lack the later settings.
+
+        Raises:
+          ArgumentError: a value that is not allowed.
+          TypeError: no setting has this name.
+        """
+        one_of("dataset", dataset, presets.DATASETS)
+        given = {name: value for name, value in settings.items() if value is not None}
+        return cls.of(cls.presets(dataset, given) | given | {"dataset": dataset})
+
+    @classmethod
+    def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is taken on a data set beside the settings that are given."""
+        names = cls.settings()
+        return {name: x for name, x in presets.budget(dataset, given.get("model")).items() if name in names}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], **kinds: type) -> Self:
+        """The configuration with these settings, those of `kinds` by type of group."""
+        types = {**groups(cls), **kinds}
+        parts = _by_group(cls, settings, types)
+        return cls(**{group: made(**parts.get(group, {})) for group, made in types.items()}, **parts.get("", {}))
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The type of every setting, by name."""
+        own = {name: kind for name, kind in _hints(cls).items() if name not in groups(cls)}
+        return own | {name: kind for made in groups(cls).values() for name, kind in _hints(made).items()}
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, as they are saved."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            value = getattr(self, field.name)
+            is_group = field.name in groups(type(self))
+            found |= dataclasses.asdict(value) if is_group else {field.name: value}
+        return found
+
+    def replace(self, **settings: Any) -> Self:
+        """This configuration with other settings, given by name."""
+        parts = _by_group(type(self), settings, {name: type(getattr(self, name)) for name in groups(type(self))})
+        own = parts.pop("", {})
+        changed = {group: dataclasses.replace(getattr(self, group), **values) for group, values in parts.items()}
+        return dataclasses.replace(typing.cast(Any, self), **changed, **own)
+
+
+def groups(kind: type) -> dict[str, type]:
+    """The types of the groups of a configuration, by field."""
+    return {
+        name: made for name, made in _hints(kind).items() if isinstance(made, type) and dataclasses.is_dataclass(made)
+    }
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _by_group(cls: type[Grouped], settings: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """Settings by group; "" has those of the configuration itself."""
+    places = dict.fromkeys(_hints(cls), "") | {name: group for group, made in types.items() for name in _hints(made)}
+    made: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if name not in places:
+            raise TypeError(f"`{name}` is no setting of {cls.__name__}.")
+        made.setdefault(places[name], {})[name] = value
+    return made
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(_Checked):
+    """What is learned, from what."""
+
+    dataset: Dataset
+    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
+    model: str
+    """A name in hero_jax.models."""
+    train_size: Count | Literal["all"] = "all"
+    """Train on this many images, a random subset that is the same for every seed."""
+    validation_size: Whole = 0
+    """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
+    test_size: Count | Literal["all"] = "all"
+    """Evaluate on this many test images, a random subset that is the same for every run."""
+    augment: bool = True
+    """Random crops and flips, where the data set is trained with them; False: every epoch has the images as they
+    are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("model", self.model, models.MODELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels(_Checked):
+    """What is done to the labels of training."""
+
+    label_noise: Fraction = 0.0
+    """Share of the training images whose label is altered; every evaluation is on clean labels."""
+    label_noise_kind: LabelNoise = "symmetric"
+    """symmetric (uniform over the other classes), uniform (over all, the true one included), or asymmetric (the class
+    that is taken for it, docs/data.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget(_Checked):
+    """How long it is learned."""
+
+    epochs: Count
+    """Passes over the training images; the learning rate falls to 0 by a cosine, once per epoch."""
+    batch_size: Count
+    """Images per step. The last, smaller batch of an epoch is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(_Checked):
+    """What every method descends with: SGD, momentum 0.9, cosine."""
+
+    learning_rate: NonNegative
+    """Peak learning rate."""
+    weight_decay: NonNegative
+    """Coupled weight decay on all parameters, taken at the unperturbed weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch(_Checked):
+    """What is measured along training."""
+
+    eval_every: Count = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    every: Count | Literal["never"] = "never"
+    """Epochs between measurements of the top Hessian eigenvalue and the Hessian norm."""
+    curvature_size: Count = 1000
+    """Training images (the first ones) that `every` measures on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace(_Checked):
+    """When a run pauses or asks the host; nothing about what it computes."""
+
+    save_minutes: NonNegative = 5.0
+    """Time between checkpoints; the end is always saved."""
+    max_minutes: Positive | Literal["never"] = "never"
+    """End when this much time has passed, with a checkpoint that the same command continues."""
+    steps_per_call: Count = 1
+    """Steps in one compiled call; as many as an epoch has make it one call. XLA:CPU runs convolutions in such a loop
+    forty times slower."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(_Checked):
+    """How a step is computed, on which devices."""
+
+    parallel: Parallel = "none"
+    """none (one device), pmap (data parallel), or jit (over a mesh); the result is the same."""
+    devices: Count | Literal["all"] = "all"
+    """Devices to use, those of all processes together (pmap, jit)."""
+    shard_params: bool = False
+    """Split parameters and optimizer state over the devices instead of a copy on each (jit)."""
+    sync: bool = True
+    """Perturb, and normalize in BatchNorm, by the whole batch; False: by the part of it on each device (pmap) or in
+    each of `groups` (none), which is m-sharpness."""
+    groups: Count = 1
+    """Equal parts of the batch that `--no-sync` perturbs alone on one device."""
+    microbatch_size: Count | Literal["all"] = "all"
+    """Images that a pass takes at a time (on each device under pmap), to save memory: the same gradients and products,
+    except that BatchNorm normalizes by these images alone. XLA:CPU runs convolutions in such a loop forty times
+    slower."""
+    remat: bool = False
+    """Keep only the outputs of convolutions and products until a pass goes backwards, and compute the rest again, to
+    save memory: docs/parallel.md says how much, and where."""
+    dtype: Dtype = "float32"
+    """Type of computation in a step; parameters, statistics, loss and all that is measured are float32 in both."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parallel == "none" and self.devices not in ("all", 1):
+            raise ArgumentError(f"`devices` must be 1 with parallel 'none'; got {self.devices}.")
+        if self.shard_params and self.parallel != "jit":
+            raise ArgumentError(f"`shard_params` needs parallel 'jit'; got parallel {self.parallel!r}.")
+        if not self.sync and self.parallel == "jit":
+            raise ArgumentError("`sync` must be True with parallel 'jit', where XLA sees one batch; got False.")
+        if not self.sync and self.parallel == "none" and self.groups == 1:
+            raise ArgumentError("`sync` must be True on one device without `groups` to differ; got False and groups 1.")
+        if self.groups > 1 and (self.sync or self.parallel != "none"):
+            raise ArgumentError(
+                f"`groups` needs sync False and parallel 'none' (with pmap a device is a group); got {self.groups} with"
+                f" sync {self.sync} and parallel {self.parallel!r}."
+            )
