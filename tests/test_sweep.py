@@ -18,8 +18,8 @@ import pytest
 
 from experiments import compare, data, progress, reproduce, search
 from experiments.config import METHODS, TrainConfig, presets
-from experiments.measure import sweep
-from experiments.search import SearchConfig
+from experiments.measure import plan, sweep
+from experiments.measure.search import SearchConfig, best_of
 from experiments.storage import files, runs
 from experiments.training import compiled, loop, methods
 from tests import problems
@@ -273,7 +273,7 @@ class TestSearch:
             np.testing.assert_allclose(row["validation_accuracy"], np.mean(accuracies))
             np.testing.assert_allclose(row["std"], np.std(accuracies, ddof=1))
             assert json_config(paths[0]).label_noise == 0.4
-        assert record["best"] == search.best_of(record["grid"])
+        assert record["best"] == best_of(record["grid"])
         assert "held out" in capsys.readouterr().out
         # More values are added to what is there.
         search.main(SearchConfig(**vars(config) | {"rho": (0.5, 1.0, 2.0)}), tmp_path / "out")
@@ -283,12 +283,12 @@ class TestSearch:
         def row(rho, gamma, accuracy, n=2):
             return {"rho": rho, "gamma": gamma, "validation_accuracy": accuracy, "n": n}
 
-        assert search.best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
-        assert search.best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
-        assert search.best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        assert best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
+        assert best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
+        assert best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
         # One of which a seed diverged is no candidate.
-        assert search.best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
-        assert search.best_of([row(1, 3, float("nan"), 0)]) is None
+        assert best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        assert best_of([row(1, 3, float("nan"), 0)]) is None
 
     def test_every_pair_once(self):
         made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
@@ -340,8 +340,8 @@ def leave_search(out, name, **best):
 
 class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
-        config = reproduce.ReproduceConfig(epochs=4, train_size=64)
-        plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
+        config = plan.ReproduceConfig(epochs=4, train_size=64)
+        plans = {part: plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
         assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
@@ -379,26 +379,26 @@ class TestReproduce:
         files.write_json(tmp_path / "search" / folder / "search.json", record)
         # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
-            reproduce.main(reproduce.ReproduceConfig(), out=tmp_path)
+            reproduce.main(plan.ReproduceConfig(), out=tmp_path)
 
     def test_a_search_of_ones_own_comes_first_and_stays(self, tmp_path, monkeypatch):
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "eval_every": 1, "batch_size": 32}
         path = tmp_path / "all" / "search" / "clean-asam"
         search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
         before = written(path)
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
+        monkeypatch.setattr(plan, "TUNED", ("asam",))
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
-        config = reproduce.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
+        config = plan.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
         assert written(path) == before
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
 
     def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
-        monkeypatch.setitem(reproduce.FACTORS, "asam", {"rho": (1.0, 2.0)})
+        monkeypatch.setattr(plan, "TUNED", ("asam",))
+        monkeypatch.setitem(plan.FACTORS, "asam", {"rho": (1.0, 2.0)})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
-        config = reproduce.ReproduceConfig(noise_rates=(), **small)
+        config = plan.ReproduceConfig(noise_rates=(), **small)
         for seeds, expected in ((1, 1), (2, 2), (1, 2)):
             reproduce.main(dataclasses.replace(config, search_seeds=seeds), ("search",), tmp_path / "all")
             record = json.loads((tmp_path / "all" / "search" / "clean-asam" / "search.json").read_text())
@@ -412,10 +412,10 @@ class TestReproduce:
                 raise search.AllDiverged("Every run of the search diverged")
 
         asked = []
-        monkeypatch.setattr(reproduce, "TUNED", ("asam", "sam"))
+        monkeypatch.setattr(plan, "TUNED", ("asam", "sam"))
         monkeypatch.setattr(reproduce.search, "main", searched)
         leave_search(tmp_path, "noisy-asam")
-        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
+        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
         assert asked == [("asam", 0.0), ("sam", 0.0), ("sam", 0.4)]
         # Lines are broken anywhere in a long path.
         printed = "".join(capsys.readouterr().out.split())
@@ -423,31 +423,31 @@ class TestReproduce:
         assert ("clean-sam:Everyrunofthesearchdiverged" in printed) == (end == "diverged")
 
     def test_variants_that_are_equal_are_made_once_and_under_one_name(self, tmp_path):
-        config = reproduce.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
-        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        config = plan.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
+        planned = plan.plan(config, "accuracy", 20, tmp_path)
         assert list(planned) == ["sgd", "asam", "hero"]
-        noisy = reproduce.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
+        noisy = plan.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
         assert list(noisy)[:2] == ["sgd-uniform_0.2", "sgd-uniform_0.4"]
         assert {name.split("-")[0] for name in noisy} == {"sgd", "asam", "hero"}
         with pytest.raises(ValueError, match=r"`variants` must be one of .*; got 'adam'"):
-            reproduce.ReproduceConfig(variants=("adam",))
+            plan.ReproduceConfig(variants=("adam",))
 
     def test_settings_of_every_run(self, tmp_path):
-        config = reproduce.ReproduceConfig(
+        config = plan.ReproduceConfig(
             dataset="cifar10", batch_size=50, epochs=8, eval_every=3, augment=False, train_size=200
         )
-        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        planned = plan.plan(config, "accuracy", 20, tmp_path)
         for run in planned.values():
             assert (run.batch_size, run.eval_every, run.augment, run.train_size) == (50, 3, False, 200)
         assert (planned["sgd-longer"].epochs, planned["sgd-longer"].every) == (32, 8)
         assert (planned["sgd"].epochs, planned["sgd"].every) == (8, 2)
-        changed = reproduce.plan(config, "ablations", 20, tmp_path)
+        changed = plan.plan(config, "ablations", 20, tmp_path)
         assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
 
     def test_all_spend_the_gradients_of_hero_at_equal_cost(self, tmp_path):
-        config = reproduce.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
-        planned = reproduce.plan(config, "cost", 20, tmp_path)
-        assert list(planned) == [name for each in reproduce.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
+        config = plan.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
+        planned = plan.plan(config, "cost", 20, tmp_path)
+        assert list(planned) == [name for each in plan.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
         epochs = {name: planned[name].epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
         assert epochs == {"sgd": 48, "msam": 48, "sam": 24, "grad_l1": 16, "hero": 12, "hero-part": 24}
         assert planned["hero-late"].epochs == 27
@@ -458,8 +458,8 @@ class TestReproduce:
     def test_every_search_has_as_many_trials(self, tmp_path, monkeypatch):
         asked = []
         monkeypatch.setattr(reproduce.search, "main", lambda config, path, data_dir: asked.append((path.name, config)))
-        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
-        assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in reproduce.TUNED]
+        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
+        assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in plan.TUNED]
         assert {len(config.runs()) for _, config in asked} == {15}
         suppressed = next(config for name, config in asked if name == "clean-sam-suppress")
         assert suppressed.suppress == (0.25, 0.5, 0.9)
@@ -471,7 +471,7 @@ class TestReproduce:
         path.parent.mkdir()
         best = {"rho": 0.15, "suppress": 0.9}
         files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
-        planned = reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+        planned = plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
         assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
         assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
         # What is built on SGD has what was found for it.
@@ -480,7 +480,7 @@ class TestReproduce:
         # A search without suppression is not one of it.
         files.write_json(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
-            reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+            plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
 
     def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch, capsys):
         drawn = []
@@ -489,20 +489,20 @@ class TestReproduce:
             folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
             folder.mkdir(parents=True)
             files.write_json(folder / "status.json", {"status": status})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
         # Another one is there; one of the runs is still to end.
         (tmp_path / "landscape").mkdir()
         files.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         files.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         printed = "".join(capsys.readouterr().out.split())
         assert "landscapeisofotherruns:removeitforoneof2nolandscapebeforehero-s0ended" in printed
         assert not drawn
         (tmp_path / "new" / "accuracy").mkdir(parents=True)
-        reproduce.draw_landscape(reproduce.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
+        reproduce.draw_landscape(plan.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
         assert not drawn
 
     def test_what_the_search_found_is_taken(self, tmp_path):
@@ -512,10 +512,8 @@ class TestReproduce:
         leave_search(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
         # One that was ended, or of which every run diverged.
         leave_search(tmp_path, "clean-asam")
-        config = reproduce.ReproduceConfig()
-        clean, noisy, changed = (
-            reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")
-        )
+        config = plan.ReproduceConfig()
+        clean, noisy, changed = (plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations"))
         assert clean["sam"].rho == clean["sam-noise"].rho == 0.3
         assert clean["asam"].rho == 1.0
         assert (clean["hero"].rho, clean["hero"].gamma, clean["hero-hvp"].gamma) == (0.7, 11.0, 11.0)
@@ -529,25 +527,25 @@ class TestReproduce:
         assert changed["hero"].gamma == 11.0
         assert changed["hero-penalty_eigenvalue"].gamma == 0.1
         leave_search(tmp_path, "clean-hero-eigenvalue", rho=1.0, gamma=0.3)
-        again = reproduce.plan(config, "ablations", 20, tmp_path)
+        again = plan.plan(config, "ablations", 20, tmp_path)
         assert next((run.rho, run.gamma) for run in again.values() if run.penalty == "eigenvalue") == (0.7, 0.3)
         assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
 
     def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
-        original = reproduce.variants
+        original = plan.variants
         methods = ("sgd", "asam", "hero")
-        monkeypatch.setattr(reproduce, "variants", lambda *given: {name: original(*given)[name] for name in methods})
-        monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
-        monkeypatch.setattr(reproduce, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
+        monkeypatch.setattr(plan, "variants", lambda *given: {name: original(*given)[name] for name in methods})
+        monkeypatch.setattr(plan, "ON_NOISY", ("sgd",))
+        monkeypatch.setattr(plan, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
         for name in ("sam", "asam"):
-            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,)})
-        monkeypatch.setitem(reproduce.FACTORS, "grad_l1", {"gamma": (2.0,)})
+            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,)})
+        monkeypatch.setitem(plan.FACTORS, "grad_l1", {"gamma": (2.0,)})
         for name in ("hero", "hero-eigenvalue"):
-            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
-        monkeypatch.setattr(reproduce, "AT_EQUAL_COST", ("sgd",))
-        monkeypatch.setattr(reproduce, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
+            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
+        monkeypatch.setattr(plan, "AT_EQUAL_COST", ("sgd",))
+        monkeypatch.setattr(plan, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
-        config = reproduce.ReproduceConfig(
+        config = plan.ReproduceConfig(
             epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),
             noise_kinds=("uniform",), specs=("channel-narrow",), curvature_size=20,
         )  # fmt: skip
@@ -579,14 +577,14 @@ class TestReproduce:
 
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):
-            reproduce.main(reproduce.ReproduceConfig(), ("all",), tmp_path)
+            reproduce.main(plan.ReproduceConfig(), ("all",), tmp_path)
         with pytest.raises(ValueError, match="`parts` must have accuracy before landscape"):
-            reproduce.main(reproduce.ReproduceConfig(), ("landscape",), tmp_path / "out")
+            reproduce.main(plan.ReproduceConfig(), ("landscape",), tmp_path / "out")
         with pytest.raises(ValueError, match=r"`noise_rates` must be between 0 and 1; got 1\.5"):
-            reproduce.ReproduceConfig(noise_rates=(1.5,))
+            plan.ReproduceConfig(noise_rates=(1.5,))
         with pytest.raises(ValueError, match=r"`noise_rates` must be above 0: .*; got 0"):
-            reproduce.ReproduceConfig(noise_rates=(0.4, 0.0))
+            plan.ReproduceConfig(noise_rates=(0.4, 0.0))
         with pytest.raises(ValueError, match="`validation_size` must be an integer >= 1; got 0"):
-            reproduce.ReproduceConfig(validation_size=0)
+            plan.ReproduceConfig(validation_size=0)
         with pytest.raises(ValueError, match="`noise_kinds` must be one of"):
-            reproduce.ReproduceConfig(noise_kinds=("all",))
+            plan.ReproduceConfig(noise_kinds=("all",))
