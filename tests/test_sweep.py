@@ -92,7 +92,7 @@ class TestSweep:
         assert set(found[0].measured["quantized"]["channel-narrow"]) == {"full", "4"}
         after = written(out)
         changed = {name for name in after if after[name] != before.get(name)}
-        assert changed == {"runs/sgd-s0/measured.json", "runs/sgd-s0/lock"}
+        assert changed == {"runs/sgd-s0/measured.json"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
 
     def test_processes_share_the_runs(self, swept, digits, tmp_path, monkeypatch, caplog):
