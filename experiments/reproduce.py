@@ -11,8 +11,8 @@
     landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
 
 and after them the report (`experiments.report`). Each part can be run alone (`python -m experiments.reproduce
-accuracy`), and a command that was ended is given again: what is finished is not made again. The same command given to
-several processes, such as one for each GPU or core, shares the runs out among them.
+accuracy`), and a command that was ended is given again: what is finished is not made again. With --workers several
+runs are made at once, each on a core or a GPU of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import tyro
 
 from experiments import cli, data, landscape, progress, report, search
 from experiments.measure import plan, sweep
+from experiments.measure.engine import Engine
 from experiments.measure.plan import ReproduceConfig
 from experiments.storage import files, runs
 from hero_jax import errors
@@ -38,6 +39,7 @@ def main(
     parts: Annotated[tuple[str, ...], tyro.conf.Positional] = PARTS,
     out: Path | None = None,
     data_dir: Path | None = None,
+    engine: Annotated[Engine, tyro.conf.arg(name="")] = Engine(),
 ) -> None:
     """Runs every experiment on one data set and writes the report; given again, continues.
 
@@ -46,6 +48,7 @@ def main(
         parts: search, accuracy, noise, cost, ablations, landscape; in this order.
         out: Folder for everything: new, empty, or that of the same experiments; default runs/reproduce-DATASET.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+        engine: Where the runs are made.
     """
     for part in parts:
         errors.one_of("parts", part, PARTS)
@@ -62,22 +65,23 @@ def main(
     for part in (part for part in PARTS if part in parts):
         cli.console.rule(f"{part}, {time.monotonic() - started:.0f} s")
         if part == "search":
-            run_searches(config, held_out, out, data_dir)
+            run_searches(config, held_out, out, data_dir, engine)
         elif part == "landscape":
             with files.locked(out, wait=True):
                 draw_landscape(config, out, data_dir)
         else:
             with progress.bar() as display:
                 configs = plan.plan(config, part, held_out, out)
-                sweep.run_all(
-                    configs, range(config.seeds), dataset, out / part, progress.lines(display), config.measuring
-                )
+                begin = progress.lines(display)
+                sweep.run_all(configs, range(config.seeds), dataset, out / part, begin, config.measuring, engine)
     with files.locked(out, wait=True):
         report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
 
 
-def run_searches(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None) -> None:
+def run_searches(
+    config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None, engine: Engine = Engine()
+) -> None:
     """Runs every search of the plan, each in a folder of its own.
 
     A method of which every run diverges is left to its preset, on noisy labels to what was found on clean ones.
@@ -92,7 +96,7 @@ def run_searches(config: ReproduceConfig, held_out: int, out: Path, data_dir: Pa
         if there is not None:
             searched = dataclasses.replace(searched, seeds=max(searched.seeds, there["seeds"]))
         try:
-            search.main(searched, path, data_dir)
+            search.main(searched, path, data_dir, engine)
         except search.AllDiverged as error:
             cli.console.print(f"{path}: {error}")
 

@@ -16,6 +16,7 @@ from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import LABELS, TAKES
 from experiments.measure import sweep
+from experiments.measure.engine import Engine
 from experiments.measure.search import MAY_DIFFER, SEARCHED, AllDiverged, SearchConfig, best_of, summarize
 from experiments.storage import environment, files
 
@@ -24,6 +25,7 @@ def main(
     config: Annotated[SearchConfig, tyro.conf.arg(name="")],
     out: Path | None = None,
     data_dir: Path | None = None,
+    engine: Annotated[Engine, tyro.conf.arg(name="")] = Engine(),
 ) -> None:
     """Searches the settings of a method on training images that are held out, never on the test images.
 
@@ -32,6 +34,7 @@ def main(
         out: Folder for everything: new, empty, or that of the same search, which is continued, with other values and
             seeds if you like; default runs/search-DATASET-METHOD.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+        engine: Where the runs are made.
     """
     out = out or Path("runs") / f"search-{config.dataset}-{config.method}"
     with progress.bar() as display:
@@ -41,7 +44,7 @@ def main(
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
             files.write_json(out / "search.json", {"config": files.to_json(config), "grid": [], "best": None})
-        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, progress.lines(display))
+        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, progress.lines(display), engine=engine)
     grid = summarize(config.runs(), found)
     best = best_of(grid)
     record = {"config": files.to_json(config), "grid": grid, "best": best, "environment": environment.current()}
