@@ -1,8 +1,9 @@
 """Searches the settings of a method: `python -m experiments.search --method hero --rho 0.5 1 2 --gamma 0 100`.
 
 Every combination is trained with the same seeds and judged by the accuracy after the last epoch on training images that
-are held out; the test images have no part in it. Leaves search.json, search.png and the runs; a search that was ended
-is continued by the same command, and takes more values and seeds.
+are held out; the test images have no part in it. With --trials N, so many settings between the two values given of each
+are tried instead: `--rho 0.1 5 --gamma 1 1000 --trials 15`. Leaves search.json, search.png and the runs; a search that
+was ended is continued by the same command, and takes more seeds, and more values or trials.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from experiments.analysis import plots, tables
 from experiments.config import LABELS, TAKES
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
-from experiments.measure.search import MAY_DIFFER, SEARCHED, AllDiverged, SearchConfig, best_of, summarize
+from experiments.measure.search import SEARCHED, AllDiverged, SearchConfig, best_of, run
 from experiments.storage import environment, files
 
 
@@ -31,8 +32,8 @@ def main(
 
     Args:
         config: The search.
-        out: Folder for everything: new, empty, or that of the same search, which is continued, with other values and
-            seeds if you like; default runs/search-DATASET-METHOD.
+        out: Folder for everything: new, empty, or that of the same search, which is continued, with other values,
+            trials and seeds if you like; default runs/search-DATASET-METHOD.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
         engine: Where the runs are made.
     """
@@ -40,19 +41,18 @@ def main(
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
         sweep.check(config.runs(), dataset)
-        files.claim_same(out, config, MAY_DIFFER)
+        files.claim_same(out, config, config.may_differ())
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
             files.write_json(out / "search.json", {"config": files.to_json(config), "grid": [], "best": None})
-        found = sweep.run_all(config.runs(), range(config.seeds), dataset, out, progress.lines(display), engine=engine)
-    grid = summarize(config.runs(), found)
+        grid = run(config, dataset, out, progress.lines(display), engine)
     best = best_of(grid)
     record = {"config": files.to_json(config), "grid": grid, "best": best, "environment": environment.current()}
     files.write_json(out / "search.json", record)
     if best is None:
         raise AllDiverged("Every run of the search diverged; smaller values of what is searched may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
-    if len(varied) == 2:
+    if len(varied) == 2 and config.trials is None:
         first, second = varied
         values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
 
 from experiments import compare, data, progress, reproduce, search
@@ -206,6 +207,11 @@ class TestSweep:
             sweep.Measuring(**options)
 
 
+def journal_of(out):
+    """The trials that a search has stored."""
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / "optuna.journal")))
+
+
 def json_config(folder):
     return TrainConfig(**json.loads((folder / "config.json").read_text()))
 
@@ -287,6 +293,70 @@ class TestSearch:
         assert best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
         assert best_of([row(1, 3, float("nan"), 0)]) is None
 
+    def test_trials_fill_the_space(self):
+        """On a logarithmic scale: of four one in each quarter of every setting, of sixteen one in each sixteenth."""
+        space = {"gamma": (1.0, 1e4), "learning_rate": (0.01, 1.0)}
+        made = list(SearchConfig(method="hero", rho=(0.5,), **space, trials=16).runs().values())
+        assert {run.rho for run in made} == {0.5}
+        for count in (4, 16):
+            for name, (least, greatest) in space.items():
+                values = np.array([getattr(run, name) for run in made[:count]])
+                parts = np.log(values / least) / np.log(greatest / least) * count
+                assert sorted(parts.astype(int)) == list(range(count))
+        # More are added to those that are there; methods with the same settings try the same.
+        assert list(SearchConfig(method="hero", rho=(0.5,), **space, trials=4).runs().values()) == made[:4]
+        others = SearchConfig(method="grad_l1", **space, trials=16).runs().values()
+        assert [(run.gamma, run.learning_rate) for run in others] == [(run.gamma, run.learning_rate) for run in made]
+
+    def test_trials_are_counted_and_added_to(self, tmp_path, monkeypatch):
+        config = SearchConfig(
+            method="asam", rho=(0.5, 2.0), trials=2, seeds=2, epochs=1, train_size=128, validation_size=100
+        )
+        out = tmp_path / "out"
+        search.main(config, out)
+        first = json.loads((out / "search.json").read_text())["grid"]
+        before = written(out)
+        # What is in the folder is what is tried, whatever would be drawn now.
+        monkeypatch.setattr("experiments.measure.search.draw", lambda *_: [{"rho": 1.0}] * 3)
+        search.main(dataclasses.replace(config, trials=3), out)
+        grid = json.loads((out / "search.json").read_text())["grid"]
+        assert grid[:2] == first
+        assert grid[2]["rho"] == 1.0
+        assert {**written(out), **before} == written(out)
+        trials = optuna.load_study(study_name="search", storage=journal_of(out)).trials
+        assert [trial.params["rho"] for trial in trials] == [row["rho"] for row in grid]
+        assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in grid]
+        with pytest.raises(FileExistsError, match=r"has rho \[0\.5, 2\.0\], not \[0\.5, 3\.0\]"):
+            search.main(dataclasses.replace(config, rho=(0.5, 3.0)), out)
+        with pytest.raises(FileExistsError, match="has trials 3, not None"):
+            search.main(dataclasses.replace(config, trials=None), out)
+
+    def test_killed_at_any_moment(self, tmp_path):
+        """kill -9 at random moments: what comes out is what an undisturbed search gives, in as many trials."""
+        arguments = "--method hero --rho 0.5 2 --gamma 1 100 --trials 3 --seeds 2 --epochs 4 --train-size 128"
+        command = [sys.executable, "-m", "experiments.search", *arguments.split(), "--validation-size", "100", "--out"]
+        random = np.random.default_rng()
+        out, moments = tmp_path / "killed", []
+        for _ in range(4):
+            process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+            begun = len(written(out)) if out.exists() else 0
+            while process.poll() is None and (not out.exists() or len(written(out)) == begun):
+                time.sleep(0.01)
+            moments.append(random.uniform(0, 2))
+            time.sleep(moments[-1])
+            process.kill()
+            process.wait()
+        for path in (out, tmp_path / "whole"):
+            done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, (done.stderr, moments)
+        records = [json.loads((path / "search.json").read_text()) for path in (out, tmp_path / "whole")]
+        assert records[0]["grid"] == records[1]["grid"], moments
+        assert records[0]["best"] == records[1]["best"]
+        assert len(list((out / "runs").iterdir())) == 6
+        for path in (out, tmp_path / "whole"):
+            trials = optuna.load_study(study_name="search", storage=journal_of(path)).trials
+            assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in records[1]["grid"]]
+
     def test_every_pair_once(self):
         made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
         assert len(made) == 6
@@ -303,6 +373,14 @@ class TestSearch:
             ({"rho": (1.0, 1.0)}, "`rho` must name each once; got 1.0 twice"),
             ({"rho": (-1.0,)}, "`rho` must be non-negative and finite; got -1.0"),
             ({"validation_size": 0}, "`validation_size` must be an integer >= 1; got 0"),
+            ({"rho": (1.0, 2.0), "trials": 0}, "`trials` must be an integer >= 1; got 0"),
+            ({"rho": (1.0,), "trials": 3}, "`trials` must have two values of a setting to draw between; got 3"),
+            (
+                {"rho": (2.0, 1.0), "trials": 3},
+                r"`rho` must be two rising values above 0 with trials; got \(2.0,",
+            ),
+            ({"gamma": (0.0, 1.0), "trials": 3}, r"`gamma` must be two rising values above 0 with trials; got \(0.0"),
+            ({"rho": (1.0, 2.0, 3.0), "trials": 3}, "`rho` must be two rising values above 0 with trials; got"),
         ],
     )
     def test_bad_searches(self, options, message):
