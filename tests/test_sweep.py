@@ -538,6 +538,12 @@ class TestReproduce:
         assert {len(config.runs()) for _, config in asked} == {15}
         suppressed = next(config for name, config in asked if name == "clean-sam-suppress")
         assert suppressed.suppress == (0.25, 0.5, 0.9)
+        drawn = plan.searches(plan.ReproduceConfig(noise_rates=(0.8,), search_trials=20), 20)
+        assert list(drawn) == [name for name, _ in asked]
+        for each, (_, grid) in zip(drawn.values(), asked, strict=True):
+            assert len(each.runs()) == 20
+            for field, (least, greatest) in ((name, (d.low, d.high)) for name, d in each.space.items()):
+                assert (least, greatest) == (min(getattr(grid, field)), max(getattr(grid, field)))
 
     def test_what_was_found_for_a_variant_is_its_own(self, tmp_path):
         leave_search(tmp_path, "clean-sam", rho=0.3)

@@ -75,6 +75,9 @@ class ReproduceConfig:
     """Runs of each configuration, with seeds 0, 1, ..."""
     search_seeds: int = 3
     """Runs of each configuration that is searched."""
+    search_trials: int | None = None
+    """Trials of each search, drawn between the least and the greatest value of each setting; default its fifteen
+    combinations."""
     epochs: int | None = None
     """Passes over the training images; default the preset."""
     batch_size: int | None = None
@@ -102,7 +105,7 @@ class ReproduceConfig:
     """Training images for the Hessian and the landscape; default all of digits, 500 of others."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "search_seeds", "validation_size"):
+        for name in ("seeds", "search_seeds", "search_trials", "validation_size"):
             if getattr(self, name) is not None:
                 errors.integer(name, getattr(self, name), low=1)
         for rate in self.noise_rates:
@@ -229,10 +232,13 @@ def searches(config: ReproduceConfig, held_out: int) -> dict[str, SearchConfig]:
     for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
         preset = dataclasses.asdict(config.run(SETTINGS[name], held_out))
         tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
+        if config.search_trials is not None:
+            tried = {field: (min(values), max(values)) for field, values in tried.items()}
         settings: dict[str, Any] = {**SETTINGS[name], **tried}
         made[f"{label}-{name}"] = SearchConfig(
             **config.shared(),
             **settings,
+            trials=config.search_trials,
             seeds=config.search_seeds,
             validation_size=held_out,
             label_noise=rate,

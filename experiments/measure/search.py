@@ -107,7 +107,8 @@ class SearchConfig:
                 values = getattr(self, name)
                 if len(values) > 1 and not (len(values) == 2 and 0 < values[0] < values[1]):
                     raise ValueError(f"`{name}` must be two rising values above 0 with trials; got {values!r}.")
-        assert self.runs()
+        if len(self.runs()) < (self.trials or 1):
+            raise ValueError(f"`trials` must be fewer in ranges as narrow as these; got {self.trials}.")
 
     @property
     def space(self) -> dict[str, FloatDistribution]:
