@@ -44,6 +44,10 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
     logger = logging.getLogger("experiments")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Printer())
+    # absl, which orbax imports, prints what is logged to stderr: not these lines again.
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.addFilter(lambda record: not record.name.startswith("experiments"))
     for number in interrupts.ending():
         signal.signal(number, signal.default_int_handler)
     if not keep_compiled:

@@ -16,6 +16,7 @@ from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS, TrainConfig
 from experiments.measure import sweep
+from experiments.measure.engine import Engine
 from experiments.storage import environment, files
 from hero_jax import errors, quantize
 from hero_jax.evaluate import Spread
@@ -99,7 +100,9 @@ class Measured(NamedTuple):
     eigenvalue_converged: bool
 
 
-def compare(config: CompareConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin) -> list[Measured]:
+def compare(
+    config: CompareConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin, engine: Engine = Engine()
+) -> list[Measured]:
     """Trains, quantizes and measures every method and seed, or what is left of them, in folders under `out`/runs."""
     configs = {method: config.run(method, 0) for method in config.methods}
     return [
@@ -112,7 +115,7 @@ def compare(config: CompareConfig, dataset: data.Dataset, out: Path, begin: swee
             },
             **{name: run.measured["curvature"][name] for name in Measured._fields if name.startswith("eigenvalue")},
         )
-        for run in sweep.run_all(configs, range(config.seeds), dataset, out, begin, config.measuring)
+        for run in sweep.run_all(configs, range(config.seeds), dataset, out, begin, config.measuring, engine)
     ]
 
 
@@ -176,6 +179,7 @@ def main(
     config: Annotated[CompareConfig, tyro.conf.arg(name="")],
     out: Path | None = None,
     data_dir: Path | None = None,
+    engine: Annotated[Engine, tyro.conf.arg(name="")] = Engine(),
 ) -> None:
     """Compares training methods: accuracy, accuracy at low bit widths, top Hessian eigenvalue; one table and plots.
 
@@ -184,6 +188,7 @@ def main(
         out: Folder for everything: new, empty, or that of the same comparison, which is continued, with other seeds,
             methods or measurements if you like; default runs/compare-DATASET.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+        engine: Where the runs are made.
     """
     out = out or Path("runs") / f"compare-{config.dataset}"
     started = time.monotonic()
@@ -191,7 +196,7 @@ def main(
         dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
         sweep.check({method: config.run(method, 0) for method in config.methods}, dataset)
         files.claim_same(out, config, may_differ=MAY_DIFFER)
-        results = compare(config, dataset, out, progress.lines(display))
+        results = compare(config, dataset, out, progress.lines(display), engine)
     if not results:
         raise files.Failed(f"Every run diverged; {out} has the messages.")
     rows = summarize(results)

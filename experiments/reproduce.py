@@ -3,7 +3,7 @@
     search       the settings of each method on held-out images, on clean and on noisy labels, with equal numbers of
                  trials (`experiments.search`); what it finds is what the other parts take in place of the presets. A
                  search of your own can take the place of one: give it --out OUT/search/clean-NAME or noisy-NAME, with
-                 NAME of `TUNED`
+                 NAME of `plan.TUNED`
     accuracy     every method and variant: accuracy last and best on validation, over bits, Hessian along and at the end
     noise        the methods after training on altered labels, by kind and rate, with what was memorized
     cost         the methods on clean and on altered labels, each for as many epochs as the gradients of HERO allow it
@@ -11,358 +11,27 @@
     landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
 
 and after them the report (`experiments.report`). Each part can be run alone (`python -m experiments.reproduce
-accuracy`), and a command that was ended is given again: what is finished is not made again. The same command given to
-several processes, such as one for each GPU or core, shares the runs out among them.
+accuracy`), and a command that was ended is given again: what is finished is not made again. With --workers several
+runs are made at once, each on a core or a GPU of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from experiments import cli, data, landscape, progress, report, search
-from experiments.config import LABEL_NOISE_KINDS, TrainConfig
-from experiments.measure import sweep
+from experiments.measure import plan, sweep
+from experiments.measure.engine import Engine
+from experiments.measure.plan import ReproduceConfig
 from experiments.storage import files, runs
-from experiments.training import methods
 from hero_jax import errors
 
 PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")
-Settings = Mapping[str, Any]
-# Methods, and those with a setting that wants others of its own.
-SETTINGS: dict[str, Settings] = {
-    "sgd": {"method": "sgd"},
-    "nso": {"method": "nso"},
-    "msam": {"method": "msam"},
-    "sam": {"method": "sam"},
-    "sam-suppress": {"method": "sam", "suppress": 0.5},
-    "asam": {"method": "asam"},
-    "grad_l1": {"method": "grad_l1"},
-    "hero": {"method": "hero"},
-    "hero-eigenvalue": {"method": "hero", "penalty": "eigenvalue"},
-}
-# What is searched.
-TUNED = tuple(SETTINGS)
-# Multiples of the preset that are tried, in every combination: fifteen trials of each. HERO without gamma is ASAM.
-_RHO = (0.5, 1.0, 2.0, 2.5, 3.0)
-_RATE = (0.5, 1.0, 2.0)
-FACTORS: dict[str, dict[str, tuple[float, ...]]] = {
-    "sgd": {"learning_rate": (0.25, 0.5, 1.0, 2.0, 4.0), "weight_decay": (1.0, 4.0, 16.0)},
-    "nso": {"sigma": (0.5, 1.0, 2.0, 4.0, 8.0), "learning_rate": _RATE},
-    "msam": {"rho": _RHO, "learning_rate": _RATE},
-    "sam": {"rho": _RHO, "learning_rate": _RATE},
-    "sam-suppress": {"rho": _RHO, "suppress": (0.5, 1.0, 1.8)},
-    "asam": {"rho": _RHO, "learning_rate": _RATE},
-    "grad_l1": {"gamma": (0.3, 1.0, 3.0, 10.0, 30.0), "learning_rate": _RATE},
-    "hero": {"rho": _RHO, "gamma": (0.1, 1.0, 10.0)},
-    "hero-eigenvalue": {"rho": _RHO, "gamma": (1.0, 3.0, 10.0)},
-}
-# Of asymmetric noise half of a class or more would be the other class.
-MOST_ASYMMETRIC = 0.5
-# Variants that are trained on altered labels.
-ON_NOISY = (
-    *("sgd", "noise", "ema", "nso", "msam", "sam", "sam-suppress", "asam", "asam-noise", "grad_l1", "hero"),
-    *("hero-noise", "hero-eigenvalue", "hero-suppress", "hero-late", "hero-part"),
-)
-# Variants that are trained at equal cost.
-AT_EQUAL_COST = ("sgd", "msam", "nso", "sam", "sam-suppress", "asam", "grad_l1", "hero", "hero-late", "hero-part")
-# The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
-PUBLISHED = {"rho": 0.5, "gamma": 5.0}
-# SGD for so many times the epochs takes as many gradients as HERO with penalty "detached".
-LONGER = 4
-# What a command given again may change: it adds runs, and alters none that are there.
-MAY_DIFFER = ("seeds", "search_seeds", "variants", "noise_rates", "noise_kinds")
-# Fields that all runs share.
-OF_EVERY_RUN = ("dataset", "model", "epochs", "batch_size", "train_size", "test_size", "eval_every", "augment")
-
-
-@dataclasses.dataclass(frozen=True)
-class ReproduceConfig:
-    """What to reproduce. Everything else is the preset of data set, model and method, or what the search found."""
-
-    dataset: str = "digits"
-    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
-    model: str | None = None
-    """A name in hero_jax.models; default the preset."""
-    seeds: int = 5
-    """Runs of each configuration, with seeds 0, 1, ..."""
-    search_seeds: int = 3
-    """Runs of each configuration that is searched."""
-    epochs: int | None = None
-    """Passes over the training images; default the preset."""
-    batch_size: int | None = None
-    """Images a step; default the preset."""
-    train_size: int | None = None
-    """Train on this many images; default all that are not held out."""
-    validation_size: int | None = None
-    """Training images held out; default a tenth of them, of digits, which are few, a quarter."""
-    test_size: int | None = None
-    """Evaluate on this many test images; default all."""
-    eval_every: int = 1
-    """Epochs between evaluations."""
-    augment: bool = True
-    """Random crops and flips, where the data set is trained with them."""
-    variants: tuple[str, ...] = ()
-    """Names of the methods and variants to train for accuracy, on noise and at equal cost (of the main ones), see
-    docs/experiments.md; default all, on noise the main ones. Search and ablations are as they are without it."""
-    noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of altered labels; the search on noisy labels, where there is none yet, is at the highest."""
-    noise_kinds: tuple[str, ...] = ("symmetric", "asymmetric")
-    """Kinds of altered labels, see docs/data.md; asymmetric ones at rates below a half only."""
-    specs: tuple[str, ...] = ("channel-narrow", "channel-stretched")
-    """Names of the quantizers: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
-    curvature_size: int | None = None
-    """Training images for the Hessian and the landscape; default all of digits, 500 of others."""
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "search_seeds", "validation_size"):
-            if getattr(self, name) is not None:
-                errors.integer(name, getattr(self, name), low=1)
-        for rate in self.noise_rates:
-            errors.fraction("noise_rates", rate)
-            if rate == 0:
-                raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
-        for name in self.variants:
-            errors.one_of("variants", name, variants({}, 1, 1))
-        for kind in self.noise_kinds:
-            errors.one_of("noise_kinds", kind, LABEL_NOISE_KINDS)
-        self.run({}, 0)
-        _ = self.measuring
-
-    @property
-    def measuring(self) -> sweep.Measuring:
-        """What is measured of each run."""
-        return sweep.Measuring(self.specs, curvature_size=self.curvature_size)
-
-    @property
-    def noise(self) -> list[tuple[str, float]]:
-        """Kinds and rates of noise, without asymmetric noise of half a class or more."""
-        pairs = itertools.product(self.noise_kinds, self.noise_rates)
-        return [(kind, rate) for kind, rate in pairs if kind != "asymmetric" or rate < MOST_ASYMMETRIC]
-
-    def run(self, settings: Settings, validation_size: int) -> TrainConfig:
-        """The resolved configuration of a run with these settings."""
-        return TrainConfig(**self.shared() | {"validation_size": validation_size, **settings}).resolved()
-
-    def shared(self) -> dict[str, Any]:
-        """The fields that all runs share."""
-        return {name: getattr(self, name) for name in OF_EVERY_RUN}
-
-
-def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dict[str, Settings]:
-    """Settings of every method and variant, by name, with those that were `found` for it or its method.
-
-    Those "published" have the published ones. SGD "longer" has the cost of HERO. The penalty of GRAD L1 is on
-    throughout, or in the last quarter alone as its authors have it towards the end of training. The perturbation of
-    SAM, ASAM and HERO with noise is taken around noisy weights. "Late" is SGD in the first three quarters of training,
-    "part" takes perturbation and penalty on a quarter of each batch.
-    """
-    part = _fraction_of(batch_size)
-    changed: dict[str, tuple[str, Settings]] = {
-        "noise": ("sgd", {"method": "noise"}),
-        "ema": ("sgd", {"method": "ema"}),
-        "nso-bits": ("nso", {"sigma": None, "noise_bits": 3}),
-        "grad_l1-late": ("grad_l1", {"gamma_warmup": epochs * 3 // 4}),
-        "sam-noise": ("sam", {"noise_bits": 3}),
-        "asam-noise": ("asam", {"noise_bits": 3}),
-        "hero-noise": ("hero", {"noise_bits": 3}),
-        **{f"hero-{name}": ("hero", {"penalty": name}) for name in ("difference", "hvp")},
-        "hero-by_difference": ("hero", {"product": "difference"}),
-        "hero-suppress": ("hero", {"suppress": 0.5}),
-        "hero-momentum": ("hero", {"ascent_decay": 0.9}),
-        "sam-late": ("sam", {"perturb_from": 0.75}),
-        "hero-late": ("hero", {"perturb_from": 0.75}),
-        "sam-part": ("sam", {"ascent_batch_size": part}),
-        "hero-part": ("hero", {"ascent_batch_size": part}),
-        "asam-published": ("asam", {"rho": PUBLISHED["rho"]}),
-        "hero-published": ("hero", PUBLISHED),
-        "sgd-longer": ("sgd", {"epochs": LONGER * epochs}),
-    }
-    tuned: dict[str, Settings] = {name: {**settings, **_found(found, name)} for name, settings in SETTINGS.items()}
-    return tuned | {name: {**tuned[base], **settings} for name, (base, settings) in changed.items()}
-
-
-def _found(found: Mapping[str, Settings], name: str) -> Settings:
-    """What was found for one of `TUNED`; the eigenvalue penalty has the other settings of HERO where it has none."""
-    if name == "hero-eigenvalue":
-        # The gamma that was found is for a mean square.
-        return {k: v for k, v in found.get("hero", {}).items() if k != "gamma"} | dict(found.get(name, {}))
-    return found.get(name, {})
-
-
-def ablations(base: TrainConfig, eigenvalue_gamma: float | None) -> dict[str, Settings]:
-    """Settings of HERO with one thing changed at a time, by name; `base` is HERO as it is.
-
-    With the penalty "eigenvalue", which is of another size, gamma is `eigenvalue_gamma`, or where that is None the
-    preset.
-    """
-    assert base.rho is not None
-    assert base.gamma is not None
-    assert base.batch_size is not None
-    plain = {"method": "hero", "rho": base.rho, "gamma": base.gamma}
-    changed: list[Settings] = [
-        {},
-        {"gamma": 0.0},
-        {"gamma": _times(base.gamma, 0.1)},
-        {"gamma": _times(base.gamma, 10)},
-        {"rho": _times(base.rho, 0.5)},
-        {"rho": _times(base.rho, 2)},
-        {"penalty": "difference"},
-        {"penalty": "hvp"},
-        {"penalty": "eigenvalue", "gamma": eigenvalue_gamma},
-        {"scope": "leaf"},
-        {"reduction": "sum"},
-        {"interval": 4},
-        {"penalty_batch_size": _fraction_of(base.batch_size)},
-        {"noise_bits": 3},
-    ]
-    return {"-".join(["hero", *(f"{k}_{v}" for k, v in c.items() if v is not None)]): {**plain, **c} for c in changed}
-
-
-def _fraction_of(batch_size: int) -> int:
-    """The largest part of a batch, up to a quarter, that divides it; one image at the least."""
-    return max(size for size in range(1, max(1, batch_size // 4) + 1) if batch_size % size == 0)
-
-
-def run_search(config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None) -> None:
-    """Searches each of `TUNED`, with the same seeds and held-out images, clean and noisy.
-
-    Noisy: the highest rate of the first kind. A method of which every run diverges is left to its preset, on noisy
-    labels to what was found on clean ones. Another search that is there, the user's own, is left as it is.
-    """
-    labels = {"clean": ("symmetric", 0.0)}
-    if config.noise:
-        first = config.noise[0][0]
-        labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
-    for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
-        preset = dataclasses.asdict(config.run(SETTINGS[name], held_out))
-        tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
-        settings: dict[str, Any] = {**SETTINGS[name], **tried}
-        searched = search.SearchConfig(
-            **config.shared(),
-            **settings,
-            seeds=config.search_seeds,
-            validation_size=held_out,
-            label_noise=rate,
-            label_noise_kind=kind,
-        )
-        path = out / "search" / f"{label}-{name}"
-        there = files.read_json(path / "search.json").get("config")
-        if there is not None and files.difference(there, searched, ("seeds",)) is not None:
-            cli.console.print(f"{path} has a search of its own, which is left as it is")
-            continue
-        if there is not None:
-            searched = dataclasses.replace(searched, seeds=max(searched.seeds, there["seeds"]))
-        try:
-            search.main(searched, path, data_dir)
-        except search.AllDiverged as error:
-            cli.console.print(f"{path}: {error}")
-
-
-def _times(value: float, factor: float) -> float:
-    """A multiple of a preset as one would write it: 0.3, not 0.30000000000000004."""
-    return float(f"{value * factor:.6g}")
-
-
-def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settings]:
-    """What the search found for each of `TUNED` on "clean" or "noisy" labels; empty where there was none.
-
-    Raises ValueError for a search that is not of what its folder is named after, or of another data set or network.
-    """
-    found = {}
-    for file in sorted((out / "search").glob("*/search.json")):
-        prefix, _, name = file.parent.name.partition("-")
-        if prefix not in ("clean", "noisy") or name not in TUNED:
-            wanted = f"clean-NAME or noisy-NAME, with NAME one of {', '.join(TUNED)}"
-            raise ValueError(f"`out` must have its searches in folders {wanted}; got {file.parent}.")
-        record = files.read_json(file)
-        if prefix != label or not record.get("best"):
-            continue
-        wanted, searched = _what_is_searched(config, prefix, name), _what_was_searched(record["config"])
-        if searched != wanted:
-            raise ValueError(f"`out` must have a search of {wanted} in {file.parent}; got one of {searched}.")
-        best = record["best"]
-        found[name] = {field: best[field] for field in search.SEARCHED if best.get(field) is not None}
-    return found
-
-
-def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
-    """What a search in the folder PREFIX-NAME is of, in words."""
-    run = config.run(SETTINGS[name], 0)
-    return _task(run, prefix == "noisy", bool(run.suppress))
-
-
-def _what_was_searched(saved: Mapping[str, Any]) -> str:
-    """The same of the saved configuration of a search."""
-    named = {field: saved[field] for field in ("method", "dataset", "model", "penalty") if field in saved}
-    return _task(TrainConfig(**named).resolved(), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
-
-
-def _task(run: TrainConfig, is_noisy: bool, suppresses: bool) -> str:
-    penalty = "" if run.penalty is None else f" with penalty {run.penalty}"
-    penalty += " with suppression" if suppresses else ""
-    return f"{run.method}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {run.dataset} by {run.model}"
-
-
-def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
-    """The resolved configurations of a part that trains, by name; raises ValueError for a search that is misplaced."""
-    plain = config.run({}, held_out)
-    assert plain.epochs is not None
-    assert plain.batch_size is not None
-    on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))
-    clean, noisy = (variants(found, plain.epochs, plain.batch_size) for found in (on_clean, on_clean | on_noisy))
-    made: dict[str, TrainConfig] = {}
-    if part == "accuracy":
-        named = {name: _along(config, config.run(each, held_out)) for name, each in clean.items()}
-        made = _each_once(named, config.variants or tuple(named))
-    elif part == "noise":
-        named = {name: config.run(each, held_out) for name, each in noisy.items()}
-        # Methods one after the other: what is compiled serves all rates.
-        chosen = _each_once(named, config.variants or ON_NOISY)
-        for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
-            made[f"{name}-{kind}_{rate!r}"] = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind)
-    elif part == "cost":
-        chosen = [name for name in AT_EQUAL_COST if not config.variants or name in config.variants]
-        on_altered = [(kind, rate) for kind, rate in config.noise if kind == config.noise_kinds[0]]
-        for name, (kind, rate) in itertools.product(chosen, [("symmetric", 0.0), *on_altered]):
-            run = config.run((noisy if rate else clean)[name], held_out)
-            run = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind, epochs=_for_cost_of_hero(run))
-            made[f"{name}-{kind}_{rate!r}" if rate else name] = run
-    elif part == "ablations":
-        changed = ablations(config.run(clean["hero"], held_out), on_clean.get("hero-eigenvalue", {}).get("gamma"))
-        named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
-        made = _each_once(named, tuple(named))
-    return made
-
-
-def _for_cost_of_hero(run: TrainConfig) -> int:
-    """The epochs of a run that take the gradients of HERO with the released penalty for those that it has."""
-    assert run.epochs is not None
-    return round(run.epochs * LONGER / methods.gradients(run))
-
-
-def _along(config: ReproduceConfig, run: TrainConfig) -> TrainConfig:
-    """A run whose curvature is measured four times along training."""
-    assert run.epochs is not None
-    return dataclasses.replace(run, every=max(1, run.epochs // 4), curvature_size=_curvature_size(config))
-
-
-def _each_once(named: Mapping[str, TrainConfig], chosen: Sequence[str]) -> dict[str, TrainConfig]:
-    """The chosen configurations, each under the first name it has among all: rho may be found to be the published."""
-    first: dict[TrainConfig, str] = {}
-    for name, run in named.items():
-        first.setdefault(run, name)
-    return {first[named[name]]: named[name] for name in named if name in chosen}
-
-
-def _curvature_size(config: ReproduceConfig) -> int:
-    return config.measuring.curvature_images(config.dataset)
 
 
 def main(
@@ -370,6 +39,7 @@ def main(
     parts: Annotated[tuple[str, ...], tyro.conf.Positional] = PARTS,
     out: Path | None = None,
     data_dir: Path | None = None,
+    engine: Annotated[Engine, tyro.conf.arg(name="")] = Engine(),
 ) -> None:
     """Runs every experiment on one data set and writes the report; given again, continues.
 
@@ -378,6 +48,7 @@ def main(
         parts: search, accuracy, noise, cost, ablations, landscape; in this order.
         out: Folder for everything: new, empty, or that of the same experiments; default runs/reproduce-DATASET.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
+        engine: Where the runs are made.
     """
     for part in parts:
         errors.one_of("parts", part, PARTS)
@@ -388,25 +59,46 @@ def main(
     share = 4 if config.dataset == "digits" else 10
     held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
     sweep.check({"hero": config.run({}, held_out)}, dataset)
-    files.claim_same(out, config, may_differ=MAY_DIFFER, besides=("search",))
+    files.claim_same(out, config, may_differ=plan.MAY_DIFFER, besides=("search",))
     # A search that cannot be taken is refused before hours have gone by.
-    plan(config, "accuracy", held_out, out)
+    plan.plan(config, "accuracy", held_out, out)
     for part in (part for part in PARTS if part in parts):
         cli.console.rule(f"{part}, {time.monotonic() - started:.0f} s")
         if part == "search":
-            run_search(config, held_out, out, data_dir)
+            run_searches(config, held_out, out, data_dir, engine)
         elif part == "landscape":
             with files.locked(out, wait=True):
                 draw_landscape(config, out, data_dir)
         else:
             with progress.bar() as display:
-                configs = plan(config, part, held_out, out)
-                sweep.run_all(
-                    configs, range(config.seeds), dataset, out / part, progress.lines(display), config.measuring
-                )
+                configs = plan.plan(config, part, held_out, out)
+                begin = progress.lines(display)
+                sweep.run_all(configs, range(config.seeds), dataset, out / part, begin, config.measuring, engine)
     with files.locked(out, wait=True):
         report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
+
+
+def run_searches(
+    config: ReproduceConfig, held_out: int, out: Path, data_dir: Path | None, engine: Engine = Engine()
+) -> None:
+    """Runs every search of the plan, each in a folder of its own.
+
+    A method of which every run diverges is left to its preset, on noisy labels to what was found on clean ones.
+    Another search that is there, the user's own, is left as it is.
+    """
+    for name, searched in plan.searches(config, held_out).items():
+        path = out / "search" / name
+        there = files.read_json(path / "search.json").get("config")
+        if there is not None and files.difference(there, searched, ("seeds",)) is not None:
+            cli.console.print(f"{path} has a search of its own, which is left as it is")
+            continue
+        if there is not None:
+            searched = dataclasses.replace(searched, seeds=max(searched.seeds, there["seeds"]))
+        try:
+            search.main(searched, path, data_dir, engine)
+        except search.AllDiverged as error:
+            cli.console.print(f"{path}: {error}")
 
 
 def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) -> None:
@@ -427,7 +119,7 @@ def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) ->
     elif record and len(record["runs"]) != len(done):
         cli.console.print(f"{out / 'landscape'} is of other runs: remove it for one of {len(done)}")
     elif done and not record:
-        chosen = landscape.LandscapeConfig(images=_curvature_size(config))
+        chosen = landscape.LandscapeConfig(images=config.curvature_images)
         landscape.main(done, chosen, out / "landscape", data_dir)
 
 

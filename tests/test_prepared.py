@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -434,6 +435,15 @@ RECORDS = {
     "no example": (b"\xff\xff", r".*[Ee]rror.*"),
     "empty": (b"", r"it has no image"),
 }
+
+
+def test_a_stream_reads_the_same_in_another_process(tmp_path):
+    rows = [{"image": encoded(pixels("train", i, (300, 320, 3))), "label": i} for i in range(3)]
+    write_prepared(tmp_path, "imagenette/320px-v2", "1.0.0", {"train": rows, "validation": rows})
+    split = data.load("imagenette", tmp_path).train
+    again = pickle.loads(pickle.dumps(split))
+    for ours, theirs in zip(split.first(3), again.first(3), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 class TestDamagedRecord:

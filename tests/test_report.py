@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import report, search, train
+from experiments import report, train
 from experiments.analysis import page, plots, saved, tables
 from experiments.config import TrainConfig
-from experiments.search import SearchConfig
+from experiments.measure.search import SearchConfig, summarize
 from experiments.storage import environment, files
 
 ROOT = Path(__file__).parent.parent
@@ -381,7 +381,7 @@ def test_search_marks_what_was_chosen(everything):
 def test_a_search_that_was_ended_or_diverged_stays_out_of_the_table(tmp_path):
     fake(tmp_path / "main")
     configs = SearchConfig(method="sam", rho=(0.1, 0.2)).runs()
-    for name, grid in (("begun", []), ("diverged", search.summarize(configs, []))):
+    for name, grid in (("begun", []), ("diverged", summarize(configs, []))):
         files.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
         fake(tmp_path / name / "runs" / "trial", method="sam", rho=0.2)
     text, _ = made(tmp_path)

@@ -396,13 +396,28 @@ class TestFolders:
         assert "waiting for another process" in caplog.text
 
     def test_without_locks(self, config, monkeypatch, tmp_path):
-        def flock(*_):
+        def acquire(*_, **__):
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(files.fcntl, "flock", flock)
+        monkeypatch.setattr(files.filelock.FileLock, "acquire", acquire)
         with pytest.warns(UserWarning, match="without locks"), runs.RunFolder(tmp_path / "run", config):
             pass
         assert status(tmp_path / "run") == "done"
+
+    def test_a_lock_ends_with_its_process(self, tmp_path):
+        """kill -9 lets go of it, and there is nothing to clear away."""
+        code = (
+            "import pathlib, sys; from experiments.storage import files\n"
+            "with files.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(files.Busy), files.locked(tmp_path):
+                pass
+            process.kill()
+        with files.locked(tmp_path):
+            pass
 
     def test_that_another_process_writes(self, config, tmp_path):
         with runs.RunFolder(tmp_path / "run", config):

@@ -1,6 +1,5 @@
 """Many runs: what is there is not made again, what is missing is; the search; the whole set, planned and run small."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -8,18 +7,18 @@ import shlex
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
 
 from experiments import compare, data, progress, reproduce, search
 from experiments.config import METHODS, TrainConfig, presets
-from experiments.measure import sweep
-from experiments.search import SearchConfig
+from experiments.measure import plan, sweep
+from experiments.measure.search import SearchConfig, best_of
 from experiments.storage import files, runs
 from experiments.training import compiled, loop, methods
 from tests import problems
@@ -92,33 +91,29 @@ class TestSweep:
         assert set(found[0].measured["quantized"]["channel-narrow"]) == {"full", "4"}
         after = written(out)
         changed = {name for name in after if after[name] != before.get(name)}
-        assert changed == {"runs/sgd-s0/measured.json", "runs/sgd-s0/lock"}
+        assert changed == {"runs/sgd-s0/measured.json"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
 
-    def test_processes_share_the_runs(self, swept, digits, tmp_path, monkeypatch, caplog):
+    def test_a_run_of_another_process_is_left_to_it(self, swept, digits, tmp_path, monkeypatch, caplog):
+        """One run is being made by another process, which ends without having made it: the next time it is made."""
         caplog.set_level("INFO")
-        """One run is being made by another process, which ends without having made it: it is made last."""
         _, configs, found = swept
         path = tmp_path / "runs" / "sgd-s0"
         path.mkdir(parents=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(files.locked(path))
         made = []
 
         def train(run, *rest, **options):
             made.append((run.method, run.seed))
             return original(run, *rest, **options)
 
-        def sleep(seconds):
-            made.append("waited")
-            lock.close()
-
         original = loop.train
         monkeypatch.setattr(sweep.loop, "train", train)
-        monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=sleep))
+        with files.locked(path), pytest.raises(files.Failed, match="1 of 4 runs are left, such as sgd-s0: another"):
+            run_all(configs, range(2), digits, tmp_path)
+        assert made == [("sgd", 1), ("asam", 0), ("asam", 1)]
+        assert "sgd-s0 is left to the process that is writing it" in caplog.text
         again = run_all(configs, range(2), digits, tmp_path)
-        assert made == [("sgd", 1), ("asam", 0), ("asam", 1), "waited", ("sgd", 0)]
-        assert "waiting for what other processes make: 1 of the runs" in caplog.text
+        assert made[3:] == [("sgd", 0)]
         assert [(run.name, run.config, run.measured) for run in again] == [
             (run.name, run.config, run.measured) for run in found
         ]
@@ -127,16 +122,19 @@ class TestSweep:
         command = "-m experiments.search --method asam --rho 0.5 1 2 --seeds 2 --epochs 1 --train-size 128"
         command += f" --validation-size 100 --out {tmp_path / 'out'}"
         started = [
-            subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
         try:
-            for process in started:
-                process.communicate(timeout=300)
-                assert process.returncode == 0
+            errors = [process.communicate(timeout=300)[1] for process in started]
         finally:
             for process in started:
                 process.kill()
+        # The one that ends last finds all of them made.
+        codes = [process.returncode for process in started]
+        assert 0 in codes
+        for code, error in zip(codes, errors, strict=True):
+            assert code == 0 or (code == 1 and re.fullmatch(r"stopped: \d of 6 runs are left, .*\n", error))
         assert len(json.loads((tmp_path / "out" / "search.json").read_text())["grid"]) == 3
         folders = list((tmp_path / "out" / "runs").iterdir())
         assert len(folders) == 6
@@ -209,6 +207,11 @@ class TestSweep:
             sweep.Measuring(**options)
 
 
+def journal_of(out):
+    """The trials that a search has stored."""
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / "optuna.journal")))
+
+
 def json_config(folder):
     return TrainConfig(**json.loads((folder / "config.json").read_text()))
 
@@ -273,7 +276,7 @@ class TestSearch:
             np.testing.assert_allclose(row["validation_accuracy"], np.mean(accuracies))
             np.testing.assert_allclose(row["std"], np.std(accuracies, ddof=1))
             assert json_config(paths[0]).label_noise == 0.4
-        assert record["best"] == search.best_of(record["grid"])
+        assert record["best"] == best_of(record["grid"])
         assert "held out" in capsys.readouterr().out
         # More values are added to what is there.
         search.main(SearchConfig(**vars(config) | {"rho": (0.5, 1.0, 2.0)}), tmp_path / "out")
@@ -283,12 +286,76 @@ class TestSearch:
         def row(rho, gamma, accuracy, n=2):
             return {"rho": rho, "gamma": gamma, "validation_accuracy": accuracy, "n": n}
 
-        assert search.best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
-        assert search.best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
-        assert search.best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        assert best_of([row(1, 2, 0.5), row(2, 3, 0.7), row(1, 3, 0.7)]) == row(1, 3, 0.7)
+        assert best_of([row(1, 3, 0.7), row(2, 2, 0.7)]) == row(2, 2, 0.7)
+        assert best_of([row(1, 3, float("nan"), 0), row(2, 2, 0.1)]) == row(2, 2, 0.1)
         # One of which a seed diverged is no candidate.
-        assert search.best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
-        assert search.best_of([row(1, 3, float("nan"), 0)]) is None
+        assert best_of([row(1, 3, 0.9, 1), row(2, 2, 0.1)]) == row(2, 2, 0.1)
+        assert best_of([row(1, 3, float("nan"), 0)]) is None
+
+    def test_trials_fill_the_space(self):
+        """On a logarithmic scale: of four one in each quarter of every setting, of sixteen one in each sixteenth."""
+        space = {"gamma": (1.0, 1e4), "learning_rate": (0.01, 1.0)}
+        made = list(SearchConfig(method="hero", rho=(0.5,), **space, trials=16).runs().values())
+        assert {run.rho for run in made} == {0.5}
+        for count in (4, 16):
+            for name, (least, greatest) in space.items():
+                values = np.array([getattr(run, name) for run in made[:count]])
+                parts = np.log(values / least) / np.log(greatest / least) * count
+                assert sorted(parts.astype(int)) == list(range(count))
+        # More are added to those that are there; methods with the same settings try the same.
+        assert list(SearchConfig(method="hero", rho=(0.5,), **space, trials=4).runs().values()) == made[:4]
+        others = SearchConfig(method="grad_l1", **space, trials=16).runs().values()
+        assert [(run.gamma, run.learning_rate) for run in others] == [(run.gamma, run.learning_rate) for run in made]
+
+    def test_trials_are_counted_and_added_to(self, tmp_path, monkeypatch):
+        config = SearchConfig(
+            method="asam", rho=(0.5, 2.0), trials=2, seeds=2, epochs=1, train_size=128, validation_size=100
+        )
+        out = tmp_path / "out"
+        search.main(config, out)
+        first = json.loads((out / "search.json").read_text())["grid"]
+        before = written(out)
+        # What is in the folder is what is tried, whatever would be drawn now.
+        monkeypatch.setattr("experiments.measure.search.draw", lambda *_: [{"rho": 1.0}] * 3)
+        search.main(dataclasses.replace(config, trials=3), out)
+        grid = json.loads((out / "search.json").read_text())["grid"]
+        assert grid[:2] == first
+        assert grid[2]["rho"] == 1.0
+        assert {**written(out), **before} == written(out)
+        trials = optuna.load_study(study_name="search", storage=journal_of(out)).trials
+        assert [trial.params["rho"] for trial in trials] == [row["rho"] for row in grid]
+        assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in grid]
+        with pytest.raises(FileExistsError, match=r"has rho \[0\.5, 2\.0\], not \[0\.5, 3\.0\]"):
+            search.main(dataclasses.replace(config, rho=(0.5, 3.0)), out)
+        with pytest.raises(FileExistsError, match="has trials 3, not None"):
+            search.main(dataclasses.replace(config, trials=None), out)
+
+    def test_killed_at_any_moment(self, tmp_path):
+        """kill -9 at random moments: what comes out is what an undisturbed search gives, in as many trials."""
+        arguments = "--method hero --rho 0.5 2 --gamma 1 100 --trials 3 --seeds 2 --epochs 4 --train-size 128"
+        command = [sys.executable, "-m", "experiments.search", *arguments.split(), "--validation-size", "100", "--out"]
+        random = np.random.default_rng()
+        out, moments = tmp_path / "killed", []
+        for _ in range(4):
+            process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+            begun = len(written(out)) if out.exists() else 0
+            while process.poll() is None and (not out.exists() or len(written(out)) == begun):
+                time.sleep(0.01)
+            moments.append(random.uniform(0, 2))
+            time.sleep(moments[-1])
+            process.kill()
+            process.wait()
+        for path in (out, tmp_path / "whole"):
+            done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, (done.stderr, moments)
+        records = [json.loads((path / "search.json").read_text()) for path in (out, tmp_path / "whole")]
+        assert records[0]["grid"] == records[1]["grid"], moments
+        assert records[0]["best"] == records[1]["best"]
+        assert len(list((out / "runs").iterdir())) == 6
+        for path in (out, tmp_path / "whole"):
+            trials = optuna.load_study(study_name="search", storage=journal_of(path)).trials
+            assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in records[1]["grid"]]
 
     def test_every_pair_once(self):
         made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
@@ -306,6 +373,14 @@ class TestSearch:
             ({"rho": (1.0, 1.0)}, "`rho` must name each once; got 1.0 twice"),
             ({"rho": (-1.0,)}, "`rho` must be non-negative and finite; got -1.0"),
             ({"validation_size": 0}, "`validation_size` must be an integer >= 1; got 0"),
+            ({"rho": (1.0, 2.0), "trials": 0}, "`trials` must be an integer >= 1; got 0"),
+            ({"rho": (1.0,), "trials": 3}, "`trials` must have two values of a setting to draw between; got 3"),
+            (
+                {"rho": (2.0, 1.0), "trials": 3},
+                r"`rho` must be two rising values above 0 with trials; got \(2.0,",
+            ),
+            ({"gamma": (0.0, 1.0), "trials": 3}, r"`gamma` must be two rising values above 0 with trials; got \(0.0"),
+            ({"rho": (1.0, 2.0, 3.0), "trials": 3}, "`rho` must be two rising values above 0 with trials; got"),
         ],
     )
     def test_bad_searches(self, options, message):
@@ -340,8 +415,8 @@ def leave_search(out, name, **best):
 
 class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
-        config = reproduce.ReproduceConfig(epochs=4, train_size=64)
-        plans = {part: reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
+        config = plan.ReproduceConfig(epochs=4, train_size=64)
+        plans = {part: plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
         assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
@@ -379,26 +454,26 @@ class TestReproduce:
         files.write_json(tmp_path / "search" / folder / "search.json", record)
         # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
-            reproduce.main(reproduce.ReproduceConfig(), out=tmp_path)
+            reproduce.main(plan.ReproduceConfig(), out=tmp_path)
 
     def test_a_search_of_ones_own_comes_first_and_stays(self, tmp_path, monkeypatch):
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "eval_every": 1, "batch_size": 32}
         path = tmp_path / "all" / "search" / "clean-asam"
         search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
         before = written(path)
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
+        monkeypatch.setattr(plan, "TUNED", ("asam",))
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
-        config = reproduce.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
+        config = plan.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
         assert written(path) == before
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
 
     def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(reproduce, "TUNED", ("asam",))
-        monkeypatch.setitem(reproduce.FACTORS, "asam", {"rho": (1.0, 2.0)})
+        monkeypatch.setattr(plan, "TUNED", ("asam",))
+        monkeypatch.setitem(plan.FACTORS, "asam", {"rho": (1.0, 2.0)})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
-        config = reproduce.ReproduceConfig(noise_rates=(), **small)
+        config = plan.ReproduceConfig(noise_rates=(), **small)
         for seeds, expected in ((1, 1), (2, 2), (1, 2)):
             reproduce.main(dataclasses.replace(config, search_seeds=seeds), ("search",), tmp_path / "all")
             record = json.loads((tmp_path / "all" / "search" / "clean-asam" / "search.json").read_text())
@@ -406,16 +481,16 @@ class TestReproduce:
 
     @pytest.mark.parametrize("end", ["ended", "diverged"])
     def test_a_search_without_a_best_does_not_bar_another_rate(self, end, tmp_path, monkeypatch, capsys):
-        def searched(config, path, data_dir):
+        def searched(config, path, *rest):
             asked.append((config.method, config.label_noise))
             if end == "diverged":
                 raise search.AllDiverged("Every run of the search diverged")
 
         asked = []
-        monkeypatch.setattr(reproduce, "TUNED", ("asam", "sam"))
+        monkeypatch.setattr(plan, "TUNED", ("asam", "sam"))
         monkeypatch.setattr(reproduce.search, "main", searched)
         leave_search(tmp_path, "noisy-asam")
-        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
+        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
         assert asked == [("asam", 0.0), ("sam", 0.0), ("sam", 0.4)]
         # Lines are broken anywhere in a long path.
         printed = "".join(capsys.readouterr().out.split())
@@ -423,31 +498,31 @@ class TestReproduce:
         assert ("clean-sam:Everyrunofthesearchdiverged" in printed) == (end == "diverged")
 
     def test_variants_that_are_equal_are_made_once_and_under_one_name(self, tmp_path):
-        config = reproduce.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
-        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        config = plan.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
+        planned = plan.plan(config, "accuracy", 20, tmp_path)
         assert list(planned) == ["sgd", "asam", "hero"]
-        noisy = reproduce.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
+        noisy = plan.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
         assert list(noisy)[:2] == ["sgd-uniform_0.2", "sgd-uniform_0.4"]
         assert {name.split("-")[0] for name in noisy} == {"sgd", "asam", "hero"}
         with pytest.raises(ValueError, match=r"`variants` must be one of .*; got 'adam'"):
-            reproduce.ReproduceConfig(variants=("adam",))
+            plan.ReproduceConfig(variants=("adam",))
 
     def test_settings_of_every_run(self, tmp_path):
-        config = reproduce.ReproduceConfig(
+        config = plan.ReproduceConfig(
             dataset="cifar10", batch_size=50, epochs=8, eval_every=3, augment=False, train_size=200
         )
-        planned = reproduce.plan(config, "accuracy", 20, tmp_path)
+        planned = plan.plan(config, "accuracy", 20, tmp_path)
         for run in planned.values():
             assert (run.batch_size, run.eval_every, run.augment, run.train_size) == (50, 3, False, 200)
         assert (planned["sgd-longer"].epochs, planned["sgd-longer"].every) == (32, 8)
         assert (planned["sgd"].epochs, planned["sgd"].every) == (8, 2)
-        changed = reproduce.plan(config, "ablations", 20, tmp_path)
+        changed = plan.plan(config, "ablations", 20, tmp_path)
         assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
 
     def test_all_spend_the_gradients_of_hero_at_equal_cost(self, tmp_path):
-        config = reproduce.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
-        planned = reproduce.plan(config, "cost", 20, tmp_path)
-        assert list(planned) == [name for each in reproduce.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
+        config = plan.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
+        planned = plan.plan(config, "cost", 20, tmp_path)
+        assert list(planned) == [name for each in plan.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
         epochs = {name: planned[name].epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
         assert epochs == {"sgd": 48, "msam": 48, "sam": 24, "grad_l1": 16, "hero": 12, "hero-part": 24}
         assert planned["hero-late"].epochs == 27
@@ -457,12 +532,18 @@ class TestReproduce:
 
     def test_every_search_has_as_many_trials(self, tmp_path, monkeypatch):
         asked = []
-        monkeypatch.setattr(reproduce.search, "main", lambda config, path, data_dir: asked.append((path.name, config)))
-        reproduce.run_search(reproduce.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
-        assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in reproduce.TUNED]
+        monkeypatch.setattr(reproduce.search, "main", lambda config, path, *rest: asked.append((path.name, config)))
+        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
+        assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in plan.TUNED]
         assert {len(config.runs()) for _, config in asked} == {15}
         suppressed = next(config for name, config in asked if name == "clean-sam-suppress")
         assert suppressed.suppress == (0.25, 0.5, 0.9)
+        drawn = plan.searches(plan.ReproduceConfig(noise_rates=(0.8,), search_trials=20), 20)
+        assert list(drawn) == [name for name, _ in asked]
+        for each, (_, grid) in zip(drawn.values(), asked, strict=True):
+            assert len(each.runs()) == 20
+            for field, (least, greatest) in ((name, (d.low, d.high)) for name, d in each.space.items()):
+                assert (least, greatest) == (min(getattr(grid, field)), max(getattr(grid, field)))
 
     def test_what_was_found_for_a_variant_is_its_own(self, tmp_path):
         leave_search(tmp_path, "clean-sam", rho=0.3)
@@ -471,7 +552,7 @@ class TestReproduce:
         path.parent.mkdir()
         best = {"rho": 0.15, "suppress": 0.9}
         files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
-        planned = reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+        planned = plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
         assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
         assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
         # What is built on SGD has what was found for it.
@@ -480,7 +561,7 @@ class TestReproduce:
         # A search without suppression is not one of it.
         files.write_json(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
-            reproduce.plan(reproduce.ReproduceConfig(), "accuracy", 20, tmp_path)
+            plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
 
     def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch, capsys):
         drawn = []
@@ -489,20 +570,20 @@ class TestReproduce:
             folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
             folder.mkdir(parents=True)
             files.write_json(folder / "status.json", {"status": status})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
         # Another one is there; one of the runs is still to end.
         (tmp_path / "landscape").mkdir()
         files.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         files.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
-        reproduce.draw_landscape(reproduce.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
         printed = "".join(capsys.readouterr().out.split())
         assert "landscapeisofotherruns:removeitforoneof2nolandscapebeforehero-s0ended" in printed
         assert not drawn
         (tmp_path / "new" / "accuracy").mkdir(parents=True)
-        reproduce.draw_landscape(reproduce.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
+        reproduce.draw_landscape(plan.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
         assert not drawn
 
     def test_what_the_search_found_is_taken(self, tmp_path):
@@ -512,10 +593,8 @@ class TestReproduce:
         leave_search(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
         # One that was ended, or of which every run diverged.
         leave_search(tmp_path, "clean-asam")
-        config = reproduce.ReproduceConfig()
-        clean, noisy, changed = (
-            reproduce.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")
-        )
+        config = plan.ReproduceConfig()
+        clean, noisy, changed = (plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations"))
         assert clean["sam"].rho == clean["sam-noise"].rho == 0.3
         assert clean["asam"].rho == 1.0
         assert (clean["hero"].rho, clean["hero"].gamma, clean["hero-hvp"].gamma) == (0.7, 11.0, 11.0)
@@ -529,25 +608,25 @@ class TestReproduce:
         assert changed["hero"].gamma == 11.0
         assert changed["hero-penalty_eigenvalue"].gamma == 0.1
         leave_search(tmp_path, "clean-hero-eigenvalue", rho=1.0, gamma=0.3)
-        again = reproduce.plan(config, "ablations", 20, tmp_path)
+        again = plan.plan(config, "ablations", 20, tmp_path)
         assert next((run.rho, run.gamma) for run in again.values() if run.penalty == "eigenvalue") == (0.7, 0.3)
         assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
 
     def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
-        original = reproduce.variants
+        original = plan.variants
         methods = ("sgd", "asam", "hero")
-        monkeypatch.setattr(reproduce, "variants", lambda *given: {name: original(*given)[name] for name in methods})
-        monkeypatch.setattr(reproduce, "ON_NOISY", ("sgd",))
-        monkeypatch.setattr(reproduce, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
+        monkeypatch.setattr(plan, "variants", lambda *given: {name: original(*given)[name] for name in methods})
+        monkeypatch.setattr(plan, "ON_NOISY", ("sgd",))
+        monkeypatch.setattr(plan, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
         for name in ("sam", "asam"):
-            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,)})
-        monkeypatch.setitem(reproduce.FACTORS, "grad_l1", {"gamma": (2.0,)})
+            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,)})
+        monkeypatch.setitem(plan.FACTORS, "grad_l1", {"gamma": (2.0,)})
         for name in ("hero", "hero-eigenvalue"):
-            monkeypatch.setitem(reproduce.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
-        monkeypatch.setattr(reproduce, "AT_EQUAL_COST", ("sgd",))
-        monkeypatch.setattr(reproduce, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
+            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
+        monkeypatch.setattr(plan, "AT_EQUAL_COST", ("sgd",))
+        monkeypatch.setattr(plan, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
-        config = reproduce.ReproduceConfig(
+        config = plan.ReproduceConfig(
             epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),
             noise_kinds=("uniform",), specs=("channel-narrow",), curvature_size=20,
         )  # fmt: skip
@@ -579,14 +658,14 @@ class TestReproduce:
 
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):
-            reproduce.main(reproduce.ReproduceConfig(), ("all",), tmp_path)
+            reproduce.main(plan.ReproduceConfig(), ("all",), tmp_path)
         with pytest.raises(ValueError, match="`parts` must have accuracy before landscape"):
-            reproduce.main(reproduce.ReproduceConfig(), ("landscape",), tmp_path / "out")
+            reproduce.main(plan.ReproduceConfig(), ("landscape",), tmp_path / "out")
         with pytest.raises(ValueError, match=r"`noise_rates` must be between 0 and 1; got 1\.5"):
-            reproduce.ReproduceConfig(noise_rates=(1.5,))
+            plan.ReproduceConfig(noise_rates=(1.5,))
         with pytest.raises(ValueError, match=r"`noise_rates` must be above 0: .*; got 0"):
-            reproduce.ReproduceConfig(noise_rates=(0.4, 0.0))
+            plan.ReproduceConfig(noise_rates=(0.4, 0.0))
         with pytest.raises(ValueError, match="`validation_size` must be an integer >= 1; got 0"):
-            reproduce.ReproduceConfig(validation_size=0)
+            plan.ReproduceConfig(validation_size=0)
         with pytest.raises(ValueError, match="`noise_kinds` must be one of"):
-            reproduce.ReproduceConfig(noise_kinds=("all",))
+            plan.ReproduceConfig(noise_kinds=("all",))

@@ -168,6 +168,11 @@ class _Rows:
         self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
         self._num_classes = num_classes
+        self._made_of = builder, split, num_classes
+
+    def __reduce__(self) -> Any:
+        # The parser cannot be pickled: another process opens the files itself.
+        return _Rows, self._made_of
 
     def __len__(self) -> int:
         return len(self._records)

@@ -4,16 +4,16 @@ OUT/config.json         what the sweep is
 OUT/runs/NAME-sSEED/    a run folder (`runs`), and with it
     measured.json       accuracy at each bit width, top Hessian eigenvalue and Hessian norm of the run, by `Measuring`
 
-Several processes that are given the same sweep share its runs: each takes the next one that no other is making.
+A run that another process is writing is left to it. `engine` says where the runs are made.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from experiments import data
 from experiments.config import TrainConfig
+from experiments.measure.engine import Engine
 from experiments.storage import files, runs
 from experiments.training import compiled, curvature, loop
 from hero_jax import errors, quantize
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 # Training images for the Hessian where nothing is said: all of digits, of others what a product takes seconds for on a
 # CPU.
 CURVATURE_IMAGES = {"digits": 1433}
-# Seconds between looks at runs that other processes are making.
-WAIT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,67 +83,61 @@ def run_all(
     out: Path,
     begin: Begin,
     measuring: Measuring | None = None,
+    engine: Engine = Engine(),
 ) -> list[Run]:
     """Trains and measures every configuration with every seed, or what is left of them.
 
-    A run that diverges is said to have done so, and the others go on. A run that another process is making is left to
-    it; at the end those are waited for, and taken over where their process ended before them. Give `check` the
-    configurations first.
+    A run that diverges is said to have done so, and the others go on. Give `check` the configurations first.
 
     Args:
       configs: resolved configurations by name, whose own seed does not matter.
       seeds: seeds of each.
       dataset: the data as loaded: each configuration holds out and leaves out its own part.
       out: where the run folders are: `out`/runs/NAME-sSEED.
-      begin: makes a reporter `(done, metrics)` of a description and a total: one of all runs, and one of each.
+      begin: makes a reporter `(done, metrics)` of a description and a total: one of all runs, and one of each that is
+        made here.
       measuring: what is measured of each; None: nothing.
+      engine: where the runs are made.
 
     Returns:
       The runs that ended well, by configuration and seed.
 
     Raises:
       FileExistsError: a folder holds a run of another configuration.
+      Failed: some are left, to the processes that are writing them or since their workers died.
     """
-    report, ended = begin("all runs", len(configs) * len(seeds)), 0
-    programs: dict[TrainConfig, tuple[compiled.Trainer, data.Dataset]] = {}
-
-    def trainer_of(run: TrainConfig) -> tuple[compiled.Trainer, data.Dataset]:
-        """The trainer and the images of a run, with the programs of one configuration at a time."""
-        nonlocal programs
-        key = run.replace(seed=0, label_noise=0.0, label_noise_kind="symmetric")
-        if key not in programs:
-            images = compiled.subset(run, dataset)
-            programs = {key: (compiled.build(key, images), images)}
-        return programs[key]
-
     made = [(name, dataclasses.replace(config, seed=seed)) for name, config in configs.items() for seed in seeds]
-    folders = {(name, run): out / "runs" / f"{name}-s{run.seed}" for name, run in made}
-    left, has_waited = made, False
-    while left:
-        busy = []
-        for name, run in left:
-            path = folders[name, run]
-            has_ended = runs.status(path) in ("done", "diverged")
-            if has_ended:
-                files.check_same(path, run, run.may_differ())
-            if not has_ended or not _is_measured(path, measuring):
-                try:
-                    _train(name, run, path, trainer_of, begin, measuring)
-                except files.Busy:
-                    busy.append((name, run))
-                    continue
-            if runs.status(path) == "diverged":
-                logger.info("%s diverged; the others go on", path.name)
-            ended += 1
-            report(ended, {})
-        if len(busy) == len(left):
-            if not has_waited:
-                logger.info("waiting for what other processes make: %d of the runs", len(busy))
-                has_waited = True
-            time.sleep(WAIT)
-        left = busy
-    ended_well = [(name, run, folders[name, run]) for name, run in made if runs.status(folders[name, run]) == "done"]
-    return [Run(name, run, runs.read_metrics(path), _measured(path)) for name, run, path in ended_well]
+    jobs = [_Job(name, run, (out / "runs" / f"{name}-s{run.seed}").absolute(), measuring) for name, run in made]
+    report, ended = begin("all runs", len(jobs)), 0
+
+    def done(job: _Job) -> None:
+        nonlocal ended
+        if runs.status(job.path) == "diverged":
+            logger.info("%s diverged; the others go on", job)
+        ended += 1
+        report(ended, {})
+
+    left = []
+    for job in jobs:
+        if job.has_ended():
+            done(job)
+        else:
+            left.append(job)
+    if engine.is_here:
+        make = _Maker(dataset, begin)
+        for job in left:
+            make(job)
+            done(job)
+    elif left:
+        engine.make(left, _Maker, dataset, done)
+    left = [job for job in left if not job.has_ended()]
+    if left:
+        raise files.Failed(
+            f"{len(left)} of {len(jobs)} runs are left, such as {left[0]}: another process is writing them, or their"
+            " worker died. Give the same command again when they have ended."
+        )
+    ended_well = [job for job in jobs if runs.status(job.path) == "done"]
+    return [Run(job.name, job.run, runs.read_metrics(job.path), _measured(job.path)) for job in ended_well]
 
 
 def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
@@ -153,27 +146,62 @@ def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
         compiled.check_batch_size(run.budget.batch_size, compiled.subset(run, dataset).train.size)
 
 
-def _train(
-    name: str,
-    run: TrainConfig,
-    path: Path,
-    trainer_of: Callable[[TrainConfig], tuple[compiled.Trainer, data.Dataset]],
-    begin: Begin,
-    measuring: Measuring | None,
-) -> None:
-    """Trains what is left of a run, if anything is, and measures it."""
-    try:
-        with runs.RunFolder(path, run, run.may_differ()) as folder:
-            trainer, images = trainer_of(run)
-            line = begin(f"{name}, seed {run.seed}", run.budget.epochs)
-            report: loop.Report = lambda row: line(int(row["epoch"]), row)  # noqa: E731
-            variables = loop.train(run, images, folder, report, trainer).variables
-            if measuring is not None and not _is_measured(path, measuring):
-                variables = jax.tree.map(jnp.asarray, variables)
-                found = measure(measuring, run.task.dataset, trainer, variables, compiled.with_label_noise(run, images))
-                files.write_json(path / "measured.json", {"config": files.to_json(measuring), **found})
-    except loop.Diverged:
-        return
+class _Job(NamedTuple):
+    """A run that is to be trained and measured, and its folder."""
+
+    name: str
+    run: TrainConfig
+    path: Path
+    measuring: Measuring | None
+
+    def __str__(self) -> str:
+        return self.path.name
+
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do; raises FileExistsError at the folder of another run."""
+        if runs.status(self.path) not in ("done", "diverged"):
+            return False
+        files.check_same(self.path, self.run, self.run.may_differ())
+        return _is_measured(self.path, self.measuring)
+
+
+def _silent(description: str, total: int) -> Callable[[int, Mapping[str, float]], None]:
+    return lambda done, metrics: None
+
+
+class _Maker:
+    """Makes what is left of runs, one after the other, with the programs of one configuration at a time."""
+
+    def __init__(self, dataset: data.Dataset, begin: Begin = _silent) -> None:
+        def programs(key: TrainConfig) -> tuple[compiled.Trainer, data.Dataset]:
+            images = compiled.subset(key, dataset)
+            return compiled.build(key, images), images
+
+        self._begin, self._programs = begin, functools.lru_cache(maxsize=1)(programs)
+
+    def __call__(self, job: _Job) -> None:
+        """Makes what is left of a run, unless another process is writing it."""
+        name, run, path, measuring = job
+        if job.has_ended():
+            return
+        try:
+            with runs.RunFolder(path, run, run.may_differ()) as folder:
+                # None of these changes what is compiled.
+                key = run.replace(seed=0, label_noise=0.0, label_noise_kind="symmetric")
+                trainer, images = self._programs(key)
+                line = self._begin(f"{name}, seed {run.seed}", run.budget.epochs)
+                report: loop.Report = lambda row: line(int(row["epoch"]), row)  # noqa: E731
+                variables = loop.train(run, images, folder, report, trainer).variables
+                if measuring is not None and not _is_measured(path, measuring):
+                    variables = jax.tree.map(jnp.asarray, variables)
+                    found = measure(
+                        measuring, run.task.dataset, trainer, variables, compiled.with_label_noise(run, images)
+                    )
+                    files.write_json(path / "measured.json", {"config": files.to_json(measuring), **found})
+        except files.Busy:
+            logger.info("%s is left to the process that is writing it", job)
+        except loop.Diverged:
+            return
 
 
 def measure(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -16,6 +15,8 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import filelock
 
 from experiments.config import Grouped
 
@@ -54,19 +55,23 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises Busy where another process holds it, or with `wait` says so and lasts until that lets go of it.
     """
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise Busy(f"`out` must be free; another process is writing {path}.") from None
-            logger.info("waiting for another process that is writing %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"{path} is on a file system without locks: write it from one process only.", stacklevel=4)
+    # A soft lock would outlive a process that is killed.
+    lock = filelock.FileLock(path / "lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise Busy(f"`out` must be free; another process is writing {path}.") from None
+        logger.info("waiting for another process that is writing %s", path)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path} is on a file system without locks: write it from one process only.", stacklevel=4)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
