@@ -17,7 +17,6 @@ runs are made at once, each on a core or a GPU of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from typing import Annotated
 import tyro
 
 from experiments import cli, data, landscape, progress, report, search
+from experiments.config.fields import number
 from experiments.measure import plan, sweep
 from experiments.measure.engine import Engine
 from experiments.measure.plan import ReproduceConfig
@@ -52,12 +52,12 @@ def main(
     """
     for part in parts:
         errors.one_of("parts", part, PARTS)
-    out = out or Path("runs") / f"reproduce-{config.dataset}"
+    out = out or Path("runs") / f"reproduce-{config.task.dataset}"
     started = time.monotonic()
     with progress.bar() as display:
-        dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
-    share = 4 if config.dataset == "digits" else 10
-    held_out = dataset.train.size // share if config.validation_size is None else config.validation_size
+        dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
+    share = 4 if config.task.dataset == "digits" else 10
+    held_out = number(config.validation_size) or dataset.train.size // share
     sweep.check({"hero": config.run({}, held_out)}, dataset)
     files.claim_same(out, config, may_differ=plan.MAY_DIFFER, besides=("search",))
     # A search that cannot be taken is refused before hours have gone by.
@@ -94,7 +94,7 @@ def run_searches(
             cli.console.print(f"{path} has a search of its own, which is left as it is")
             continue
         if there is not None:
-            searched = dataclasses.replace(searched, seeds=max(searched.seeds, there["seeds"]))
+            searched = searched.replace(seeds=max(searched.seeds, there["seeds"]))
         try:
             search.main(searched, path, data_dir, engine)
         except search.AllDiverged as error:

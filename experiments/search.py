@@ -15,7 +15,8 @@ import tyro
 
 from experiments import cli, data, progress
 from experiments.analysis import plots, tables
-from experiments.config import LABELS, TAKES
+from experiments.config import LABELS, METHODS
+from experiments.config.methods import settings
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
 from experiments.measure.search import SEARCHED, AllDiverged, SearchConfig, best_of, run
@@ -37,9 +38,9 @@ def main(
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
         engine: Where the runs are made.
     """
-    out = out or Path("runs") / f"search-{config.dataset}-{config.method}"
+    out = out or Path("runs") / f"search-{config.task.dataset}-{config.method}"
     with progress.bar() as display:
-        dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
+        dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
         sweep.check(config.runs(), dataset)
         files.claim_same(out, config, config.may_differ())
         if not (out / "search.json").exists():
@@ -52,12 +53,14 @@ def main(
     if best is None:
         raise AllDiverged("Every run of the search diverged; smaller values of what is searched may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
-    if len(varied) == 2 and config.trials is None:
+    if len(varied) == 2 and config.trials == "grid":
         first, second = varied
         values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
     # rho and gamma also where only one value is tried.
-    shown = [name for name in SEARCHED if name in varied or name in {"rho", "gamma"} & set(TAKES[config.method])]
+    shown = [
+        name for name in SEARCHED if name in varied or name in {"rho", "gamma"} & set(settings(METHODS[config.method]))
+    ]
     header = [*shown, "n", "validation accuracy, %", ""]
     lines = [
         [
@@ -69,11 +72,12 @@ def main(
         for row in grid
     ]
     cli.console.print(tables.terminal(header, lines, LABELS[config.method]))
-    noise = f", {config.label_noise:.0%} {config.label_noise_kind} label noise" if config.label_noise else ""
+    labels = config.labels
+    noise = f", {labels.label_noise:.0%} {labels.label_noise_kind} label noise" if labels.label_noise else ""
     cli.console.print(
-        f"{config.dataset}{noise}: accuracy after the last epoch on {config.validation_size:,} training images that"
-        f" were held out, mean \u00b1 standard deviation over n seeds. The best is the best of {len(grid)}: its own"
-        f" accuracy here flatters it. Runs and results are in {out}."
+        f"{config.task.dataset}{noise}: accuracy after the last epoch on {config.validation_size:,} training images"
+        f" that were held out, mean \u00b1 standard deviation over n seeds. The best is the best of {len(grid)}: its"
+        f" own accuracy here flatters it. Runs and results are in {out}."
     )
 
 

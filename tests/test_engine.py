@@ -1,6 +1,5 @@
 """Runs that Ray makes are those of the plain loop, number by number, also where a worker is killed or all are ended."""
 
-import dataclasses
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.config import TrainConfig
+from experiments.config import resolve
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
 from experiments.storage import files, runs
@@ -72,7 +71,7 @@ def assert_same_weights(out, other):
 def plain(digits, tmp_path_factory):
     """(configurations, folder, what was found) of the plain loop; HERO saves all the time."""
     changed = {"sgd": {"method": "sgd"}, "hero": {"method": "hero", "epochs": 30, "save_minutes": 0.002}}
-    configs = {name: TrainConfig(**SMALL | each).resolved() for name, each in changed.items()}
+    configs = {name: resolve(**SMALL | each) for name, each in changed.items()}
     out = tmp_path_factory.mktemp("plain")
     return configs, out, run_all(configs, digits, out, Engine())
 
@@ -118,8 +117,8 @@ def test_a_worker_that_is_killed(cluster, plain, digits, tmp_path):
 
 def test_one_that_diverges_does_not_end_the_others(cluster, digits, tmp_path, caplog):
     caplog.set_level("INFO")
-    diverging = TrainConfig(method="sgd", learning_rate=1e30, **SMALL).resolved()
-    configs = {"diverging": diverging, "sgd": dataclasses.replace(diverging, learning_rate=0.1)}
+    diverging = resolve(method="sgd", learning_rate=1e30, **SMALL)
+    configs = {"diverging": diverging, "sgd": diverging.replace(learning_rate=0.1)}
     found = run_all(configs, digits, tmp_path, BY_RAY)
     assert [(run.name, run.config.seed) for run in found] == [("sgd", 0), ("sgd", 1)]
     assert "diverging-s0 diverged; the others go on" in caplog.text
@@ -127,9 +126,9 @@ def test_one_that_diverges_does_not_end_the_others(cluster, digits, tmp_path, ca
 
 def test_what_a_run_raises_comes_back(cluster, plain, digits, tmp_path):
     configs, _, _ = plain
-    with runs.RunFolder(tmp_path / "runs" / "sgd-s1", dataclasses.replace(configs["sgd"], seed=1, rho=None)) as folder:
+    with runs.RunFolder(tmp_path / "runs" / "sgd-s1", configs["sgd"].replace(seed=1, rho=None)) as folder:
         folder.status("interrupted")
-    other = {"sgd": dataclasses.replace(configs["sgd"], learning_rate=0.3)}
+    other = {"sgd": configs["sgd"].replace(learning_rate=0.3)}
     with pytest.raises(FileExistsError, match=r"^`out` must be .* has learning_rate 0\.1, not 0\.3"):
         run_all(other, digits, tmp_path, BY_RAY)
 

@@ -1,6 +1,5 @@
 """Many runs: what is there is not made again, what is missing is; the search; the whole set, planned and run small."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -16,7 +15,7 @@ import optuna
 import pytest
 
 from experiments import compare, data, progress, reproduce, search
-from experiments.config import METHODS, TrainConfig, presets
+from experiments.config import METHODS, presets, resolve
 from experiments.measure import plan, sweep
 from experiments.measure.search import SearchConfig, best_of
 from experiments.storage import files, runs
@@ -42,7 +41,7 @@ def run_all(configs, seeds, dataset, out, measuring=MEASURING):
 def swept(digits, tmp_path_factory):
     """Two methods with two seeds: (folder, configurations, what was found)."""
     out = tmp_path_factory.mktemp("sweep")
-    configs = {name: TrainConfig(method=name, **SMALL).resolved() for name in ("sgd", "asam")}
+    configs = {name: resolve(method=name, **SMALL) for name in ("sgd", "asam")}
     return out, configs, run_all(configs, range(2), digits, out)
 
 
@@ -61,7 +60,7 @@ class TestSweep:
             assert runs.status(folder) == "done"
             assert run.history == runs.read_metrics(folder)
             assert run.config == json_config(folder)
-            assert dataclasses.replace(run.config, seed=0) == configs[run.name]
+            assert run.config.replace(seed=0) == configs[run.name]
 
     def test_measures_what_the_saved_weights_give(self, swept, digits):
         out, _, found = swept
@@ -103,7 +102,7 @@ class TestSweep:
         made = []
 
         def train(run, *rest, **options):
-            made.append((run.method, run.seed))
+            made.append((run.method.name, run.seed))
             return original(run, *rest, **options)
 
         original = loop.train
@@ -158,7 +157,7 @@ class TestSweep:
 
         original = loop.train
         monkeypatch.setattr(sweep.loop, "train", train)
-        configs = {"sgd": TrainConfig(method="sgd", **SMALL).resolved()}
+        configs = {"sgd": resolve(method="sgd", **SMALL)}
         found = run_all(configs, range(2), digits, tmp_path)
         assert [run.config.seed for run in found] == [1]
         assert "sgd-s0 diverged" in caplog.text
@@ -168,7 +167,7 @@ class TestSweep:
 
     def test_a_run_of_another_configuration_is_not_taken(self, swept, digits):
         out, configs, _ = swept
-        other = dataclasses.replace(configs["sgd"], learning_rate=0.3)
+        other = configs["sgd"].replace(learning_rate=0.3)
         with pytest.raises(FileExistsError, match=r"sgd-s0 has learning_rate 0\.1, not 0\.3"):
             run_all({"sgd": other}, range(1), digits, out)
 
@@ -184,7 +183,7 @@ class TestSweep:
         assert run_all({"asam": configs["asam"]}, range(1), digits, out) == [found[2]]
 
     def test_labels_are_altered_by_the_seed_of_each_run(self, digits, tmp_path):
-        config = TrainConfig(method="sgd", label_noise=0.6, **SMALL).resolved()
+        config = resolve(method="sgd", label_noise=0.6, **SMALL)
         found = run_all({"sgd": config}, range(2), digits, tmp_path)
         for run in found:
             assert {"memorized", "recovered"} <= set(run.history[-1])
@@ -213,7 +212,7 @@ def journal_of(out):
 
 
 def json_config(folder):
-    return TrainConfig(**json.loads((folder / "config.json").read_text()))
+    return resolve(**json.loads((folder / "config.json").read_text()))
 
 
 def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
@@ -264,7 +263,7 @@ def test_comparison_passes_the_label_noise_on():
 
 class TestSearch:
     def test_judges_by_held_out_images(self, tmp_path, capsys):
-        config = SearchConfig(
+        config = SearchConfig.resolve(
             method="asam", rho=(0.5, 2.0), seeds=2, epochs=2, train_size=128, validation_size=100, label_noise=0.4
         )
         search.main(config, tmp_path / "out")
@@ -279,7 +278,7 @@ class TestSearch:
         assert record["best"] == best_of(record["grid"])
         assert "held out" in capsys.readouterr().out
         # More values are added to what is there.
-        search.main(SearchConfig(**vars(config) | {"rho": (0.5, 1.0, 2.0)}), tmp_path / "out")
+        search.main(config.replace(**{"rho": (0.5, 1.0, 2.0)}), tmp_path / "out")
         assert len(json.loads((tmp_path / "out" / "search.json").read_text())["grid"]) == 3
 
     def test_best_is_the_highest_mean_then_the_weakest(self):
@@ -296,20 +295,22 @@ class TestSearch:
     def test_trials_fill_the_space(self):
         """On a logarithmic scale: of four one in each quarter of every setting, of sixteen one in each sixteenth."""
         space = {"gamma": (1.0, 1e4), "learning_rate": (0.01, 1.0)}
-        made = list(SearchConfig(method="hero", rho=(0.5,), **space, trials=16).runs().values())
-        assert {run.rho for run in made} == {0.5}
+        made = list(SearchConfig.resolve(method="hero", rho=(0.5,), **space, trials=16).runs().values())
+        assert {run.method.rho for run in made} == {0.5}
         for count in (4, 16):
             for name, (least, greatest) in space.items():
                 values = np.array([getattr(run, name) for run in made[:count]])
                 parts = np.log(values / least) / np.log(greatest / least) * count
                 assert sorted(parts.astype(int)) == list(range(count))
         # More are added to those that are there; methods with the same settings try the same.
-        assert list(SearchConfig(method="hero", rho=(0.5,), **space, trials=4).runs().values()) == made[:4]
-        others = SearchConfig(method="grad_l1", **space, trials=16).runs().values()
-        assert [(run.gamma, run.learning_rate) for run in others] == [(run.gamma, run.learning_rate) for run in made]
+        assert list(SearchConfig.resolve(method="hero", rho=(0.5,), **space, trials=4).runs().values()) == made[:4]
+        others = SearchConfig.resolve(method="grad_l1", **space, trials=16).runs().values()
+        assert [(run.method.gamma, run.optimizer.learning_rate) for run in others] == [
+            (run.method.gamma, run.optimizer.learning_rate) for run in made
+        ]
 
     def test_trials_are_counted_and_added_to(self, tmp_path, monkeypatch):
-        config = SearchConfig(
+        config = SearchConfig.resolve(
             method="asam", rho=(0.5, 2.0), trials=2, seeds=2, epochs=1, train_size=128, validation_size=100
         )
         out = tmp_path / "out"
@@ -318,7 +319,7 @@ class TestSearch:
         before = written(out)
         # What is in the folder is what is tried, whatever would be drawn now.
         monkeypatch.setattr("experiments.measure.search.draw", lambda *_: [{"rho": 1.0}] * 3)
-        search.main(dataclasses.replace(config, trials=3), out)
+        search.main(config.replace(trials=3), out)
         grid = json.loads((out / "search.json").read_text())["grid"]
         assert grid[:2] == first
         assert grid[2]["rho"] == 1.0
@@ -327,9 +328,9 @@ class TestSearch:
         assert [trial.params["rho"] for trial in trials] == [row["rho"] for row in grid]
         assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in grid]
         with pytest.raises(FileExistsError, match=r"has rho \[0\.5, 2\.0\], not \[0\.5, 3\.0\]"):
-            search.main(dataclasses.replace(config, rho=(0.5, 3.0)), out)
+            search.main(config.replace(rho=(0.5, 3.0)), out)
         with pytest.raises(FileExistsError, match="has trials 3, not None"):
-            search.main(dataclasses.replace(config, trials=None), out)
+            search.main(config.replace(trials="grid"), out)
 
     def test_killed_at_any_moment(self, tmp_path):
         """kill -9 at random moments: what comes out is what an undisturbed search gives, in as many trials."""
@@ -358,11 +359,13 @@ class TestSearch:
             assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in records[1]["grid"]]
 
     def test_every_pair_once(self):
-        made = SearchConfig(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
+        made = SearchConfig.resolve(method="hero", rho=(1.0, 2.0), gamma=(0.0, 3.0, 5.0)).runs()
         assert len(made) == 6
-        assert {(run.rho, run.gamma) for run in made.values()} == {(r, g) for r in (1, 2) for g in (0, 3, 5)}
-        (preset,) = SearchConfig(method="sam").runs().values()
-        assert preset == TrainConfig(method="sam", validation_size=360).resolved()
+        assert {(run.method.rho, run.method.gamma) for run in made.values()} == {
+            (r, g) for r in (1, 2) for g in (0, 3, 5)
+        }
+        (preset,) = SearchConfig.resolve(method="sam").runs().values()
+        assert preset == resolve(method="sam", validation_size=360)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -385,13 +388,13 @@ class TestSearch:
     )
     def test_bad_searches(self, options, message):
         with pytest.raises(ValueError, match=message):
-            SearchConfig(**options)
+            SearchConfig.resolve(**options)
 
 
 def take_two_steps(run, images):
     trainer = compiled.build(run, images)
     state = trainer.init(0)
-    for indices in np.arange(2 * run.batch_size).reshape(2, -1) % images.train.size:
+    for indices in np.arange(2 * run.budget.batch_size).reshape(2, -1) % images.train.size:
         state, loss = trainer.step(state, *images.train, indices)
     assert np.isfinite(loss)
 
@@ -400,7 +403,7 @@ def take_two_steps(run, images):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_takes_two_steps(dataset, method):
     tiny = {"model": "mlp", "epochs": 2, "batch_size": 4}
-    take_two_steps(TrainConfig(method=method, dataset=dataset, **tiny).resolved(), problems.random_images(8))
+    take_two_steps(resolve(method=method, dataset=dataset, **tiny), problems.random_images(8))
 
 
 def leave_search(out, name, **best):
@@ -415,13 +418,13 @@ def leave_search(out, name, **best):
 
 class TestReproduce:
     def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
-        config = plan.ReproduceConfig(epochs=4, train_size=64)
+        config = plan.ReproduceConfig.resolve(epochs=4, train_size=64)
         plans = {part: plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
         assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
         plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}
-        every = {dataclasses.replace(run, **plain) for planned in plans.values() for run in planned.values()}
+        every = {run.replace(**plain) for planned in plans.values() for run in planned.values()}
         assert len(every) == 37
         for run in every:
             take_two_steps(run, images)
@@ -454,16 +457,16 @@ class TestReproduce:
         files.write_json(tmp_path / "search" / folder / "search.json", record)
         # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
-            reproduce.main(plan.ReproduceConfig(), out=tmp_path)
+            reproduce.main(plan.ReproduceConfig.resolve(), out=tmp_path)
 
     def test_a_search_of_ones_own_comes_first_and_stays(self, tmp_path, monkeypatch):
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "eval_every": 1, "batch_size": 32}
         path = tmp_path / "all" / "search" / "clean-asam"
-        search.main(SearchConfig(method="asam", rho=(0.7,), seeds=1, **small), path)
+        search.main(SearchConfig.resolve(method="asam", rho=(0.7,), seeds=1, **small), path)
         before = written(path)
         monkeypatch.setattr(plan, "TUNED", ("asam",))
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
-        config = plan.ReproduceConfig(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
+        config = plan.ReproduceConfig.resolve(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
         assert written(path) == before
         assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
@@ -473,9 +476,9 @@ class TestReproduce:
         monkeypatch.setitem(plan.FACTORS, "asam", {"rho": (1.0, 2.0)})
         monkeypatch.setattr(reproduce.report, "main", lambda folders: None)
         small = {"epochs": 1, "train_size": 64, "validation_size": 40, "batch_size": 32}
-        config = plan.ReproduceConfig(noise_rates=(), **small)
+        config = plan.ReproduceConfig.resolve(noise_rates=(), **small)
         for seeds, expected in ((1, 1), (2, 2), (1, 2)):
-            reproduce.main(dataclasses.replace(config, search_seeds=seeds), ("search",), tmp_path / "all")
+            reproduce.main(config.replace(search_seeds=seeds), ("search",), tmp_path / "all")
             record = json.loads((tmp_path / "all" / "search" / "clean-asam" / "search.json").read_text())
             assert [row["n"] for row in record["grid"]] == [expected] * 2
 
@@ -490,7 +493,7 @@ class TestReproduce:
         monkeypatch.setattr(plan, "TUNED", ("asam", "sam"))
         monkeypatch.setattr(reproduce.search, "main", searched)
         leave_search(tmp_path, "noisy-asam")
-        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.4,)), 20, tmp_path, None)
+        reproduce.run_searches(plan.ReproduceConfig.resolve(noise_rates=(0.4,)), 20, tmp_path, None)
         assert asked == [("asam", 0.0), ("sam", 0.0), ("sam", 0.4)]
         # Lines are broken anywhere in a long path.
         printed = "".join(capsys.readouterr().out.split())
@@ -498,47 +501,52 @@ class TestReproduce:
         assert ("clean-sam:Everyrunofthesearchdiverged" in printed) == (end == "diverged")
 
     def test_variants_that_are_equal_are_made_once_and_under_one_name(self, tmp_path):
-        config = plan.ReproduceConfig(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
+        config = plan.ReproduceConfig.resolve(dataset="cifar10", variants=("hero-published", "sgd", "asam-published"))
         planned = plan.plan(config, "accuracy", 20, tmp_path)
         assert list(planned) == ["sgd", "asam", "hero"]
-        noisy = plan.plan(dataclasses.replace(config, noise_kinds=("uniform",)), "noise", 20, tmp_path)
+        noisy = plan.plan(config.replace(noise_kinds=("uniform",)), "noise", 20, tmp_path)
         assert list(noisy)[:2] == ["sgd-uniform_0.2", "sgd-uniform_0.4"]
         assert {name.split("-")[0] for name in noisy} == {"sgd", "asam", "hero"}
         with pytest.raises(ValueError, match=r"`variants` must be one of .*; got 'adam'"):
-            plan.ReproduceConfig(variants=("adam",))
+            plan.ReproduceConfig.resolve(variants=("adam",))
 
     def test_settings_of_every_run(self, tmp_path):
-        config = plan.ReproduceConfig(
+        config = plan.ReproduceConfig.resolve(
             dataset="cifar10", batch_size=50, epochs=8, eval_every=3, augment=False, train_size=200
         )
         planned = plan.plan(config, "accuracy", 20, tmp_path)
         for run in planned.values():
-            assert (run.batch_size, run.eval_every, run.augment, run.train_size) == (50, 3, False, 200)
-        assert (planned["sgd-longer"].epochs, planned["sgd-longer"].every) == (32, 8)
-        assert (planned["sgd"].epochs, planned["sgd"].every) == (8, 2)
+            assert (run.budget.batch_size, run.watch.eval_every, run.task.augment, run.task.train_size) == (
+                50,
+                3,
+                False,
+                200,
+            )
+        assert (planned["sgd-longer"].budget.epochs, planned["sgd-longer"].watch.every) == (32, 8)
+        assert (planned["sgd"].budget.epochs, planned["sgd"].watch.every) == (8, 2)
         changed = plan.plan(config, "ablations", 20, tmp_path)
-        assert [run.penalty_batch_size for run in changed.values() if run.penalty_batch_size] == [10]
+        assert [run.method.penalty_batch_size for run in changed.values() if run.method.penalty_batch_size != "all"] == [10]
 
     def test_all_spend_the_gradients_of_hero_at_equal_cost(self, tmp_path):
-        config = plan.ReproduceConfig(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
+        config = plan.ReproduceConfig.resolve(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
         planned = plan.plan(config, "cost", 20, tmp_path)
         assert list(planned) == [name for each in plan.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
         epochs = {name: planned[name].epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
         assert epochs == {"sgd": 48, "msam": 48, "sam": 24, "grad_l1": 16, "hero": 12, "hero-part": 24}
-        assert planned["hero-late"].epochs == 27
+        assert planned["hero-late"].budget.epochs == 27
         for name, run in planned.items():
-            assert run.epochs * methods.gradients(run) == pytest.approx(48, rel=0.02), name
-            assert run.label_noise == (0.4 if "uniform" in name else 0.0)
+            assert run.budget.epochs * methods.gradients(run) == pytest.approx(48, rel=0.02), name
+            assert run.labels.label_noise == (0.4 if "uniform" in name else 0.0)
 
     def test_every_search_has_as_many_trials(self, tmp_path, monkeypatch):
         asked = []
         monkeypatch.setattr(reproduce.search, "main", lambda config, path, *rest: asked.append((path.name, config)))
-        reproduce.run_searches(plan.ReproduceConfig(noise_rates=(0.8,)), 20, tmp_path, None)
+        reproduce.run_searches(plan.ReproduceConfig.resolve(noise_rates=(0.8,)), 20, tmp_path, None)
         assert [name for name, _ in asked] == [f"{label}-{n}" for label in ("clean", "noisy") for n in plan.TUNED]
         assert {len(config.runs()) for _, config in asked} == {15}
         suppressed = next(config for name, config in asked if name == "clean-sam-suppress")
         assert suppressed.suppress == (0.25, 0.5, 0.9)
-        drawn = plan.searches(plan.ReproduceConfig(noise_rates=(0.8,), search_trials=20), 20)
+        drawn = plan.searches(plan.ReproduceConfig.resolve(noise_rates=(0.8,), search_trials=20), 20)
         assert list(drawn) == [name for name, _ in asked]
         for each, (_, grid) in zip(drawn.values(), asked, strict=True):
             assert len(each.runs()) == 20
@@ -552,7 +560,7 @@ class TestReproduce:
         path.parent.mkdir()
         best = {"rho": 0.15, "suppress": 0.9}
         files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
-        planned = plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
+        planned = plan.plan(plan.ReproduceConfig.resolve(), "accuracy", 20, tmp_path)
         assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
         assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
         # What is built on SGD has what was found for it.
@@ -561,7 +569,7 @@ class TestReproduce:
         # A search without suppression is not one of it.
         files.write_json(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
-            plan.plan(plan.ReproduceConfig(), "accuracy", 20, tmp_path)
+            plan.plan(plan.ReproduceConfig.resolve(), "accuracy", 20, tmp_path)
 
     def test_one_that_diverged_is_not_in_the_landscape(self, tmp_path, monkeypatch, capsys):
         drawn = []
@@ -570,20 +578,20 @@ class TestReproduce:
             folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
             folder.mkdir(parents=True)
             files.write_json(folder / "status.json", {"status": status})
-        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
         # Another one is there; one of the runs is still to end.
         (tmp_path / "landscape").mkdir()
         files.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
-        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
         files.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
-        reproduce.draw_landscape(plan.ReproduceConfig(), tmp_path, None)
+        reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
         printed = "".join(capsys.readouterr().out.split())
         assert "landscapeisofotherruns:removeitforoneof2nolandscapebeforehero-s0ended" in printed
         assert not drawn
         (tmp_path / "new" / "accuracy").mkdir(parents=True)
-        reproduce.draw_landscape(plan.ReproduceConfig(variants=("sam",)), tmp_path / "new", None)
+        reproduce.draw_landscape(plan.ReproduceConfig.resolve(variants=("sam",)), tmp_path / "new", None)
         assert not drawn
 
     def test_what_the_search_found_is_taken(self, tmp_path):
@@ -593,7 +601,7 @@ class TestReproduce:
         leave_search(tmp_path, "noisy-hero-eigenvalue", rho=1.5, gamma=0.02)
         # One that was ended, or of which every run diverged.
         leave_search(tmp_path, "clean-asam")
-        config = plan.ReproduceConfig()
+        config = plan.ReproduceConfig.resolve()
         clean, noisy, changed = (plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations"))
         assert clean["sam"].rho == clean["sam-noise"].rho == 0.3
         assert clean["asam"].rho == 1.0
@@ -609,8 +617,12 @@ class TestReproduce:
         assert changed["hero-penalty_eigenvalue"].gamma == 0.1
         leave_search(tmp_path, "clean-hero-eigenvalue", rho=1.0, gamma=0.3)
         again = plan.plan(config, "ablations", 20, tmp_path)
-        assert next((run.rho, run.gamma) for run in again.values() if run.penalty == "eigenvalue") == (0.7, 0.3)
-        assert not any(run.label_noise_kind == "asymmetric" and run.label_noise >= 0.5 for run in noisy.values())
+        assert next(
+            (run.method.rho, run.method.gamma) for run in again.values() if run.method.penalty == "eigenvalue"
+        ) == (0.7, 0.3)
+        assert not any(
+            run.labels.label_noise_kind == "asymmetric" and run.labels.label_noise >= 0.5 for run in noisy.values()
+        )
 
     def test_one_command_runs_all_and_reports(self, tmp_path, monkeypatch):
         original = plan.variants
@@ -626,7 +638,7 @@ class TestReproduce:
         monkeypatch.setattr(plan, "AT_EQUAL_COST", ("sgd",))
         monkeypatch.setattr(plan, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"
-        config = plan.ReproduceConfig(
+        config = plan.ReproduceConfig.resolve(
             epochs=1, train_size=64, validation_size=40, seeds=1, search_seeds=1, noise_rates=(0.4,),
             noise_kinds=("uniform",), specs=("channel-narrow",), curvature_size=20,
         )  # fmt: skip
@@ -651,21 +663,21 @@ class TestReproduce:
         reproduce.main(config, out=out)
         assert [written(out / part) for part in ("accuracy", "noise", "ablations")] == before
         # Another rate is added to what is there.
-        reproduce.main(dataclasses.replace(config, noise_rates=(0.2,)), ("noise",), out)
+        reproduce.main(config.replace(noise_rates=(0.2,)), ("noise",), out)
         added = json_config(out / "noise" / "runs" / "sgd-uniform_0.2-s0")
-        assert added == dataclasses.replace(json_config(out / "noise" / "runs" / "sgd-uniform_0.4-s0"), label_noise=0.2)
+        assert added == json_config(out / "noise" / "runs" / "sgd-uniform_0.4-s0").replace(label_noise=0.2)
         assert {**before[1], **written(out / "noise")} == written(out / "noise")
 
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"`parts` must be one of .*; got 'all'"):
-            reproduce.main(plan.ReproduceConfig(), ("all",), tmp_path)
+            reproduce.main(plan.ReproduceConfig.resolve(), ("all",), tmp_path)
         with pytest.raises(ValueError, match="`parts` must have accuracy before landscape"):
-            reproduce.main(plan.ReproduceConfig(), ("landscape",), tmp_path / "out")
+            reproduce.main(plan.ReproduceConfig.resolve(), ("landscape",), tmp_path / "out")
         with pytest.raises(ValueError, match=r"`noise_rates` must be between 0 and 1; got 1\.5"):
-            plan.ReproduceConfig(noise_rates=(1.5,))
+            plan.ReproduceConfig.resolve(noise_rates=(1.5,))
         with pytest.raises(ValueError, match=r"`noise_rates` must be above 0: .*; got 0"):
-            plan.ReproduceConfig(noise_rates=(0.4, 0.0))
+            plan.ReproduceConfig.resolve(noise_rates=(0.4, 0.0))
         with pytest.raises(ValueError, match="`validation_size` must be an integer >= 1; got 0"):
-            plan.ReproduceConfig(validation_size=0)
+            plan.ReproduceConfig.resolve(validation_size=0)
         with pytest.raises(ValueError, match="`noise_kinds` must be one of"):
-            plan.ReproduceConfig(noise_kinds=("all",))
+            plan.ReproduceConfig.resolve(noise_kinds=("all",))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 from experiments.config import presets
-from experiments.config.fields import Count, Fraction, NonNegative, Positive, Whole, check
+from experiments.config.fields import Count, Fraction, NonNegative, Positive, check
 from hero_jax import models
 from hero_jax.errors import ArgumentError, one_of
 
@@ -46,7 +46,7 @@ class Grouped:
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set beside the settings that are given."""
-        names = cls.settings()
+        names = {name for group in groups(cls).values() for name in _hints(group)}
         return {name: x for name, x in presets.budget(dataset, given.get("model")).items() if name in names}
 
     @classmethod
@@ -118,8 +118,6 @@ class Task(_Checked):
     """A name in hero_jax.models."""
     train_size: Count | Literal["all"] = "all"
     """Train on this many images, a random subset that is the same for every seed."""
-    validation_size: Whole = 0
-    """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
     test_size: Count | Literal["all"] = "all"
     """Evaluate on this many test images, a random subset that is the same for every run."""
     augment: bool = True

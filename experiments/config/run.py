@@ -25,6 +25,8 @@ class TrainConfig(Grouped):
     layout: Layout
     watch: Watch
     pace: Pace
+    validation_size: Whole = 0
+    """Hold this many training images out, and evaluate on them too: what is chosen is chosen there."""
     seed: Whole = 0
     """Of initial weights, data order and augmentation."""
 

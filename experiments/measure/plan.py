@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from experiments.config import LABEL_NOISE_KINDS, TrainConfig
+from experiments.config import Budget, Grouped, Task, TrainConfig, resolve
+from experiments.config.fields import Count, Fraction, number
+from experiments.config.groups import LabelNoise
 from experiments.measure import sweep
 from experiments.measure.search import SEARCHED, SearchConfig
 from experiments.storage import files
@@ -59,75 +61,54 @@ PUBLISHED = {"rho": 0.5, "gamma": 5.0}
 LONGER = 4
 # What a command given again may change: it adds runs, and alters none that are there.
 MAY_DIFFER = ("seeds", "search_seeds", "variants", "noise_rates", "noise_kinds")
-# Fields that all runs share.
-OF_EVERY_RUN = ("dataset", "model", "epochs", "batch_size", "train_size", "test_size", "eval_every", "augment")
 
 
-@dataclasses.dataclass(frozen=True)
-class ReproduceConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceConfig(Grouped):
     """What to reproduce. Everything else is the preset of data set, model and method, or what the search found."""
 
-    dataset: str = "digits"
-    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
-    model: str | None = None
-    """A name in hero_jax.models; default the preset."""
-    seeds: int = 5
+    task: Task
+    budget: Budget
+    seeds: Count = 5
     """Runs of each configuration, with seeds 0, 1, ..."""
-    search_seeds: int = 3
+    search_seeds: Count = 3
     """Runs of each configuration that is searched."""
-    search_trials: int | None = None
-    """Trials of each search, drawn between the least and the greatest value of each setting; default its fifteen
+    search_trials: Count | Literal["grid"] = "grid"
+    """Trials of each search, drawn between the least and the greatest value of each setting; grid: its fifteen
     combinations."""
-    epochs: int | None = None
-    """Passes over the training images; default the preset."""
-    batch_size: int | None = None
-    """Images a step; default the preset."""
-    train_size: int | None = None
-    """Train on this many images; default all that are not held out."""
-    validation_size: int | None = None
-    """Training images held out; default a tenth of them, of digits, which are few, a quarter."""
-    test_size: int | None = None
-    """Evaluate on this many test images; default all."""
-    eval_every: int = 1
+    validation_size: Count | Literal["preset"] = "preset"
+    """Training images held out; preset: a tenth of them, of digits, which are few, a quarter."""
+    eval_every: Count = 1
     """Epochs between evaluations."""
-    augment: bool = True
-    """Random crops and flips, where the data set is trained with them."""
     variants: tuple[str, ...] = ()
     """Names of the methods and variants to train for accuracy, on noise and at equal cost (of the main ones), see
     docs/experiments.md; default all, on noise the main ones. Search and ablations are as they are without it."""
-    noise_rates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    noise_rates: tuple[Fraction, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of altered labels; the search on noisy labels, where there is none yet, is at the highest."""
-    noise_kinds: tuple[str, ...] = ("symmetric", "asymmetric")
+    noise_kinds: tuple[LabelNoise, ...] = ("symmetric", "asymmetric")
     """Kinds of altered labels, see docs/data.md; asymmetric ones at rates below a half only."""
     specs: tuple[str, ...] = ("channel-narrow", "channel-stretched")
     """Names of the quantizers: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
-    curvature_size: int | None = None
-    """Training images for the Hessian and the landscape; default all of digits, 500 of others."""
+    curvature_size: Count | Literal["preset"] = "preset"
+    """Training images for the Hessian and the landscape; preset: all of digits, 500 of others."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "search_seeds", "search_trials", "validation_size"):
-            if getattr(self, name) is not None:
-                errors.integer(name, getattr(self, name), low=1)
-        for rate in self.noise_rates:
-            errors.fraction("noise_rates", rate)
-            if rate == 0:
-                raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
+        super().__post_init__()
+        if 0 in self.noise_rates:
+            raise ValueError("`noise_rates` must be above 0: runs on clean labels are those of accuracy; got 0.")
         for name in self.variants:
             errors.one_of("variants", name, variants({}, 1, 1))
-        for kind in self.noise_kinds:
-            errors.one_of("noise_kinds", kind, LABEL_NOISE_KINDS)
-        self.run({}, 0)
         _ = self.measuring
 
     @property
     def measuring(self) -> sweep.Measuring:
         """What is measured of each run."""
-        return sweep.Measuring(self.specs, curvature_size=self.curvature_size)
+        return sweep.Measuring(self.specs, curvature_size=number(self.curvature_size))
 
     @property
     def curvature_images(self) -> int:
         """Training images for the Hessian and the landscape."""
-        return self.measuring.curvature_images(self.dataset)
+        return self.measuring.curvature_images(self.task.dataset)
 
     @property
     def noise(self) -> list[tuple[str, float]]:
@@ -137,11 +118,11 @@ class ReproduceConfig:
 
     def run(self, settings: Settings, validation_size: int) -> TrainConfig:
         """The resolved configuration of a run with these settings."""
-        return TrainConfig(**self.shared() | {"validation_size": validation_size, **settings}).resolved()
+        return resolve(**self.shared() | {"validation_size": validation_size, **settings})
 
     def shared(self) -> dict[str, Any]:
         """The fields that all runs share."""
-        return {name: getattr(self, name) for name in OF_EVERY_RUN}
+        return {**dataclasses.asdict(self.task), **dataclasses.asdict(self.budget), "eval_every": self.eval_every}
 
 
 def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dict[str, Settings]:
@@ -185,30 +166,27 @@ def _found(found: Mapping[str, Settings], name: str) -> Settings:
     return found.get(name, {})
 
 
-def ablations(base: TrainConfig, eigenvalue_gamma: float | None) -> dict[str, Settings]:
-    """Settings of HERO with one thing changed at a time, by name; `base` is HERO as it is.
+def ablations(rho: float, gamma: float, batch_size: int, eigenvalue_gamma: float | None) -> dict[str, Settings]:
+    """Settings of HERO with one thing changed at a time, by name.
 
     With the penalty "eigenvalue", which is of another size, gamma is `eigenvalue_gamma`, or where that is None the
     preset.
     """
-    assert base.rho is not None
-    assert base.gamma is not None
-    assert base.batch_size is not None
-    plain = {"method": "hero", "rho": base.rho, "gamma": base.gamma}
+    plain = {"method": "hero", "rho": rho, "gamma": gamma}
     changed: list[Settings] = [
         {},
         {"gamma": 0.0},
-        {"gamma": _times(base.gamma, 0.1)},
-        {"gamma": _times(base.gamma, 10)},
-        {"rho": _times(base.rho, 0.5)},
-        {"rho": _times(base.rho, 2)},
+        {"gamma": _times(gamma, 0.1)},
+        {"gamma": _times(gamma, 10)},
+        {"rho": _times(rho, 0.5)},
+        {"rho": _times(rho, 2)},
         {"penalty": "difference"},
         {"penalty": "hvp"},
         {"penalty": "eigenvalue", "gamma": eigenvalue_gamma},
         {"scope": "leaf"},
         {"reduction": "sum"},
         {"interval": 4},
-        {"penalty_batch_size": _fraction_of(base.batch_size)},
+        {"penalty_batch_size": _fraction_of(batch_size)},
         {"noise_bits": 3},
     ]
     return {"-".join(["hero", *(f"{k}_{v}" for k, v in c.items() if v is not None)]): {**plain, **c} for c in changed}
@@ -230,12 +208,12 @@ def searches(config: ReproduceConfig, held_out: int) -> dict[str, SearchConfig]:
         labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
     made = {}
     for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
-        preset = dataclasses.asdict(config.run(SETTINGS[name], held_out))
+        preset = config.run(SETTINGS[name], held_out).flat()
         tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
-        if config.search_trials is not None:
+        if config.search_trials != "grid":
             tried = {field: (min(values), max(values)) for field, values in tried.items()}
         settings: dict[str, Any] = {**SETTINGS[name], **tried}
-        made[f"{label}-{name}"] = SearchConfig(
+        made[f"{label}-{name}"] = SearchConfig.resolve(
             **config.shared(),
             **settings,
             trials=config.search_trials,
@@ -277,28 +255,27 @@ def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settin
 def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
     """What a search in the folder PREFIX-NAME is of, in words."""
     run = config.run(SETTINGS[name], 0)
-    return _task(run, prefix == "noisy", bool(run.suppress))
+    return _task(run, prefix == "noisy", bool(run.method.suppress))
 
 
 def _what_was_searched(saved: Mapping[str, Any]) -> str:
     """The same of the saved configuration of a search."""
     named = {field: saved[field] for field in ("method", "dataset", "model", "penalty") if field in saved}
-    return _task(TrainConfig(**named).resolved(), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
+    return _task(resolve(**named), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
 
 
 def _task(run: TrainConfig, is_noisy: bool, suppresses: bool) -> str:
-    penalty = "" if run.penalty is None else f" with penalty {run.penalty}"
+    method, task = run.method, run.task
+    penalty = "" if method.penalty == "none" else f" with penalty {method.penalty}"
     penalty += " with suppression" if suppresses else ""
-    return f"{run.method}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {run.dataset} by {run.model}"
+    return f"{method.name}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {task.dataset} by {task.model}"
 
 
 def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
     """The resolved configurations of a part that trains, by name; raises ValueError for a search that is misplaced."""
-    plain = config.run({}, held_out)
-    assert plain.epochs is not None
-    assert plain.batch_size is not None
+    budget = config.budget
     on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))
-    clean, noisy = (variants(found, plain.epochs, plain.batch_size) for found in (on_clean, on_clean | on_noisy))
+    clean, noisy = (variants(found, budget.epochs, budget.batch_size) for found in (on_clean, on_clean | on_noisy))
     made: dict[str, TrainConfig] = {}
     if part == "accuracy":
         named = {name: _along(config, config.run(each, held_out)) for name, each in clean.items()}
@@ -308,16 +285,18 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
         # Methods one after the other: what is compiled serves all rates.
         chosen = _each_once(named, config.variants or ON_NOISY)
         for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
-            made[f"{name}-{kind}_{rate!r}"] = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind)
+            made[f"{name}-{kind}_{rate!r}"] = run.replace(label_noise=rate, label_noise_kind=kind)
     elif part == "cost":
         chosen = [name for name in AT_EQUAL_COST if not config.variants or name in config.variants]
         on_altered = [(kind, rate) for kind, rate in config.noise if kind == config.noise_kinds[0]]
         for name, (kind, rate) in itertools.product(chosen, [("symmetric", 0.0), *on_altered]):
             run = config.run((noisy if rate else clean)[name], held_out)
-            run = dataclasses.replace(run, label_noise=rate, label_noise_kind=kind, epochs=_for_cost_of_hero(run))
+            run = run.replace(label_noise=rate, label_noise_kind=kind, epochs=_for_cost_of_hero(run))
             made[f"{name}-{kind}_{rate!r}" if rate else name] = run
     elif part == "ablations":
-        changed = ablations(config.run(clean["hero"], held_out), on_clean.get("hero-eigenvalue", {}).get("gamma"))
+        hero = config.run(clean["hero"], held_out).flat()
+        found = on_clean.get("hero-eigenvalue", {}).get("gamma")
+        changed = ablations(hero["rho"], hero["gamma"], budget.batch_size, found)
         named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
         made = _each_once(named, tuple(named))
     return made
@@ -325,14 +304,12 @@ def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[s
 
 def _for_cost_of_hero(run: TrainConfig) -> int:
     """The epochs of a run that take the gradients of HERO with the released penalty for those that it has."""
-    assert run.epochs is not None
-    return round(run.epochs * LONGER / methods.gradients(run))
+    return round(run.budget.epochs * LONGER / methods.gradients(run))
 
 
 def _along(config: ReproduceConfig, run: TrainConfig) -> TrainConfig:
     """A run whose curvature is measured four times along training."""
-    assert run.epochs is not None
-    return dataclasses.replace(run, every=max(1, run.epochs // 4), curvature_size=config.curvature_images)
+    return run.replace(every=max(1, run.budget.epochs // 4), curvature_size=config.curvature_images)
 
 
 def _each_once(named: Mapping[str, TrainConfig], chosen: Sequence[str]) -> dict[str, TrainConfig]:

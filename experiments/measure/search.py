@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import FloatDistribution
@@ -24,121 +24,104 @@ from optuna.storages import journal
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments import data
-from experiments.config import METHODS, TAKES, TrainConfig
+from experiments.config import METHODS, Budget, Grouped, Labels, Task, TrainConfig, resolve
+from experiments.config.fields import Count, NonNegative, number
+from experiments.config.methods import Name, Penalty
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
 from experiments.storage import files
-from hero_jax import errors
 from hero_jax.evaluate import Spread
 
 # Those that every method has come last: a combination is named after the others, and after these where they are tried.
 SEARCHED = ("rho", "gamma", "sigma", "suppress", "learning_rate", "weight_decay")
 OF_EVERY_METHOD = ("learning_rate", "weight_decay")
+Values = tuple[NonNegative, ...]
 
 
 class AllDiverged(files.Failed):
     """There is nothing to choose among."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig(Grouped):
     """What to search. Everything else of a run is the preset of its data set, model and method."""
 
-    method: str = "hero"
+    method: Name = "hero"
     """A method of experiments.train."""
-    dataset: str = "digits"
-    """digits (embedded), or one prepared for tensorflow-datasets: see docs/data.md."""
-    model: str | None = None
-    """A name in hero_jax.models; default the preset."""
-    rho: tuple[float, ...] = ()
-    """Radii to try (msam, sam, asam, hero); default the preset alone."""
-    gamma: tuple[float, ...] = ()
-    """Strengths to try (grad_l1, hero); default the preset alone."""
-    sigma: tuple[float, ...] = ()
-    """Standard deviations to try (nso); default the preset alone."""
-    suppress: tuple[float, ...] = ()
-    """Shares to try (sam, asam, hero); default the preset alone."""
-    learning_rate: tuple[float, ...] = ()
-    """Learning rates to try (all); default the preset alone."""
-    weight_decay: tuple[float, ...] = ()
-    """Weight decays to try (all); default the preset alone."""
-    trials: int | None = None
-    """Try so many settings between the two values given of each; default every combination of all values."""
-    penalty: str | None = None
-    """Penalty of hero; default the preset."""
-    seeds: int = 3
+    task: Task
+    budget: Budget
+    labels: Labels
+    rho: Values = ()
+    """Radii to try (msam, sam, asam, hero); the preset where none is given."""
+    gamma: Values = ()
+    """Strengths to try (grad_l1, hero), likewise."""
+    sigma: Values = ()
+    """Standard deviations to try (nso), likewise."""
+    suppress: Values = ()
+    """Shares to try (sam, asam, hero), likewise."""
+    learning_rate: Values = ()
+    """Learning rates to try (all), likewise."""
+    weight_decay: Values = ()
+    """Weight decays to try (all), likewise."""
+    trials: Count | Literal["grid"] = "grid"
+    """Try this many settings between the two values given of each; grid: every combination of all values."""
+    penalty: Penalty | Literal["preset"] = "preset"
+    """Penalty of hero."""
+    seeds: Count = 3
     """Runs of each combination or trial, with seeds 0, 1, ..."""
-    epochs: int | None = None
-    """Passes over the training images; default the preset."""
-    batch_size: int | None = None
-    """Images a step; default the preset."""
-    train_size: int | None = None
-    """Train on this many images; default all that are not held out."""
-    validation_size: int = 360
-    """Training images held out, on which all is judged."""
-    test_size: int | None = None
-    """Evaluate, beside them, on this many test images, which have no part in the choice; default all."""
-    eval_every: int = 1
+    validation_size: Count = 360
+    """Training images held out, on which all is judged; their labels stay true."""
+    eval_every: Count = 1
     """Epochs between evaluations."""
-    augment: bool = True
-    """Random crops and flips, where the data set is trained with them."""
-    label_noise: float = 0.0
-    """Share of the training images whose label is altered; those held out keep theirs."""
-    label_noise_kind: str = "symmetric"
-    """symmetric, uniform or asymmetric: see docs/data.md."""
 
     def __post_init__(self) -> None:
-        errors.one_of("method", self.method, METHODS)
-        for name in ("seeds", "validation_size"):
-            errors.integer(name, getattr(self, name), low=1)
+        super().__post_init__()
+        taken = {*METHODS[self.method].__dataclass_fields__, *OF_EVERY_METHOD}
         for name in SEARCHED:
             values = getattr(self, name)
-            if values and name not in (*TAKES[self.method], *OF_EVERY_METHOD):
+            if values and name not in taken:
                 raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {values!r}.")
             for value in values:
-                errors.non_negative(name, value)
                 if values.count(value) > 1:
                     raise ValueError(f"`{name}` must name each once; got {value!r} twice.")
-        if self.trials is not None:
-            errors.integer("trials", self.trials, low=1)
+        if self.trials != "grid":
             if not any(len(getattr(self, name)) > 1 for name in SEARCHED):
                 raise ValueError(f"`trials` must have two values of a setting to draw between; got {self.trials}.")
             for name in SEARCHED:
                 values = getattr(self, name)
                 if len(values) > 1 and not (len(values) == 2 and 0 < values[0] < values[1]):
                     raise ValueError(f"`{name}` must be two rising values above 0 with trials; got {values!r}.")
-        if len(self.runs()) < (self.trials or 1):
+        if len(self.runs()) < (number(self.trials) or 1):
             raise ValueError(f"`trials` must be fewer in ranges as narrow as these; got {self.trials}.")
 
     @property
     def space(self) -> dict[str, FloatDistribution]:
         """What trials are drawn from; a setting with one value has that."""
-        ranges = {name: getattr(self, name) for name in SEARCHED if self.trials and len(getattr(self, name)) > 1}
+        ranges = {
+            name: getattr(self, name) for name in SEARCHED if self.trials != "grid" and len(getattr(self, name)) > 1
+        }
         return {name: FloatDistribution(*values, log=True) for name, values in ranges.items()}
 
     def may_differ(self) -> tuple[str, ...]:
         """What the search that a folder holds may have less of."""
-        return ("seeds", *(SEARCHED if self.trials is None else ["trials"]))
+        return ("seeds", *(SEARCHED if self.trials == "grid" else ["trials"]))
 
     def runs(self, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, TrainConfig]:
         """The resolved configuration of each combination or trial, by name; `trials` where they are drawn already."""
-        fixed: dict[str, Any] = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in (*SEARCHED, "seeds", "trials")
-        }
+        fixed = {name: x for name, x in self.flat().items() if name not in (*SEARCHED, "seeds", "trials")}
+        fixed |= {"penalty": None} if self.penalty == "preset" else {}
         space = self.space
         grids = [[(k, value) for value in getattr(self, k)] or [(k, None)] for k in SEARCHED if k not in space]
-        drawn = trials or (draw(space, self.trials) if self.trials else [{}])
+        drawn = trials or ([{}] if self.trials == "grid" else draw(space, self.trials))
         pairs = itertools.product(drawn, itertools.product(*grids))
-        made = (TrainConfig(**fixed | dict(trial) | dict(chosen)).resolved() for trial, chosen in pairs)
+        made = (resolve(**fixed | dict(trial) | dict(chosen)) for trial, chosen in pairs)
         return {self._name(run): run for run in made}
 
     def _name(self, run: TrainConfig) -> str:
         """The method with its rho and gamma, those it has, and the other settings that are tried."""
         named = [name for name in SEARCHED if name in ("rho", "gamma") or getattr(self, name)]
-        settings = ((name, getattr(run, name)) for name in named)
-        return run.method + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
+        settings = ((name, run.flat().get(name)) for name in named)
+        return run.method.name + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
 
 
 def draw(space: Mapping[str, FloatDistribution], trials: int) -> list[dict[str, float]]:
@@ -162,7 +145,7 @@ def run(
     config: SearchConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin, engine: Engine = Engine()
 ) -> list[dict[str, Any]]:
     """Trains what is left of a search in its folder, which is there; returns what each combination or trial gave."""
-    trials = [] if config.trials is None else stored(config, out)[: config.trials]
+    trials = [] if config.trials == "grid" else stored(config, out, config.trials)
     configs = config.runs([trial.params for trial in trials])
     grid = summarize(configs, sweep.run_all(configs, range(config.seeds), dataset, out, begin, engine=engine))
     if trials:
@@ -173,14 +156,13 @@ def run(
     return grid
 
 
-def stored(config: SearchConfig, out: Path) -> list[FrozenTrial]:
-    """The trials in the folder of a search, after those that it lacks were added."""
+def stored(config: SearchConfig, out: Path, wanted: int) -> list[FrozenTrial]:
+    """The first trials in the folder of a search, after those that it lacks were added."""
     with _study_in(out) as study:
-        assert config.trials is not None
-        for settings in draw(config.space, config.trials)[len(study.trials) :]:
+        for settings in draw(config.space, wanted)[len(study.trials) :]:
             trial = optuna.create_trial(state=TrialState.RUNNING, params=settings, distributions={**config.space})
             study.add_trial(trial)
-        return study.trials
+        return study.trials[:wanted]
 
 
 @contextlib.contextmanager
@@ -200,12 +182,12 @@ def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> li
     """The validation accuracy of each combination (fraction, mean and deviation over n seeds; n = 0: all diverged)."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        for name, run in configs.items():
-            accuracies = [r.history[-1]["validation_accuracy"] for r in found if r.name == name]
+        for label, run in configs.items():
+            accuracies = [r.history[-1]["validation_accuracy"] for r in found if r.name == label]
             spread = Spread.of(accuracies) if accuracies else Spread(math.nan, math.nan, 0)
             yield {
-                "method": run.method,
-                **{field: getattr(run, field) for field in SEARCHED},
+                "method": run.method.name,
+                **{name: run.flat().get(name) for name in SEARCHED},
                 "n": spread.n,
                 "validation_accuracy": spread.mean,
                 "std": spread.std,

@@ -243,7 +243,7 @@ def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     pixels = dataset.pixels._replace(augment=dataset.pixels.augment and config.task.augment)
     task = config.task
     train_size, test_size = number(task.train_size), number(task.test_size)
-    return data.subset(dataset._replace(pixels=pixels), train_size, task.validation_size, test_size)
+    return data.subset(dataset._replace(pixels=pixels), train_size, config.validation_size, test_size)
 
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
