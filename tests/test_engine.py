@@ -126,7 +126,7 @@ def test_one_that_diverges_does_not_end_the_others(cluster, digits, tmp_path, ca
 
 def test_what_a_run_raises_comes_back(cluster, plain, digits, tmp_path):
     configs, _, _ = plain
-    with runs.RunFolder(tmp_path / "runs" / "sgd-s1", configs["sgd"].replace(seed=1, rho=None)) as folder:
+    with runs.RunFolder(tmp_path / "runs" / "sgd-s1", configs["sgd"].replace(seed=1)) as folder:
         folder.status("interrupted")
     other = {"sgd": configs["sgd"].replace(learning_rate=0.3)}
     with pytest.raises(FileExistsError, match=r"^`out` must be .* has learning_rate 0\.1, not 0\.3"):

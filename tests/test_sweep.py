@@ -423,7 +423,7 @@ class TestReproduce:
         assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
         images = data.subset(digits, 64, 20)
         # What is compiled depends on none of these.
-        plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": None, "curvature_size": 1000}
+        plain = {"label_noise": 0.0, "label_noise_kind": "symmetric", "every": "never", "curvature_size": 1000}
         every = {run.replace(**plain) for planned in plans.values() for run in planned.values()}
         assert len(every) == 37
         for run in every:
@@ -531,7 +531,7 @@ class TestReproduce:
         config = plan.ReproduceConfig.resolve(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
         planned = plan.plan(config, "cost", 20, tmp_path)
         assert list(planned) == [name for each in plan.AT_EQUAL_COST for name in (each, f"{each}-uniform_0.4")]
-        epochs = {name: planned[name].epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
+        epochs = {name: planned[name].budget.epochs for name in ("sgd", "msam", "sam", "grad_l1", "hero", "hero-part")}
         assert epochs == {"sgd": 48, "msam": 48, "sam": 24, "grad_l1": 16, "hero": 12, "hero-part": 24}
         assert planned["hero-late"].budget.epochs == 27
         for name, run in planned.items():
@@ -561,11 +561,11 @@ class TestReproduce:
         best = {"rho": 0.15, "suppress": 0.9}
         files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
         planned = plan.plan(plan.ReproduceConfig.resolve(), "accuracy", 20, tmp_path)
-        assert (planned["sam"].rho, planned["sam"].suppress) == (0.3, 0.0)
-        assert (planned["sam-suppress"].rho, planned["sam-suppress"].suppress) == (0.15, 0.9)
+        assert (planned["sam"].method.rho, planned["sam"].method.suppress) == (0.3, 0.0)
+        assert (planned["sam-suppress"].method.rho, planned["sam-suppress"].method.suppress) == (0.15, 0.9)
         # What is built on SGD has what was found for it.
         for name in ("sgd", "noise", "ema", "sgd-longer"):
-            assert (planned[name].learning_rate, planned[name].weight_decay) == (0.2, 0.002)
+            assert (planned[name].optimizer.learning_rate, planned[name].optimizer.weight_decay) == (0.2, 0.002)
         # A search without suppression is not one of it.
         files.write_json(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
@@ -603,18 +603,18 @@ class TestReproduce:
         leave_search(tmp_path, "clean-asam")
         config = plan.ReproduceConfig.resolve()
         clean, noisy, changed = (plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations"))
-        assert clean["sam"].rho == clean["sam-noise"].rho == 0.3
-        assert clean["asam"].rho == 1.0
-        assert (clean["hero"].rho, clean["hero"].gamma, clean["hero-hvp"].gamma) == (0.7, 11.0, 11.0)
-        assert (clean["hero-eigenvalue"].rho, clean["hero-eigenvalue"].gamma) == (0.7, 0.1)
-        assert noisy["hero-symmetric_0.8"].gamma == 300.0
+        assert clean["sam"].method.rho == clean["sam-noise"].method.rho == 0.3
+        assert clean["asam"].method.rho == 1.0
+        assert (clean["hero"].method.rho, clean["hero"].method.gamma, clean["hero-hvp"].method.gamma) == (0.7, 11.0, 11.0)
+        assert (clean["hero-eigenvalue"].method.rho, clean["hero-eigenvalue"].method.gamma) == (0.7, 0.1)
+        assert noisy["hero-symmetric_0.8"].method.gamma == 300.0
         # Without a search on noisy labels that on clean ones counts; each penalty has its own.
-        assert noisy["sam-symmetric_0.8"].rho == 0.3
+        assert noisy["sam-symmetric_0.8"].method.rho == 0.3
         eigenvalue = noisy["hero-eigenvalue-symmetric_0.8"]
         assert (eigenvalue.rho, eigenvalue.gamma) == (1.5, 0.02)
-        assert changed["hero-gamma_0.0"].rho == 0.7
-        assert changed["hero"].gamma == 11.0
-        assert changed["hero-penalty_eigenvalue"].gamma == 0.1
+        assert changed["hero-gamma_0.0"].method.rho == 0.7
+        assert changed["hero"].method.gamma == 11.0
+        assert changed["hero-penalty_eigenvalue"].method.gamma == 0.1
         leave_search(tmp_path, "clean-hero-eigenvalue", rho=1.0, gamma=0.3)
         again = plan.plan(config, "ablations", 20, tmp_path)
         assert next(
