@@ -624,6 +624,20 @@ def test_a_page_of_one_section_has_no_contents(tmp_path):
     assert "<p>text</p>" in code
 
 
+def test_a_page_uses_the_window_and_scrolls_wide_tables_alone(tmp_path):
+    shown = page.Table(["a", "b"], [["x", "1"]])
+    parts = ["text", shown, page.Picture("p.png", "one"), page.Picture("p.png", "two"), shown]
+    Image.new("RGB", (4, 3)).save(tmp_path / "p.png")
+    code = page.to_html("t", "i", [page.Section("one", parts)], tmp_path)
+    read = [attributes.get("class") for tag, attributes in Page(code).tags if tag in ("div", "figure", "table")]
+    # Each table in a box of its own, pictures that follow each other side by side.
+    assert read == ["wide", None, "plots", None, None, "wide", None]
+    assert re.search(r"\.wide {[^}]*overflow-x: auto", code)
+    assert not re.search(r"body {[^}]*max-width", code)
+    assert 'name="viewport"' in code
+    assert "prefers-color-scheme: dark" in code
+
+
 def test_a_real_run(tmp_path):
     train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
     text, code = made(tmp_path)
