@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
+import pandas as pd
 import tyro
 
 from experiments import cli, data, progress
-from experiments.analysis import plots, tables
-from experiments.config import LABELS, METHODS, TrainConfig
+from experiments.analysis import plots, sections, table, tables
+from experiments.config import METHODS, TrainConfig
 from experiments.measure import sweep
 from experiments.storage import environment, files
 from hero_jax import errors, quantize
-from hero_jax.evaluate import Spread
 
 # Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
 MAY_DIFFER = ("seeds", "methods", "bits", "spec", "curvature_size", "curvature_products")
@@ -72,6 +72,11 @@ class CompareConfig:
         """What is measured of each run."""
         return sweep.Measuring((self.spec,), self.bits, self.curvature_size, self.curvature_products)
 
+    @property
+    def widths(self) -> list[str]:
+        """Names of the bit widths, full precision first."""
+        return ["full", *map(str, self.bits)]
+
     def run(self, method: str, seed: int) -> TrainConfig:
         """The resolved configuration of one run."""
         return TrainConfig(
@@ -88,71 +93,14 @@ class CompareConfig:
         ).resolved()
 
 
-class Measured(NamedTuple):
-    """One run: accuracy in percent by bit width (None is full precision), and the top Hessian eigenvalue."""
-
-    method: str
-    seed: int
-    accuracy: dict[int | None, float]
-    eigenvalue: float
-    eigenvalue_residual: float
-    eigenvalue_converged: bool
-
-
-def compare(config: CompareConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin) -> list[Measured]:
-    """Trains, quantizes and measures every method and seed, or what is left of them, in folders under `out`/runs."""
-    configs = {method: config.run(method, 0) for method in config.methods}
-    return [
-        Measured(
-            method=run.name,
-            seed=run.config.seed,
-            accuracy={
-                None if bits == "full" else int(bits): accuracy
-                for bits, accuracy in run.measured["quantized"][config.spec].items()
-            },
-            **{name: run.measured["curvature"][name] for name in Measured._fields if name.startswith("eigenvalue")},
-        )
-        for run in sweep.run_all(configs, range(config.seeds), dataset, out, begin, config.measuring)
-    ]
-
-
-class Row(NamedTuple):
-    """A method over its seeds: (mean, standard deviation) of the accuracy by bit width and of the eigenvalue."""
-
-    method: str
-    n: int
-    accuracy: dict[int | None, tuple[float, float]]
-    eigenvalue: tuple[float, float]
-    all_converged: bool
-
-
-def summarize(results: list[Measured]) -> list[Row]:
-    """One row a method, in the order in which they were measured."""
-    rows = []
-    for method in dict.fromkeys(result.method for result in results):
-        runs_of = [result for result in results if result.method == method]
-        rows.append(
-            Row(
-                method=method,
-                n=len(runs_of),
-                accuracy={bits: Spread.of([r.accuracy[bits] for r in runs_of])[:2] for bits in runs_of[0].accuracy},
-                eigenvalue=Spread.of([r.eigenvalue for r in runs_of])[:2],
-                all_converged=all(r.eigenvalue_converged for r in runs_of),
-            )
-        )
-    return rows
-
-
-def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table."""
-    widths = [bits for bits in rows[0].accuracy if bits is not None]
-    header = ["method", "n", "full", *(f"{bits} bit" for bits in widths), "top eig."]
-    lines = []
-    for row in rows:
-        accuracies = [tables.cell(*spread) for spread in row.accuracy.values()]
-        eigenvalue = tables.cell(*row.eigenvalue, (".3g", ".2g")) + ("" if row.all_converged else "*")
-        lines.append([LABELS[row.method], str(row.n), *accuracies, eigenvalue])
-    return header, lines
+def shown(rows: pd.DataFrame, config: CompareConfig) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table, of rows of the table of runs: a line a method, in the order of the comparison."""
+    labels = {table.width_label(bits, config.spec): table.width_label(bits) for bits in config.widths}
+    labels |= {"eigenvalue": "top eig."}
+    end = sections.at_end(rows, labels)
+    texts = tables.starred(tables.means(end, formats={"top eig.": tables.SCIENTIFIC}), "top eig.", rows)
+    columns = ["n", *labels.values()]
+    return ["method", *columns], tables.lines(texts, sections.networks(rows), columns)
 
 
 def caption(config: CompareConfig, dataset: data.Dataset) -> str:
@@ -189,27 +137,30 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         dataset = data.load(config.dataset, data_dir, progress.decoding(display, config.dataset))
-        sweep.check({method: config.run(method, 0) for method in config.methods}, dataset)
+        configs = {method: config.run(method, 0) for method in config.methods}
+        sweep.check(configs, dataset)
         files.claim_same(out, config, may_differ=MAY_DIFFER)
-        results = compare(config, dataset, out, progress.lines(display))
-    if not results:
+        found = sweep.run_all(configs, range(config.seeds), dataset, out, progress.lines(display), config.measuring)
+    if not found:
         raise files.Failed(f"Every run diverged; {out} has the messages.")
-    rows = summarize(results)
-    header, lines = cells(rows)
+    rows = table.of_sweep(found)
+    header, lines = shown(rows, config)
     text = caption(config, dataset)
-    record = {
-        "config": files.to_json(config),
-        "environment": environment.current(),
-        "results": [r._asdict() | {"accuracy": {str(b or "full"): a for b, a in r.accuracy.items()}} for r in results],
-    }
+    results = [
+        {"method": run.name, "seed": run.config.seed, "accuracy": run.measured["quantized"][config.spec]}
+        | {name: value for name, value in run.measured["curvature"].items() if name.startswith("eigenvalue")}
+        for run in found
+    ]
+    record = {"config": files.to_json(config), "environment": environment.current(), "results": results}
     files.write_json(out / "results.json", record)
     (out / "table.md").write_text(f"{tables.markdown(header, lines)}\n{text}\n")
-    plots.accuracy_over_bits(rows, config.spec, out / "bits.png")
-    plots.eigenvalues(results, out / "eigenvalues.png")
-    folders = {row.method: [r.seed for r in results if r.method == row.method] for row in rows}
-    plots.training(
-        {m: [out / "runs" / f"{m}-s{s}" for s in seeds] for m, seeds in folders.items()}, out / "training.png"
-    )
+    plots.over_bits({config.spec: rows.dropna(subset="bits")}, out / "bits.png")
+    eigenvalues = sections.at_end(rows, {"eigenvalue": ""})
+    eigenvalues["value"] = eigenvalues["value"].abs()
+    plots.each_run(eigenvalues, "|top Hessian eigenvalue|", out / "eigenvalues.png", log=True)
+    loss = "training loss (at the unperturbed weights)"
+    curves = {loss: sections.along(rows, "train_loss"), "accuracy, %": sections.along(rows, "accuracy")}
+    plots.along_epochs(curves, out / "training.png", log=[loss])
     cli.console.print(tables.terminal(header, lines))
     cli.console.print(text)
     cli.console.print(f"{time.monotonic() - started:.0f} s. Table, plots and runs are in {out}.")
