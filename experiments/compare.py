@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import tyro
 
 from experiments import cli, data, progress
 from experiments.analysis import plots, sections, table, tables
+from experiments.analysis.tables import Frame
 from experiments.config import METHODS, TrainConfig
 from experiments.measure import sweep
 from experiments.storage import environment, files
@@ -93,7 +93,7 @@ class CompareConfig:
         ).resolved()
 
 
-def shown(rows: pd.DataFrame, config: CompareConfig) -> tuple[list[str], list[list[str]]]:
+def shown(rows: Frame, config: CompareConfig) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table, of rows of the table of runs: a line a method, in the order of the comparison."""
     labels = {table.width_label(bits, config.spec): table.width_label(bits) for bits in config.widths}
     labels |= {"eigenvalue": "top eig."}

@@ -24,6 +24,7 @@ from rich.table import Table
 from experiments import cli, data, progress
 from experiments.analysis import plots, table, tables
 from experiments.analysis.networks import group_runs
+from experiments.analysis.tables import Frame
 from experiments.config import TrainConfig
 from experiments.storage import environment, files
 from experiments.training import compiled
@@ -212,7 +213,7 @@ def measure_layers(
     }
 
 
-def table_of(scores: Mapping[Key, list[list[quantize.QuantizedScore]]]) -> pd.DataFrame:
+def table_of(scores: Mapping[Key, list[list[quantize.QuantizedScore]]]) -> Frame:
     """One row for each run, specification, step and bit width, in the fields of `QuantizedScore`."""
     return pd.DataFrame(
         {
@@ -228,7 +229,7 @@ def table_of(scores: Mapping[Key, list[list[quantize.QuantizedScore]]]) -> pd.Da
     )
 
 
-def cells(rows: pd.DataFrame) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
+def cells(rows: Frame) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
     """Header and, by specification and step, lines of a table; `rows` have the accuracy in percent as their value."""
     rows, lines = rows.assign(label=rows["bits"].map(table.width_label)), {}
     columns = ["n", *rows["label"].unique()]

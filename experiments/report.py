@@ -25,11 +25,12 @@ import tyro
 
 from experiments import cli
 from experiments.analysis import cost, curvature, page, sections, summary, table, tables
+from experiments.analysis.tables import Frame
 
 OURS = re.compile(r"report\.(html|md)|plot-[\w.-]+\.(png|svg)")
 
 
-def what_was_run(runs: pd.DataFrame) -> page.Section:
+def what_was_run(runs: Frame) -> page.Section:
     """How many runs, by status; those that are not done, with their messages."""
     counts = sorted(Counter(runs["status"]).items(), key=lambda pair: (-pair[1], pair[0]))
     content: list[Any] = [f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts)}."]
@@ -49,7 +50,7 @@ def where_from(found: table.Found) -> page.Section:
     content: list[Any] = [page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)]
     rows = found.table.groupby(["section", "title", "split", "network"], sort=False)["run"].agg(["first", "nunique"])
     if len(rows):
-        settings = pd.DataFrame(list(runs.loc[rows["first"], "network"]), dtype=object)
+        settings: Frame = pd.DataFrame(list(runs.loc[rows["first"], "network"]), dtype=object)
         settings = settings.drop(columns=["seed", "method", *table.TASK])
         varied = [name for name in settings if settings[name].nunique(dropna=False) > 1]
         same = ", ".join(f"{name} {settings[name][0]}" for name in settings if name not in varied)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-
 from experiments.analysis import page, sections, summary, tables
+from experiments.analysis.tables import Frame
 
 METRICS = ("gradients", "ms_per_step", "epochs", "gradients_in_all")
 HEADER = ("gradients per step", "ms per step", "epochs", "gradients in all")
@@ -19,7 +18,7 @@ COUNTED = (
 )
 
 
-def cost(main: pd.DataFrame, at_equal_cost: pd.DataFrame) -> list[Any]:
+def cost(main: Frame, at_equal_cost: Frame) -> list[Any]:
     """For each task the cost of every network on clean labels; then accuracies at equal cost, by noise."""
     content = []
     for title, split, part in sections.parts(_counted(main), "clean"):
@@ -45,14 +44,12 @@ def cost(main: pd.DataFrame, at_equal_cost: pd.DataFrame) -> list[Any]:
     return content
 
 
-def _counted(data: pd.DataFrame) -> pd.DataFrame:
+def _counted(data: Frame) -> Frame:
     """The runs whose gradients are known."""
     return data[data["run"].isin(data["run"][data["metric"] == "gradients"])]
 
 
-def _table(
-    part: pd.DataFrame, accuracies: pd.DataFrame, labels: list[str], text: str, behind: pd.DataFrame
-) -> page.Table:
+def _table(part: Frame, accuracies: Frame, labels: list[str], text: str, behind: Frame) -> page.Table:
     """The cost of each network, that of the runs of its first label noise, and accuracies."""
     kinds = part[["noise", "kind"]]
     first = (kinds == kinds.groupby(part["network"]).transform("first")).all(axis=1)

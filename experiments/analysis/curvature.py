@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from experiments.analysis import page, plots, sections, tables
 from experiments.analysis.table import machine, read_json
+from experiments.analysis.tables import Frame
 
 
-def hessian(data: pd.DataFrame, draw: sections.Plotter) -> list[Any]:
+def hessian(data: Frame, draw: sections.Plotter) -> list[Any]:
     """For each task, top Hessian eigenvalue and norm at the end and along training."""
     content = []
     labels = {"eigenvalue": "top eigenvalue", "hessian_norm": "norm"}
@@ -49,7 +48,7 @@ def hessian(data: pd.DataFrame, draw: sections.Plotter) -> list[Any]:
     return content
 
 
-def _along_training(part: pd.DataFrame, title: str, draw: sections.Plotter) -> list[page.Picture]:
+def _along_training(part: Frame, title: str, draw: sections.Plotter) -> list[page.Picture]:
     curves = {"|top eigenvalue|": "eigenvalue", "Frobenius norm": "hessian_norm"}
     panels = {label: sections.along(part, metric, least=2) for label, metric in curves.items()}
     panels = {label: rows.assign(value=rows["value"].abs()) for label, rows in panels.items() if len(rows)}
@@ -57,7 +56,7 @@ def _along_training(part: pd.DataFrame, title: str, draw: sections.Plotter) -> l
     return [draw.of_networks(plots.along_epochs, panels, caption=caption, log=panels)] if panels else []
 
 
-def penalty(data: pd.DataFrame, draw: sections.Plotter) -> list[Any]:
+def penalty(data: Frame, draw: sections.Plotter) -> list[Any]:
     """For each task, the norm of what the penalty adds to a step over that of the gradient it is added to."""
     content = []
     for title, _, part in sections.parts(data):

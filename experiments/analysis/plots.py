@@ -23,6 +23,7 @@ from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from experiments.analysis import tables
+from experiments.analysis.tables import Frame
 from experiments.config import LABELS, METHODS
 
 # Okabe and Ito, Color Universal Design, 2008; the two of NSO and MSAM, and those for what is not a method: Tol, Colour
@@ -72,9 +73,9 @@ def _title(axes: Any, text: str, size: int = 10) -> None:
     axes.set_title(text, fontsize=size, loc="left")
 
 
-def over_bits(panels: Mapping[str, pd.DataFrame], path: Path, styles: Styles | None = None) -> None:
+def over_bits(panels: Mapping[str, Frame], path: Path, styles: Styles | None = None) -> None:
     """Accuracy against the bit width (`bits`) of the weights, mean and standard deviation; four panels in a row."""
-    every = pd.concat(panels.values())
+    every: Frame = pd.concat(panels.values())
     networks, widths = (list(dict.fromkeys(every[name])) for name in ("network", "bits"))
     styles = styles or styles_of(networks)
     columns = min(4, len(panels))
@@ -174,7 +175,7 @@ def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -
         axes.legend(frameon=False)
 
 
-def each_run(frame: pd.DataFrame, label: str, path: Path, *, log: bool = False, styles: Styles | None = None) -> None:
+def each_run(frame: Frame, label: str, path: Path, *, log: bool = False, styles: Styles | None = None) -> None:
     """A line for each network, a mark for each of its runs, a bar at their mean."""
     runs_of = {name: group.to_numpy() for name, group in frame.groupby("network", sort=False)["value"]}
     styles = styles or styles_of(runs_of)
@@ -188,7 +189,7 @@ def each_run(frame: pd.DataFrame, label: str, path: Path, *, log: bool = False, 
 
 
 def along_epochs(
-    panels: Mapping[str, pd.DataFrame], path: Path, *, log: Collection[str] = (), styles: Styles | None = None
+    panels: Mapping[str, Frame], path: Path, *, log: Collection[str] = (), styles: Styles | None = None
 ) -> None:
     """Curves along training, a panel below the other: mean over seeds, the band is the range over seeds.
 
@@ -196,7 +197,7 @@ def along_epochs(
     logarithmic. Where one network was trained for more than twice the epochs of another that of epochs is logarithmic
     too, so that the short curves keep their width.
     """
-    every = pd.concat(panels.values())
+    every: Frame = pd.concat(panels.values())
     ends = every.groupby("network")["epoch"].max()
     are_unlike = ends.max() > 2 * ends.min()
     styles = styles or styles_of(every["network"])
@@ -220,7 +221,7 @@ def along_epochs(
         _legend_below(figure)
 
 
-def over_noise(frame: pd.DataFrame, label: str, path: Path, *, styles: Styles | None = None) -> None:
+def over_noise(frame: Frame, label: str, path: Path, *, styles: Styles | None = None) -> None:
     """Mean and standard deviation over seeds by network and rate of label `noise`."""
     found = tables.spreads(frame, ("network", "noise"))
     networks = list(dict.fromkeys(frame["network"]))

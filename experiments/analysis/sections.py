@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from experiments.analysis import page, plots, tables
 from experiments.analysis.table import read_json, width_label
+from experiments.analysis.tables import Frame
 from experiments.config import LABELS
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
@@ -46,19 +45,19 @@ class Plotter:
         return page.Picture(name, caption, [name])
 
 
-def parts(data: pd.DataFrame, by: str = "title") -> Iterator[tuple[str, str, pd.DataFrame]]:
+def parts(data: Frame, by: str = "title") -> Iterator[tuple[str, str, Frame]]:
     """Each task (`title`, or whatever was done to its labels: `clean`) with its split and rows, networks in order."""
     for (title, split), part in data.groupby([by, "split"], sort=False):
         yield str(title), str(split), part.sort_values("rank", kind="stable")
 
 
-def at_end(part: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
+def at_end(part: Frame, labels: Mapping[str, str]) -> Frame:
     """The values at the end of training of these metrics, with the label of their column."""
     rows = part[part["epoch"].isna() & part["metric"].isin(list(labels))]
     return rows.assign(label=rows["metric"].map(labels))
 
 
-def along(part: pd.DataFrame, metric: str, least: int = 1) -> pd.DataFrame:
+def along(part: Frame, metric: str, least: int = 1) -> Frame:
     """The values of a metric along training, of the networks of which every run has at least so many."""
     rows = part[(part["metric"] == metric) & part["epoch"].notna()]
     counts = rows.groupby("run").size().reindex(part["run"].unique(), fill_value=0)
@@ -66,17 +65,17 @@ def along(part: pd.DataFrame, metric: str, least: int = 1) -> pd.DataFrame:
     return rows[~rows["network"].isin(short.unique())]
 
 
-def is_curve(rows: pd.DataFrame) -> bool:
+def is_curve(rows: Frame) -> bool:
     """Whether some run has more than one value."""
     return rows.duplicated(["network", "run"]).any()
 
 
-def networks(part: pd.DataFrame) -> list[str]:
+def networks(part: Frame) -> list[str]:
     """Their names, in order."""
     return list(part["network"].unique())
 
 
-def extreme(rows: pd.DataFrame, unit: str = " %", form: str = ".2f", *, least: bool = False) -> str:
+def extreme(rows: Frame, unit: str = " %", form: str = ".2f", *, least: bool = False) -> str:
     """Which network has the highest (or lowest) mean, in words; those that show the same number have it together."""
     means = tables.spreads(rows, ["network"])["mean"].dropna()
     if means.empty:
@@ -90,17 +89,17 @@ def extreme(rows: pd.DataFrame, unit: str = " %", form: str = ".2f", *, least: b
     return f"{who} the {'lowest' if least else 'highest'} mean, {shown}{unit}"
 
 
-def of(part: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def of(part: Frame, rows: Frame) -> Frame:
     """All rows of the networks that some rows are of."""
     return part[part["network"].isin(rows["network"])]
 
 
-def last_of(rows: pd.DataFrame) -> pd.DataFrame:
+def last_of(rows: Frame) -> Frame:
     """The last value of each run."""
     return rows.sort_values("epoch", kind="stable").groupby("run", sort=False).tail(1)
 
 
-def accuracy(data: pd.DataFrame, draw: Plotter) -> list[Any]:
+def accuracy(data: Frame, draw: Plotter) -> list[Any]:
     """For each task a row a network: accuracy, loss, time, and paired differences."""
     content = []
     for title, split, part in parts(data):
@@ -119,7 +118,7 @@ def accuracy(data: pd.DataFrame, draw: Plotter) -> list[Any]:
     return content
 
 
-def _base(part: pd.DataFrame, last: pd.DataFrame) -> str | None:
+def _base(part: Frame, last: Frame) -> str | None:
     """What others are compared with: in ablations the plain network, else SGD, plain or that of best accuracy."""
     if (part["section"] == "ablations").all():
         plain = LABELS[part["method"].iloc[0]]
@@ -128,11 +127,11 @@ def _base(part: pd.DataFrame, last: pd.DataFrame) -> str | None:
     return LABELS["sgd"] if LABELS["sgd"] in networks(of_sgd) else _best(of_sgd)
 
 
-def _best(last: pd.DataFrame) -> str | None:
+def _best(last: Frame) -> str | None:
     return None if last.empty else tables.spreads(last, ["network"])["mean"].idxmax()
 
 
-def _accuracy_table(part: pd.DataFrame, split: str) -> page.Table:
+def _accuracy_table(part: Frame, split: str) -> page.Table:
     """The table of one task."""
     labels = {"accuracy": "last epoch", "at_best_validation": "at best validation", "train_loss": "train loss"}
     end = at_end(part, labels | {"seconds": "seconds"})
@@ -159,7 +158,7 @@ def _accuracy_table(part: pd.DataFrame, split: str) -> page.Table:
     return listed(made, shown, text, part)
 
 
-def label_noise(data: pd.DataFrame, draw: Plotter) -> list[Any]:
+def label_noise(data: Frame, draw: Plotter) -> list[Any]:
     """For each task and kind of noise, accuracy and memorization by rate; curves along training for each rate."""
     content = []
     for clean, split, part in parts(data, "clean"):
@@ -201,7 +200,7 @@ def _rate(noise: float) -> str:
     return f"{100 * noise:g} % noise"
 
 
-def _memorization(part: pd.DataFrame, title: str, draw: Plotter) -> list[page.Picture]:
+def _memorization(part: Frame, title: str, draw: Plotter) -> list[page.Picture]:
     """For each rate, what networks say of the altered images along training."""
     pictures = []
     for rate, of_rate in part.groupby("noise"):
@@ -221,7 +220,7 @@ def _memorization(part: pd.DataFrame, title: str, draw: Plotter) -> list[page.Pi
     return pictures
 
 
-def quantization(data: pd.DataFrame, draw: Plotter) -> list[Any]:
+def quantization(data: Frame, draw: Plotter) -> list[Any]:
     """For each task and quantizer, accuracy by bit width."""
     content = []
     for title, _, part in parts(data):
@@ -281,7 +280,7 @@ def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
 
 
 def listed(
-    made: tables.Texts, labels: Sequence[str], text: str, part: pd.DataFrame, behind: pd.DataFrame | None = None
+    made: tables.Texts, labels: Sequence[str], text: str, part: Frame, behind: Frame | None = None
 ) -> page.Table:
     """The table of the networks of these rows in these columns; below it the text, and where its numbers are from.
 
@@ -291,7 +290,7 @@ def listed(
     return page.Table(["network", *labels], tables.lines(made, networks(part), labels), f"{text} {told}")
 
 
-def origin(part: pd.DataFrame, mixed: bool = True) -> str:
+def origin(part: Frame, mixed: bool = True) -> str:
     """Commits and hardware of the runs behind a table, and with `mixed` which of its networks mix them."""
     of_runs = part.drop_duplicates("run")
     sentences = []

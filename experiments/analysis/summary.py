@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from experiments.analysis import page, sections, tables
+from experiments.analysis.tables import Frame
 
 # Rounding to more bits than this costs next to nothing, and has its place in the section on quantization.
 MOST_BITS = 3
 EIGENVALUE = "top eigenvalue"
 
 
-def summary(data: pd.DataFrame) -> list[Any]:
+def summary(data: Frame) -> list[Any]:
     """For each task, accuracy on clean labels, at low bits and after label noise, curvature and time of each network.
 
     Low bits, curvature and time are those of the runs on clean labels. A task of which accuracy alone is known is left
@@ -26,13 +27,13 @@ def summary(data: pd.DataFrame) -> list[Any]:
         noisy = noisy.assign(label=[noise_label(*of) for of in zip(noisy["kind"], noisy["noise"], strict=True)])
         low, kinds = low_bits(clean), sorted(set(zip(noisy["kind"], noisy["noise"], strict=True)))
         labels = {"accuracy": "clean labels", **low, "eigenvalue": EIGENVALUE, "seconds": "seconds"}
-        end = pd.concat([sections.at_end(clean, labels), noisy])
+        end: Frame = pd.concat([sections.at_end(clean, labels), noisy])
         columns = ["clean labels", *low.values(), *(noise_label(*of) for of in kinds), EIGENVALUE, "seconds"]
         columns = [label for label in columns if label in set(end["label"])]
         if len(set(columns) - {"seconds"}) < 2:
             continue
         counts = end.groupby(["network", "label"]).size().groupby("network").max().to_dict()
-        sized = dict.fromkeys((EIGENVALUE, "seconds"), tables.SCIENTIFIC)
+        sized: tables.Formats = dict.fromkeys((EIGENVALUE, "seconds"), tables.SCIENTIFIC)
         made = tables.starred(tables.means(end, counts, sized), EIGENVALUE, clean)
         text = (
             f"Accuracy in percent on the {split} images, whose labels are true where those of training were"
@@ -45,7 +46,7 @@ def summary(data: pd.DataFrame) -> list[Any]:
     return content
 
 
-def differences(data: pd.DataFrame, against: Sequence[str]) -> list[Any]:
+def differences(data: Frame, against: Sequence[str]) -> list[Any]:
     """For each task and each network of `against`, what every other network has more: paired over the seeds of both.
 
     Raises:
@@ -80,10 +81,10 @@ def differences(data: pd.DataFrame, against: Sequence[str]) -> list[Any]:
     return content
 
 
-def low_bits(part: pd.DataFrame) -> dict[str, str]:
+def low_bits(part: Frame) -> dict[str, str]:
     """What was measured of any of these at few bits: the metric is the label."""
-    widths = pd.to_numeric(part["bits"], errors="coerce")
-    return {name: name for name in part["metric"][widths <= MOST_BITS].unique()}
+    rounded = part[part["bits"].notna() & (part["bits"] != "full")]
+    return {name: name for name in rounded["metric"][rounded["bits"].astype(int) <= MOST_BITS].unique()}
 
 
 def noise_label(kind: str, noise: float) -> str:

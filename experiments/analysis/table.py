@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from experiments.analysis import networks
+from experiments.analysis.tables import Frame
 from experiments.config import LABELS, METHODS, TrainConfig
 from experiments.measure import sweep
 from experiments.storage import runs
@@ -49,8 +50,8 @@ class Found(NamedTuple):
     landscapes, searches: folders of landscape.json and of search.json, in the order of names.
     """
 
-    runs: pd.DataFrame
-    table: pd.DataFrame
+    runs: Frame
+    table: Frame
     landscapes: list[Path]
     searches: list[Path]
 
@@ -79,7 +80,7 @@ def read(folders: Iterable[Path]) -> Found:
     return Found(pd.DataFrame(found, dtype=object), table, landscapes, searches)
 
 
-def _frame(rows: Iterable[Any], columns: Sequence[str]) -> pd.DataFrame:
+def _frame(rows: Iterable[Any], columns: Sequence[str]) -> Frame:
     kinds = {"epoch": float, "value": float, "commit": "category", "hardware": "category"}
     frame = pd.DataFrame(rows, columns=list(columns))
     return frame.astype({name: kind for name, kind in kinds.items() if name in frame})
@@ -91,13 +92,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     has_rows = (path / "metrics.jsonl").exists()
     if not {"method", "dataset"} <= set(fields) or not (has_rows or status):
         return None
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(TrainConfig)})
-    if unknown:
-        raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
-    try:
-        config = TrainConfig(**TrainConfig.before(fields["method"]) | fields)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"`folders` must hold runs that are possible here; {path} is not: {error}") from None
+    config = _config(path, fields)
     rows, measured = runs.read_metrics(path) if has_rows else [], read_json(path / "measured.json")
     environment, network = read_json(path / "environment.json"), networks.network(config)
     parts = [environment, *environment.get("continued", [])] if environment else []
@@ -134,6 +129,17 @@ def _record(path: Path) -> dict[str, Any] | None:
     }
 
 
+def _config(path: Path, fields: dict[str, Any]) -> TrainConfig:
+    """The configuration that a folder was left with, with what older runs did before they had newer fields."""
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
+    try:
+        return TrainConfig(**TrainConfig.before(fields["method"]) | fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`folders` must hold runs that are possible here; {path} is not: {error}") from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file; empty where there is none.
 
@@ -148,7 +154,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"`folders` must hold whole files; {file} is damaged ({error}).") from None
 
 
-def of_sweep(found: Iterable[sweep.Run]) -> pd.DataFrame:
+def of_sweep(found: Iterable[sweep.Run]) -> Frame:
     """The numbers of the runs of a sweep of methods, each a network: `COLUMNS` with network, run and seed."""
     numbers = [
         (LABELS[run.name], i, networks.settings(run.config)["seed"], *row)
@@ -221,7 +227,7 @@ def _seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None
 
     That of the second evaluated epoch stands for the first too, in which a process may compile.
     """
-    speeds = [row.get("images_per_second") for row in rows]
+    speeds: list[Any] = [row.get("images_per_second") for row in rows]
     if not all(speeds):
         return None
     speeds[:1] = speeds[1:2] or speeds[:1]
@@ -308,15 +314,10 @@ def machine(part: Mapping[str, Any]) -> str:
 
 def _title(settings: Mapping[str, Any]) -> str:
     """A task in words."""
+    sizes = {"train_size": "training images", "validation_size": "held out", "test_size": "test images"}
     parts = [settings["dataset"], str(settings["model"])]
-    if settings["train_size"] is not None:
-        parts.append(f"{settings['train_size']:,} training images")
-    if settings["validation_size"]:
-        parts.append(f"{settings['validation_size']:,} held out")
-    if settings["test_size"] is not None:
-        parts.append(f"{settings['test_size']:,} test images")
-    if not settings["augment"]:
-        parts.append("no augmentation")
+    parts += [f"{settings[name]:,} {what}" for name, what in sizes.items() if settings[name]]
+    parts += [] if settings["augment"] else ["no augmentation"]
     if settings["label_noise"]:
         parts.append(f"{100 * settings['label_noise']:g} % {settings['label_noise_kind']} label noise")
     return ", ".join(parts)

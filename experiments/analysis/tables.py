@@ -9,9 +9,9 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from rich import box
 from rich.table import Table
 
@@ -24,16 +24,19 @@ FIXED = (".2f", ".2f")
 SCIENTIFIC = (".3g", ".2g")
 # Texts by network and label of a column.
 Texts = dict[tuple[str, str], str]
+Formats = Mapping[str, tuple[str, str]]
+# A pandas.DataFrame. In the types of pandas itself a checker sees a union of all that an index may give.
+Frame = Any
 
 
-def spreads(frame: pd.DataFrame, by: Sequence[str] = ("network", "label")) -> pd.DataFrame:
+def spreads(frame: Frame, by: Sequence[str] = ("network", "label")) -> Frame:
     """Mean, sample deviation (`error`) and number `n` of the values of each group, one of each run."""
     return frame.groupby(list(by), sort=False)["value"].agg(
         mean=lambda values: Spread.of(list(values)).mean, error=lambda values: Spread.of(list(values)).std, n="size"
     )
 
 
-def differences(frame: pd.DataFrame, base: str) -> pd.DataFrame:
+def differences(frame: Frame, base: str) -> Frame:
     """Mean difference to the network `base` over the seeds that both have, standard error (`error`) and their number.
 
     The error is that of paired differences: their sample deviation / sqrt(n).
@@ -50,10 +53,7 @@ def cell(mean: float, error: float, formats: tuple[str, str] = FIXED) -> str:
 
 
 def texts(
-    found: pd.DataFrame,
-    counts: Mapping[str, int] | None = None,
-    formats: Mapping[str, tuple[str, str]] | None = None,
-    sign: str = "",
+    found: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None, sign: str = ""
 ) -> Texts:
     """Cells of `spreads` or `differences`, with their n unless it is that of the network in `counts`: the column n."""
     made = {(network, "n"): str(n) for network, n in (counts or {}).items()}
@@ -64,17 +64,13 @@ def texts(
     return made
 
 
-def means(
-    frame: pd.DataFrame,
-    counts: Mapping[str, int] | None = None,
-    formats: Mapping[str, tuple[str, str]] | None = None,
-) -> Texts:
+def means(frame: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None) -> Texts:
     """Cells of the `spreads` of rows; `counts` are by default of how many runs of each network there are rows."""
     counts = counts or frame.groupby("network", sort=False)["run"].nunique().to_dict()
     return texts(spreads(frame), counts, formats)
 
 
-def starred(made: Texts, label: str, frame: pd.DataFrame) -> Texts:
+def starred(made: Texts, label: str, frame: Frame) -> Texts:
     """With a star in this column at each network of which some run did not reach the residual of its eigenvalue."""
     missed = set(frame["network"][(frame["metric"] == "eigenvalue_converged") & (frame["value"] == 0)])
     return {key: text + "*" * (key[1] == label and key[0] in missed) for key, text in made.items()}
