@@ -7,56 +7,53 @@ bits.png; with `--sensitivity` also layers-*.png, and an allocation of bits to l
 
 from __future__ import annotations
 
-import csv
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import tyro
 from rich import box
 from rich.table import Table
 
 from experiments import cli, progress
-from experiments.analysis import plots, tables
+from experiments.analysis import plots, table, tables
 from experiments.analysis.networks import group_runs
+from experiments.analysis.tables import Frame
 from experiments.config.fields import number
 from experiments.measure.quantization import Key, QuantizeConfig, evaluate, load, measure_layers
 from experiments.storage import environment, files
 from hero_jax import quantize
-from hero_jax.evaluate import Spread, aggregate
+
+# What rows.csv has of each `QuantizedScore` besides accuracy and loss.
+MEASURED = ("flipped", "sqnr_db", "fraction", "ideal_bytes", "stored_bytes")
 
 
-def cells(
-    config: QuantizeConfig, spreads: dict[Key, list[Spread]]
-) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
-    """Header and, by specification and step, lines of a table."""
-    header = ["network", "n", "full", *(f"{bits} bit" for bits in config.bits)]
-    lines: dict[tuple[str, str], list[list[str]]] = {}
-    for (spec, step, name), row in spreads.items():
-        accuracies = [tables.cell(spread.mean, spread.std) for spread in row]
-        lines.setdefault((spec, step), []).append([name, str(row[0].n), *accuracies])
-    return header, lines
+def table_of(scores: Mapping[Key, list[list[quantize.QuantizedScore]]]) -> Frame:
+    """One row for each run, specification, step and bit width, in the fields of `QuantizedScore`."""
+    return pd.DataFrame(
+        {
+            **{"spec": spec, "step": step, "network": name, "run": i},
+            "bits": "full" if row.bits is None else str(row.bits),
+            **{name: row.metrics[name] for name in ("accuracy", "loss")},
+            "drop": row.drop["accuracy"],
+            **{name: getattr(row, name) for name in MEASURED},
+        }
+        for (spec, step, name), seeds in scores.items()
+        for i, rows in enumerate(seeds)
+        for row in rows
+    )
 
 
-def write_rows(path: Path, scores: dict[Key, list[list[quantize.QuantizedScore]]]) -> None:
-    """One line for each run, specification, step and bit width, in the fields of `QuantizedScore`."""
-    fields = ("accuracy", "loss", "drop", "flipped", "sqnr_db", "fraction", "ideal_bytes", "stored_bytes")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("spec", "step", "network", "run", "bits", *fields))
-        for (spec, step, name), seeds in scores.items():
-            for i, rows in enumerate(seeds):
-                for row in rows:
-                    values = (
-                        row.metrics["accuracy"],
-                        row.metrics["loss"],
-                        row.drop["accuracy"],
-                        row.flipped,
-                        row.sqnr_db,
-                    )
-                    sizes = (row.fraction, row.ideal_bytes, row.stored_bytes)
-                    writer.writerow((spec, step, name, i, "full" if row.bits is None else row.bits, *values, *sizes))
+def cells(rows: Frame) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
+    """Header and, by specification and step, lines of a table; `rows` have the accuracy in percent as their value."""
+    rows, lines = rows.assign(label=rows["bits"].map(table.width_label)), {}
+    columns = ["n", *rows["label"].unique()]
+    for kind, part in rows.groupby(["spec", "step"], sort=False):
+        lines[kind] = tables.lines(tables.means(part), part["network"].unique(), columns)
+    return ["network", *columns], lines
 
 
 def layer_tables(measured: dict[str, Any]) -> Table:
@@ -112,11 +109,12 @@ def main(
         f"{names.pop()}: accuracy in percent on {images:,} images, kernels rounded after training; mean \u00b1 standard"
         f" deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
     )
-    spreads = {key: aggregate(seeds, lambda row: 100 * row.metrics["accuracy"]) for key, seeds in scores.items()}
-    header, lines = cells(config, spreads)
-    rows = [[*kind, *line] for kind, part in lines.items() for line in part]
-    (out / "table.md").write_text(f"{tables.markdown(['spec', 'step', *header], rows, left=3)}\n{text}\n")
-    write_rows(out / "rows.csv", scores)
+    rows = table_of(scores)
+    rows.to_csv(out / "rows.csv", index=False, lineterminator="\r\n", na_rep="nan")
+    rows["value"] = 100 * rows["accuracy"]
+    header, lines = cells(rows)
+    flat = [[*kind, *line] for kind, part in lines.items() for line in part]
+    (out / "table.md").write_text(f"{tables.markdown(['spec', 'step', *header], flat, left=3)}\n{text}\n")
     record = {"config": files.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
     results = [
         {"spec": spec, "step": step, "network": name, "seeds": [[row._asdict() for row in rows] for rows in seeds]}
@@ -125,8 +123,8 @@ def main(
     files.write_json(
         out / "results.json", record | {"results": results, "layers": layers, "environment": environment.current()}
     )
-    plotted = {key: [spread[:2] for spread in row] for key, row in spreads.items()}
-    plots.quantization(plotted, ["full", *map(str, config.bits)], out / "bits.png")
+    panels = {", ".join(kind): part for kind, part in rows.groupby(["spec", "step"], sort=False)}
+    plots.over_bits(panels, out / "bits.png")
     for (spec, step), part in lines.items():
         cli.console.print(tables.terminal(header, part, f"weights {spec}, {step}"))
     cli.console.print(text)

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from experiments import cli, compare
-from experiments.analysis import tables
-from experiments.compare import CompareConfig, Measured
+from experiments.analysis import table, tables
+from experiments.compare import CompareConfig
+from experiments.measure import sweep
 from experiments.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,9 @@ ROOT = Path(__file__).parent.parent
 def finished(tmp_path_factory):
     """A comparison of two methods with two seeds: its folder."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    config = CompareConfig(methods=("sgd", "hero"), seeds=2, epochs=3, train_size=256, bits=(8, 2), curvature_size=100)
+    config = CompareConfig.resolve(
+        methods=("sgd", "hero"), seeds=2, epochs=3, train_size=256, bits=(8, 2), curvature_size=100
+    )
     compare.main(config, out)
     return out
 
@@ -67,23 +70,34 @@ def test_full_precision_row_is_the_accuracy_of_the_run(finished):
 
 def test_folder_of_something_else_is_never_overwritten(finished):
     with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder, .* has epochs 3, not None"):
-        compare.main(CompareConfig(), finished)
+        compare.main(CompareConfig.resolve(), finished)
     with pytest.raises(FileExistsError, match="`out` must be a new or empty folder; "):
-        compare.main(CompareConfig(), finished / "runs")
+        compare.main(CompareConfig.resolve(), finished / "runs")
+
+
+def shown(*runs, method="sgd", bits=(2,)):
+    """The table of runs of one method, each (accuracy by width, eigenvalue, whether it converged)."""
+    config = CompareConfig.resolve(methods=(method,), bits=bits)
+    found = []
+    for seed, (accuracy, eigenvalue, converged) in enumerate(runs):
+        curvature = {"eigenvalue": eigenvalue, "eigenvalue_converged": converged}
+        measured = {"quantized": {config.spec: accuracy}, "curvature": curvature}
+        row = {"epoch": 1, "accuracy": 0.9, "step": 5}
+        found.append(sweep.Run(method, config.run(method, seed), [row], measured))
+    return compare.shown(table.of_sweep(found), config)
 
 
 def test_summary_marks_a_method_with_a_run_that_did_not_converge():
-    results = [
-        Measured("sgd", 0, {None: 90.0, 2: 50.0}, 3.0, 1e-4, True),
-        Measured("sgd", 1, {None: 92.0, 2: 58.0}, 5.0, 1e-1, False),
-    ]
-    (row,) = compare.summarize(results)
-    assert row.n == 2
-    assert row.accuracy[None] == (91.0, pytest.approx(2**0.5))
-    assert row.eigenvalue == (4.0, pytest.approx(2**0.5))
-    assert "4 \u00b1 1.4*" in tables.markdown(*compare.cells([row]))
-    (alone,) = compare.summarize(results[:1])
-    assert tables.markdown(*compare.cells([alone])) == (
+    results = ({"full": 90.0, "2": 50.0}, 3.0, True), ({"full": 92.0, "2": 58.0}, 5.0, False)
+    header, ((*line, eigenvalue),) = shown(*results)
+    assert dict(zip(header, line, strict=False)) == {
+        "method": "SGD",
+        "n": "2",
+        "full": f"91.00 \u00b1 {2**0.5:.2f}",
+        "2 bit": f"54.00 \u00b1 {4 * 2**0.5:.2f}",
+    }
+    assert eigenvalue == "4 \u00b1 1.4*"
+    assert tables.markdown(*shown(*results[:1])) == (
         "| method | n | full | 2 bit | top eig. |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
         "| SGD | 1 | 90.00 | 50.00 | 3 |\n"
@@ -91,13 +105,17 @@ def test_summary_marks_a_method_with_a_run_that_did_not_converge():
 
 
 def test_table_fits_a_terminal_of_eighty_columns():
-    spread = dict.fromkeys((None, 8, 6, 5, 4, 3, 2), (100.0, 10.0))
-    row = compare.Row("grad_l1", 10, spread, (0.123456, 0.0123), False)
+    bits = (8, 6, 5, 4, 3, 2)
+    accuracies = [dict.fromkeys(("full", *map(str, bits)), 100.0 + shift) for shift in (-10.0, 0.0, 10.0)]
+    eigenvalues = (0.111156, 0.123456, 0.135756)
+    runs = [(accuracy, eigenvalue, False) for accuracy, eigenvalue in zip(accuracies, eigenvalues, strict=True)]
     output = io.StringIO()
-    cli.Console(width=80, file=output).print(tables.terminal(*compare.cells([row])))
+    cli.Console(width=80, file=output).print(tables.terminal(*shown(*runs, method="grad_l1", bits=bits)))
     text = output.getvalue()
     assert "\u2026" not in text
     assert "GRAD L1" in text
+    assert "100.00" in text
+    assert "\u00b110.00" in text
     assert "\u00b10.012*" in text
 
 
@@ -114,7 +132,7 @@ def test_table_fits_a_terminal_of_eighty_columns():
 )
 def test_bad_comparisons(options, kind, message):
     with pytest.raises(kind, match=message):
-        CompareConfig(**options)
+        CompareConfig.resolve(**options)
 
 
 class TestCommandLine:

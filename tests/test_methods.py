@@ -276,7 +276,7 @@ def test_no_two_networks_have_one_name():
     options += [{"rho": 0.1, "ascent_decay": 0.9}, {"rho": 0.1, "ascent_batch_size": 16}]
     configs = [short(method="sam", **each) for each in options]
     configs += [short(method="nso"), short(method="nso", sigma=0.1), short(method="nso", noise_bits=3)]
-    names = networks.names(configs)
+    names = networks.names(networks.settings(config) for config in configs)
     assert len(set(names.values())) == len(configs)
     assert "NSO (noise_bits 3)" in names.values()
 

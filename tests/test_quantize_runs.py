@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -13,7 +14,6 @@ from experiments.analysis import plots, tables
 from experiments.analysis.networks import group_runs
 from experiments.config import resolve
 from experiments.measure.quantization import QuantizeConfig
-from hero_jax import evaluate
 
 SIZE = 200
 
@@ -113,8 +113,9 @@ def test_layers(finished):
 
 
 def test_terminal_tables_fit_eighty_columns():
-    spreads = {("channel-narrow", "nearest", "GRAD L1"): [evaluate.Spread.of([100.0, 100.0])] * 7}
-    header, lines = quantize.cells(QuantizeConfig(), spreads)
+    widths = ("full", "8", "6", "5", "4", "3", "2")
+    kind = {"spec": "channel-narrow", "step": "nearest", "network": "GRAD L1", "value": 100.0}
+    header, lines = quantize.cells(pd.DataFrame([kind | {"run": i, "bits": bits} for i in (0, 1) for bits in widths]))
     output = io.StringIO()
     for kind, part in lines.items():
         cli.Console(width=80, file=output).print(tables.terminal(header, part, ", ".join(kind)))
@@ -133,44 +134,49 @@ def test_seeds_of_a_network_share_what_is_compiled(folders):
     assert not np.allclose(*kernels)
 
 
-def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(monkeypatch, tmp_path):
-    seen = {}
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of what is drawn, instead of files."""
+    seen: list = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *rest, **options: seen.extend(figure.axes))
+    return seen
 
-    def panel(axes, names, lines):
-        seen.update({name: style["color"] for name, _, style in lines})
-        axes.plot([0], [0], label="x")
 
-    monkeypatch.setattr(plots, "_bits_panel", panel)
-    networks = ("HERO (a)", "SGD", "HERO (b)", "HERO")
-    lines = {("spec", "nearest", name): [(1.0, 0.0)] for name in networks}
-    plots.quantization(lines, ["full"], tmp_path / "plot.png")
+def rounded(networks, bits=("full",)):
+    return pd.DataFrame([{"network": name, "bits": width, "value": 1.0} for name in networks for width in bits])
+
+
+def test_each_network_has_a_colour_of_its_own_and_a_method_keeps_its(drawn, tmp_path):
+    plots.over_bits({"spec": rounded(("HERO (a)", "SGD", "HERO (b)", "HERO"))}, tmp_path / "plot.png")
+    seen = {bars.get_label(): bars.lines[0].get_color() for bars in drawn[0].containers}
     assert len(set(seen.values())) == 4
     assert (seen["SGD"], seen["HERO"]) == (plots.COLORS["sgd"], plots.COLORS["hero"])
 
 
-def test_a_colour_of_a_method_that_is_drawn_is_no_other_networks(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(
-        plots.Figure, "savefig", lambda figure, *rest, **options: seen.extend(figure.axes[0].containers)
-    )
+def test_a_colour_of_a_method_that_is_drawn_is_no_other_networks(drawn, tmp_path):
     networks = ["SGD", *(f"HERO (rho {i})" for i in range(9))]
-    plots.over_noise({name: {0.2: (50.0, 1.0), 0.4: (40.0, 1.0)} for name in networks}, "%", tmp_path / "plot.png")
-    colors = [container.lines[0].get_color() for container in seen]
+    points = [{"network": name, "noise": rate, "value": 50.0} for name in networks for rate in (0.2, 0.4)]
+    plots.over_noise(pd.DataFrame(points), "%", tmp_path / "plot.png")
+    colors = [container.lines[0].get_color() for container in drawn[0].containers]
     assert colors[0] == plots.COLORS["sgd"]
     assert len(set(colors)) == 10
     # The points of a rate stay beside it.
-    shown = np.stack([container.lines[0].get_xdata() for container in seen])
+    shown = np.stack([container.lines[0].get_xdata() for container in drawn[0].containers])
     np.testing.assert_allclose(shown, [[20, 40]] * 10, atol=2)
 
 
-def test_points_of_a_bit_width_stay_beside_it_however_many_networks_there_are():
-    figure = plots.Figure()
-    axes = figure.add_subplot()
-    style = {"color": "#000000", "marker": "o"}
-    plots._bits_panel(axes, ["full", "3"], [(str(i), [(1.0, 0.0)] * 2, style) for i in range(12)])
-    shown = np.stack([container.lines[0].get_xdata() for container in axes.containers])
+def test_points_of_a_bit_width_stay_beside_it_however_many_networks_there_are(drawn, tmp_path):
+    plots.over_bits({"spec": rounded(map(str, range(12)), ("full", "3"))}, tmp_path / "plot.png")
+    shown = np.stack([container.lines[0].get_xdata() for container in drawn[0].containers])
     np.testing.assert_allclose(shown, [[0, 1]] * 12, atol=0.2)
     assert (np.diff(shown[:, 0]) > 0.01).all()
+
+
+def test_panels_are_four_in_a_row(drawn, tmp_path):
+    panels = {str(i): rounded(("SGD", "HERO"), ("full", "3")) for i in range(5)}
+    plots.over_bits(panels, tmp_path / "plot.png")
+    assert [axes.get_title(loc="left") for axes in drawn if axes.get_visible()] == list(panels)
+    assert len(drawn) == 8
 
 
 def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from experiments import report, train
-from experiments.analysis import page, plots, saved, tables
-from experiments.config import TrainConfig
+from experiments.analysis import page, plots, sections, table, tables
+from experiments.config import resolve
 from experiments.measure.search import SearchConfig, summarize
 from experiments.storage import environment, files
 
@@ -37,7 +38,7 @@ def fake(
 ):
     """A run folder as a run leaves it: one row an epoch, with `more` fields (a list of one value an epoch each)."""
     folder.mkdir(parents=True)
-    config = TrainConfig(**{"method": "sgd", "epochs": EPOCHS, **fields}).resolved()
+    config = resolve(**{"method": "sgd", "epochs": EPOCHS, **fields})
     files.write_json(folder / "config.json", files.to_json(config))
     files.write_json(folder / "environment.json", ENVIRONMENT | (part or {}))
     files.write_json(folder / "status.json", {"status": status, "message": message})
@@ -182,13 +183,26 @@ def test_differences_are_paired_over_shared_seeds(everything):
     assert "minus SGD" in text
 
 
+def rows(**networks):
+    """Rows of the table of runs: for each network its values by seed."""
+    found = [(name, "x", seed, x) for name, by_seed in networks.items() for seed, x in by_seed.items()]
+    return pd.DataFrame(found, columns=["network", "label", "seed", "value"]).assign(run=range(len(found)))
+
+
+def difference(values, baseline, n=None, formats=tables.FIXED):
+    """The cell of paired differences."""
+    found = tables.differences(rows(a=values, base=baseline), "base")
+    (line,) = tables.lines(tables.texts(found, {"a": n}, {"x": formats}, "+"), ["a"], ["x"])
+    return line[1]
+
+
 def test_difference_by_hand():
-    assert tables.difference({0: 3.0, 1: 6.0, 5: 90.0}, {1: 2.0, 0: 1.0, 4: 7.0}) == "+3.00 \u00b1 1.00 (n\u00a02)"
-    assert tables.difference({0: 3.0}, {0: 4.0}) == "-1.00 (n\u00a01)"
-    assert tables.difference({0: 3.0}, {1: 4.0}) == "\u2014"
-    assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2) == "+3.00 \u00b1 1.00"
-    assert tables.difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 3) == "+3.00 \u00b1 1.00 (n\u00a02)"
-    assert tables.difference({0: 300.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2, (".1e", ".0f")) == "+1.5e+02 \u00b1 148"
+    assert difference({0: 3.0, 1: 6.0, 5: 90.0}, {1: 2.0, 0: 1.0, 4: 7.0}) == "+3.00 \u00b1 1.00 (n\u00a02)"
+    assert difference({0: 3.0}, {0: 4.0}) == "-1.00 (n\u00a01)"
+    assert difference({0: 3.0}, {1: 4.0}) == "\u2014"
+    assert difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2) == "+3.00 \u00b1 1.00"
+    assert difference({0: 3.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 3) == "+3.00 \u00b1 1.00 (n\u00a02)"
+    assert difference({0: 300.0, 1: 6.0}, {0: 1.0, 1: 2.0}, 2, (".1e", ".0f")) == "+1.5e+02 \u00b1 148"
 
 
 @pytest.fixture(scope="module")
@@ -242,10 +256,30 @@ class TestAgainst:
 
 
 def test_spread_tells_its_n_where_the_row_has_another():
-    assert tables.spread([1.0, 3.0], 2) == "2.00 \u00b1 1.41"
-    assert tables.spread([1.0, 3.0], 5) == "2.00 \u00b1 1.41 (n\u00a02)"
-    assert tables.spread([1.0], 1) == "1.00"
-    assert tables.spread([]) == "\u2014"
+    def spread(values, n=None):
+        found = tables.spreads(rows(a=dict(enumerate(values))))
+        return tables.lines(tables.texts(found, {"a": n}), ["a"], ["x"])[0][1]
+
+    assert spread([1.0, 3.0], 2) == "2.00 \u00b1 1.41"
+    assert spread([1.0, 3.0], 5) == "2.00 \u00b1 1.41 (n\u00a02)"
+    assert spread([1.0], 1) == "1.00"
+    assert spread([]) == "\u2014"
+
+
+@pytest.mark.parametrize(
+    ("networks", "least", "expected"),
+    [
+        ({"a": {0: 1.0, 1: 4.0}, "b": {0: 2.0}}, False, "a has the highest mean, 2.50 %"),
+        ({"a": {0: 1.0, 1: 4.0}, "b": {0: 2.0}}, True, "b has the lowest mean, 2.00 %"),
+        ({"a": {0: 2.0}, "b": {0: 2.001}, "c": {0: 1.0}}, False, "a and b have the highest mean, 2.00 %"),
+        ({name: {0: 2.0} for name in "abcd"}, False, "4 networks have the highest mean, 2.00 %"),
+        ({"a": {0: 2.0}}, False, "the mean of a is 2.00 %"),
+        ({"a": {0: math.nan}, "b": {0: 2.0}, "c": {0: 1.0}}, False, "b has the highest mean, 2.00 %"),
+        ({"a": {0: math.nan}}, False, "no mean is a number"),
+    ],
+)
+def test_what_a_caption_says_is_so(networks, least, expected):
+    assert sections.extreme(rows(**networks), least=least) == expected
 
 
 def test_summary_has_a_row_a_network_and_a_column_a_claim(everything):
@@ -276,9 +310,10 @@ def test_summary_marks_an_eigenvalue_that_was_not_found(tmp_path):
 def test_seconds_leave_out_the_compilation_of_the_first_epoch(tmp_path):
     fake(tmp_path / "three", more={"images_per_second": (1.0, 64.0, 32.0)})
     fake(tmp_path / "one", (0.5,), more={"images_per_second": (32.0,)}, seed=1)
-    found = {run.config.seed: run.seconds for run in saved.find([tmp_path]).runs}
+    found = table.read([tmp_path]).table
+    seconds = found[found["metric"] == "seconds"].set_index("seed")["value"]
     # Batches of 64, 10 an epoch.
-    assert found == {0: 10 + 10 + 20, 1: 20}
+    assert seconds.to_dict() == {0: 10 + 10 + 20, 1: 20}
 
 
 def test_networks_have_one_name_and_those_on_clean_labels_alone_are_not_among_the_noisy(tmp_path):
@@ -380,7 +415,7 @@ def test_search_marks_what_was_chosen(everything):
 
 def test_a_search_that_was_ended_or_diverged_stays_out_of_the_table(tmp_path):
     fake(tmp_path / "main")
-    configs = SearchConfig(method="sam", rho=(0.1, 0.2)).runs()
+    configs = SearchConfig.resolve(method="sam", rho=(0.1, 0.2)).runs()
     for name, grid in (("begun", []), ("diverged", summarize(configs, []))):
         files.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
         fake(tmp_path / name / "runs" / "trial", method="sam", rho=0.2)
@@ -451,8 +486,8 @@ def test_markdown_tables_have_as_many_cells_in_every_row(everything):
     _, text, _ = everything
     tables_read = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
     assert len(tables_read) > 10
-    for table in tables_read:
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    for lines in tables_read:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1
 
 
 def test_links_of_the_markdown_are_files_beside_it(everything):
@@ -483,7 +518,9 @@ def test_all_commits_and_hardware_are_listed(tmp_path):
 def test_short_curves_keep_their_width_beside_long_ones(longest, scale, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *rest, **options: seen.extend(figure.axes))
-    curves = {name: [[(epoch, 1.0) for epoch in range(1, 1 + n)]] for name, n in (("SGD", 3), ("HERO", longest))}
+    ends = {"SGD": 3, "HERO": longest}
+    curves = pd.DataFrame([(name, epoch, 1.0) for name, end in ends.items() for epoch in range(1, 1 + end)])
+    curves.columns = ["network", "epoch", "value"]
     plots.along_epochs({"loss": curves, "accuracy": curves}, tmp_path / "plot.png")
     assert [axes.get_xscale() for axes in seen] == [scale, scale]
 
@@ -529,6 +566,60 @@ def test_a_report_replaces_an_earlier_one_only(tmp_path):
     with pytest.raises(FileExistsError, match="`out` must be a new or empty folder, or that of a report"):
         report.main((run,), out)
     assert (out / "report.html").exists()
+
+
+def test_runs_of_which_none_is_done_are_listed(tmp_path):
+    fake(tmp_path / "a", status="interrupted", message="max_minutes 1 passed")
+    text, _ = made(tmp_path)
+    assert "1 runs: 1 interrupted." in text
+    assert re.findall("^## (.*)", text, flags=re.MULTILINE) == ["What was run", "Where every number comes from"]
+
+
+def test_a_table_of_every_number_of_every_run(everything):
+    found = table.read([everything[0]]).table
+    sgd = found[(found["section"] == "main") & (found["network"] == "SGD") & (found["noise"] == 0)]
+    values = sgd.set_index(["seed", "metric", "epoch"])["value"]
+    assert values[0, "accuracy", 2.0] == 60
+    at_end = sgd[sgd["epoch"].isna()].set_index(["seed", "metric"])["value"]
+    assert at_end[1, "accuracy"] == 93
+    assert at_end[1, "2 bit, channel-narrow"] == 61
+    assert at_end[1, "eigenvalue"] == -5
+    assert set(sgd["bits"].dropna()) == {"full", "8", "2"}
+    # A trial of a search and a run that diverged are not in it.
+    assert not set(found["seed"]) & {8, 9}
+
+
+def test_a_network_looks_the_same_in_all_figures(everything, monkeypatch, tmp_path):
+    seen: dict[str, set[Any]] = {}
+
+    def drawn(figure, *_, **__):
+        for axes in figure.axes:
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                line = getattr(handle, "lines", [handle])[0]
+                seen.setdefault(name, set()).add((line.get_color(), line.get_marker(), line.get_linestyle()))
+
+    monkeypatch.setattr(plots.Figure, "savefig", drawn)
+    data = table.read([everything[0]]).table
+    draw = sections.Plotter(tmp_path, data["network"])
+    end = sections.at_end(data, {"accuracy": "x"})
+    every = sections.networks(end)
+    # Alone and beside others, a network would be given the first free style if each figure gave its own.
+    for names in (["HERO (penalty hvp)"], ["HERO (penalty difference)", "HERO (penalty hvp)"], every):
+        draw.of_networks(plots.over_noise, end[end["network"].isin(names)], "%", caption="")
+    assert {len(looks) for looks in seen.values()} == {1}
+    assert len(set.union(*seen.values())) == len(seen) == len(every)
+
+
+def test_captions_of_plots_begin_with_what_is_to_be_seen(everything):
+    _, text, _ = everything
+    captions = re.findall(r"^!\[\]\(.*\)\n\n(.*)", text, flags=re.MULTILINE)
+    assert len(captions) > 8
+    for caption in captions:
+        assert re.match(
+            r"(Further|Higher|Fewer|Lower|Brighter|At 1|A larger) [^.]*(better|flatter|gradient|wider)", caption
+        )
+    accuracy = text[text.index("## Accuracy") :]
+    assert "Further right is better: HERO has the highest mean, 93.00 %. digits, mlp: accuracy" in accuracy
 
 
 class TestRefusals:
@@ -591,8 +682,8 @@ def test_what_is_not_a_run_is_passed_over(tmp_path):
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "config.json").write_text(json.dumps({"specs": [], "seed": 0}))
     fake(tmp_path / "b" / "checkpoint" / "kept", seed=3)
-    found = saved.find([tmp_path, tmp_path / "a"])
-    assert [run.path for run in found.runs] == [tmp_path / "a"]
+    found = table.read([tmp_path, tmp_path / "a"])
+    assert list(found.runs["path"]) == [tmp_path / "a"]
 
 
 def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path):
@@ -624,8 +715,22 @@ def test_a_page_of_one_section_has_no_contents(tmp_path):
     assert "<p>text</p>" in code
 
 
+def test_a_page_uses_the_window_and_scrolls_wide_tables_alone(tmp_path):
+    shown = page.Table(["a", "b"], [["x", "1"]])
+    parts = ["text", shown, page.Picture("p.png", "one"), page.Picture("p.png", "two"), shown]
+    Image.new("RGB", (4, 3)).save(tmp_path / "p.png")
+    code = page.to_html("t", "i", [page.Section("one", parts)], tmp_path)
+    read = [attributes.get("class") for tag, attributes in Page(code).tags if tag in ("div", "figure", "table")]
+    # Each table in a box of its own, pictures that follow each other side by side.
+    assert read == ["wide", None, "plots", None, None, "wide", None]
+    assert re.search(r"\.wide {[^}]*overflow-x: auto", code)
+    assert not re.search(r"body {[^}]*max-width", code)
+    assert 'name="viewport"' in code
+    assert "prefers-color-scheme: dark" in code
+
+
 def test_a_real_run(tmp_path):
-    train.main(TrainConfig(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
+    train.main(resolve(method="sgd", epochs=1, train_size=64), out=tmp_path / "run")
     text, code = made(tmp_path)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert cells_of(text, "SGD")[0][1:3] == ["1", f"{100 * row['accuracy']:.2f}"]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report
-from experiments.analysis import differences, page, saved, sections, summary, tables
+from experiments.analysis import page, sections, summary, table, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,10 +15,11 @@ AGAINST = ("SGD", "ASAM", "ASAM (rho 0.5)", "GRAD L1")
 
 
 def archived(name, folder):
-    """The archived runs of a folder of results."""
+    """The rows of the table of the archived runs of a folder of results that are of no ablation."""
     with tarfile.open(ROOT / "results" / name / "runs.tar.xz") as tar:
         tar.extractall(folder, filter="data")
-    return saved.find([folder]).main
+    found = table.read([folder]).table
+    return found[found["section"] == "main"]
 
 
 def in_markdown(content):
@@ -54,7 +54,7 @@ def test_shown_differences_are_those_of_the_records(tmp_path):
     command = "--against " + " ".join(f'"{name}"' if " " in name else name for name in AGAINST)
     assert command in (ROOT / "docs" / "results.md").read_text()
     text = (ROOT / "results" / "cifar10-small" / "README.md").read_text()
-    made = in_markdown(differences.differences(report.parts(archived("cifar10-small", tmp_path)), AGAINST))
+    made = in_markdown(summary.differences(archived("cifar10-small", tmp_path), AGAINST))
     # Clean labels and two rates of noise.
     assert len(made) == 3 * len(AGAINST)
     section = text[text.index("\n## Differences") : text.index("\n## Accuracy")]
@@ -63,13 +63,13 @@ def test_shown_differences_are_those_of_the_records(tmp_path):
 
 
 def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
-    runs = archived("digits-reproduce", tmp_path)
-    symmetric = [run for run in runs if run.config.label_noise and run.config.label_noise_kind == "symmetric"]
-    made = sections.by_noise(symmetric, sections.names(runs), lambda run: run.config.label_noise)
-    rates = (0.2, 0.4, 0.6, 0.8)
-    expected = {
-        (name, *(tables.spread([run.accuracy for run in row[r]], 10) for r in rates)) for name, row in made.items()
-    }
+    rows = archived("digits-reproduce", tmp_path)
+    symmetric = rows[(rows["noise"] > 0) & (rows["kind"] == "symmetric")]
+    rates = [0.2, 0.4, 0.6, 0.8]
+    end = sections.at_end(symmetric, {"accuracy": ""})
+    found = tables.spreads(end.assign(label=end["noise"]))
+    names = list(dict.fromkeys(end["network"]))
+    expected = {tuple(line) for line in tables.lines(tables.texts(found, dict.fromkeys(names, 10)), names, rates)}
     header = "| method | 20 % altered | 40 % | 60 % | 80 % |"
     docs, readme = (
         {tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in table_below(path, header)[2:]}

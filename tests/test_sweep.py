@@ -257,7 +257,7 @@ def test_what_the_data_do_not_allow_leaves_no_folder(command, message, tmp_path)
 
 
 def test_comparison_passes_the_label_noise_on():
-    config = compare.CompareConfig(label_noise=0.4, label_noise_kind="asymmetric")
+    config = compare.CompareConfig.resolve(label_noise=0.4, label_noise_kind="asymmetric")
     assert (config.run("hero", 0).label_noise, config.run("hero", 0).label_noise_kind) == (0.4, "asymmetric")
 
 
@@ -525,7 +525,9 @@ class TestReproduce:
         assert (planned["sgd-longer"].budget.epochs, planned["sgd-longer"].watch.every) == (32, 8)
         assert (planned["sgd"].budget.epochs, planned["sgd"].watch.every) == (8, 2)
         changed = plan.plan(config, "ablations", 20, tmp_path)
-        assert [run.method.penalty_batch_size for run in changed.values() if run.method.penalty_batch_size != "all"] == [10]
+        assert [
+            run.method.penalty_batch_size for run in changed.values() if run.method.penalty_batch_size != "all"
+        ] == [10]
 
     def test_all_spend_the_gradients_of_hero_at_equal_cost(self, tmp_path):
         config = plan.ReproduceConfig.resolve(epochs=12, noise_rates=(0.4,), noise_kinds=("uniform", "asymmetric"))
@@ -605,13 +607,17 @@ class TestReproduce:
         clean, noisy, changed = (plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations"))
         assert clean["sam"].method.rho == clean["sam-noise"].method.rho == 0.3
         assert clean["asam"].method.rho == 1.0
-        assert (clean["hero"].method.rho, clean["hero"].method.gamma, clean["hero-hvp"].method.gamma) == (0.7, 11.0, 11.0)
+        assert (clean["hero"].method.rho, clean["hero"].method.gamma, clean["hero-hvp"].method.gamma) == (
+            0.7,
+            11.0,
+            11.0,
+        )
         assert (clean["hero-eigenvalue"].method.rho, clean["hero-eigenvalue"].method.gamma) == (0.7, 0.1)
         assert noisy["hero-symmetric_0.8"].method.gamma == 300.0
         # Without a search on noisy labels that on clean ones counts; each penalty has its own.
         assert noisy["sam-symmetric_0.8"].method.rho == 0.3
         eigenvalue = noisy["hero-eigenvalue-symmetric_0.8"]
-        assert (eigenvalue.rho, eigenvalue.gamma) == (1.5, 0.02)
+        assert (eigenvalue.method.rho, eigenvalue.method.gamma) == (1.5, 0.02)
         assert changed["hero-gamma_0.0"].method.rho == 0.7
         assert changed["hero"].method.gamma == 11.0
         assert changed["hero-penalty_eigenvalue"].method.gamma == 0.1

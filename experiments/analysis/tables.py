@@ -1,11 +1,17 @@
-"""Tables of means and standard deviations, for a terminal of 80 columns and in Markdown, from the same cells."""
+"""Tables of means and standard deviations, for a terminal of 80 columns and in Markdown, from the same cells.
+
+They are made of rows of the table of runs (`experiments.analysis.table`): a value of each run, with its network and the
+label of its column.
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -13,37 +19,66 @@ from hero_jax.evaluate import Spread
 
 SEPARATOR = " \u00b1 "
 NOTHING = "\u2014"
+FIXED = (".2f", ".2f")
+# Formats of a mean and of its error where sizes differ by orders.
+SCIENTIFIC = (".3g", ".2g")
+# Texts by network and label of a column.
+Texts = dict[tuple[str, str], str]
+Formats = Mapping[str, tuple[str, str]]
+# A pandas.DataFrame. In the types of pandas itself a checker sees a union of all that an index may give.
+Frame = Any
 
 
-def cell(mean: float, std: float, formats: tuple[str, str] = (".2f", ".2f")) -> str:
-    """Mean and deviation; the mean alone where one run has no deviation."""
-    return f"{mean:{formats[0]}}" + ("" if math.isnan(std) else f"{SEPARATOR}{std:{formats[1]}}")
+def spreads(frame: Frame, by: Sequence[str] = ("network", "label")) -> Frame:
+    """Mean, sample deviation (`error`) and number `n` of the values of each group, one of each run."""
+    return frame.groupby(list(by), sort=False)["value"].agg(
+        mean=lambda values: Spread.of(list(values)).mean, error=lambda values: Spread.of(list(values)).std, n="size"
+    )
 
 
-def spread(values: Sequence[float], n: int | None = None, formats: tuple[str, str] = (".2f", ".2f")) -> str:
-    """Mean and sample deviation of one number a run, with how many there are unless it is the `n` of the row."""
-    if not values:
-        return NOTHING
-    found = Spread.of(values)
-    return cell(found.mean, found.std, formats) + ("" if found.n == n else f" (n\u00a0{found.n})")
-
-
-def difference(
-    values: Mapping[int, float],
-    baseline: Mapping[int, float],
-    n: int | None = None,
-    formats: tuple[str, str] = (".2f", ".2f"),
-) -> str:
-    """Mean difference over the seeds that both have and its standard error, with how many unless it is the `n` given.
+def differences(frame: Frame, base: str) -> Frame:
+    """Mean difference to the network `base` over the seeds that both have, standard error (`error`) and their number.
 
     The error is that of paired differences: their sample deviation / sqrt(n).
     """
-    paired = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    if not paired:
-        return NOTHING
-    found = Spread.of(paired)
-    text = cell(found.mean, found.std / math.sqrt(found.n), (f"+{formats[0]}", formats[1]))
-    return text + ("" if found.n == n else f" (n\u00a0{found.n})")
+    theirs = frame.loc[frame["network"] == base, ["label", "seed", "value"]]
+    paired = frame[frame["network"] != base].merge(theirs, on=["label", "seed"], suffixes=("", "_of_base"))
+    found = spreads(paired.assign(value=paired["value"] - paired["value_of_base"]))
+    return found.assign(error=found["error"] / np.sqrt(found["n"]))
+
+
+def cell(mean: float, error: float, formats: tuple[str, str] = FIXED) -> str:
+    """Mean and its deviation or error; the mean alone where one run has none."""
+    return f"{mean:{formats[0]}}" + ("" if math.isnan(error) else f"{SEPARATOR}{error:{formats[1]}}")
+
+
+def texts(
+    found: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None, sign: str = ""
+) -> Texts:
+    """Cells of `spreads` or `differences`, with their n unless it is that of the network in `counts`: the column n."""
+    made = {(network, "n"): str(n) for network, n in (counts or {}).items()}
+    for (network, label), mean, error, n in found.itertuples():
+        first, second = (formats or {}).get(label, FIXED)
+        told = "" if (counts or {}).get(network) == n else f" (n\u00a0{n})"
+        made[network, label] = cell(mean, error, (sign + first, second)) + told
+    return made
+
+
+def means(frame: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None) -> Texts:
+    """Cells of the `spreads` of rows; `counts` are by default of how many runs of each network there are rows."""
+    counts = counts or frame.groupby("network", sort=False)["run"].nunique().to_dict()
+    return texts(spreads(frame), counts, formats)
+
+
+def starred(made: Texts, label: str, frame: Frame) -> Texts:
+    """With a star in this column at each network of which some run did not reach the residual of its eigenvalue."""
+    missed = set(frame["network"][(frame["metric"] == "eigenvalue_converged") & (frame["value"] == 0)])
+    return {key: text + "*" * (key[1] == label and key[0] in missed) for key, text in made.items()}
+
+
+def lines(made: Texts, networks: Iterable[str], labels: Sequence[str]) -> list[list[str]]:
+    """A line of texts for each network, its name first."""
+    return [[name, *(made.get((name, label), NOTHING) for label in labels)] for name in networks]
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -97,4 +97,6 @@ def _check_method(kind: type[methods.Method], settings: Mapping[str, Any]) -> No
             raise ArgumentError(f"`{name}` has no effect on method {kind.method!r}; got {value!r}.")
 
 
-resolve = TrainConfig.resolve
+def resolve(method: str = "hero", dataset: str = "digits", **settings: Any) -> TrainConfig:
+    """`TrainConfig.resolve`."""
+    return TrainConfig.resolve(dataset, method=method, **settings)
