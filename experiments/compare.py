@@ -92,8 +92,8 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     measured = min(config.measuring.curvature_images(task.dataset), trained)
     noise = f", {labels.label_noise:.0%} {labels.label_noise_kind} noise" if labels.label_noise else ""
     return (
-        f"{task.dataset}, {task.model}, {config.budget.epochs} epochs on {trained:,} images{noise}, last epoch: accuracy"
-        f" in percent on {tested:,} test images, {spread}. Bits: weights rounded after training,"
+        f"{task.dataset}, {task.model}, {config.budget.epochs} epochs on {trained:,} images{noise}, last epoch:"
+        f" accuracy in percent on {tested:,} test images, {spread}. Bits: weights rounded after training,"
         f" grid {config.spec}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
         " some run did not reach it)."

@@ -183,7 +183,7 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     runs = [(tmp_path / str(i), resolve(seed=i)) for i in range(2)]
     others = [resolve(epochs=9), resolve(epochs=9, rho=0.5), resolve(method="sam")]
     assert group_runs([*runs, *((tmp_path / str(i), other) for i, other in enumerate(others, 2))]) == {
-        "HERO (epochs None)": [tmp_path / "0", tmp_path / "1"],
+        "HERO (epochs 60)": [tmp_path / "0", tmp_path / "1"],
         "HERO": [tmp_path / "2"],
         "HERO (rho 0.5)": [tmp_path / "3"],
         "SAM": [tmp_path / "4"],

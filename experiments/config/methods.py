@@ -20,19 +20,24 @@ Penalty = Literal["detached", "difference", "hvp", "eigenvalue"]
 
 
 class _Without:
-    """What a method does that has no such setting."""
+    """Every setting, in the order in which tables have them; the values are what a method does without the setting."""
 
-    sigma: NonNegative | Literal["none"] = "none"
-    noise_bits: Bits | Literal["none"] = "none"
-    ema_decay: Fraction | Literal["none"] = "none"
+    rho: NonNegative = 0.0
+    adaptive: bool = False
+    gamma: NonNegative = 0.0
+    gamma_warmup: Whole = 0
+    penalty: Penalty | Literal["none"] = "none"
+    scope: Scope = "global"
     suppress: Fraction = 0.0
     ascent_decay: Fraction | Literal["none"] = "none"
     ascent_batch_size: Count | Literal["all"] = "all"
     perturb_from: Fraction = 0.0
-    gamma: NonNegative = 0.0
-    penalty: Penalty | Literal["none"] = "none"
+    reduction: Literal["mean", "sum"] = "mean"
     product: Literal["exact", "difference"] = "exact"
     penalize_from: Fraction = 0.0
+    sigma: NonNegative | Literal["none"] = "none"
+    noise_bits: Bits | Literal["none"] = "none"
+    ema_decay: Fraction | Literal["none"] = "none"
     interval: Count = 1
     penalty_batch_size: Count | Literal["all"] = "all"
 
@@ -234,4 +239,4 @@ def settings(kind: type[Method]) -> dict[str, Any]:
 
 
 # Of all methods together.
-SETTINGS = {name: kind for method in METHODS.values() for name, kind in settings(method).items()}
+SETTINGS = {"method": Name, **typing.get_type_hints(_Without, include_extras=True)}
