@@ -141,7 +141,7 @@ def main(
     eigenvalues = sections.at_end(rows, {"eigenvalue": ""})
     eigenvalues["value"] = eigenvalues["value"].abs()
     plots.each_run(eigenvalues, "|top Hessian eigenvalue|", out / "eigenvalues.png", log=True)
-    loss = "training loss (at the unperturbed weights)"
+    loss = "training loss\n(at the unperturbed weights)"
     curves = {loss: sections.along(rows, "train_loss"), "accuracy, %": sections.along(rows, "accuracy")}
     plots.along_epochs(curves, out / "training.png", log=[loss])
     cli.console.print(tables.terminal(header, lines))

@@ -81,18 +81,23 @@ def over_bits(panels: Mapping[str, Frame], path: Path, styles: Styles | None = N
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = (7, 4.2) if len(panels) == 1 else (1.0 + 3.8 * columns, 0.6 + 3.0 * rows)
+    counts: set[int] = set()
     with _drawn(path, *size, rows, columns, sharey=True) as (figure, drawn):
         for axes in drawn[len(panels) :]:
             axes.set_visible(False)
         for axes, (title, frame) in zip(drawn, panels.items(), strict=False):
             found = tables.spreads(frame, ("network", "bits"))
+            counts |= set(found["n"])
             for i, name in enumerate(networks):
                 shown = found.loc[name].reindex(widths)
                 x = np.arange(len(widths)) + _apart(i, len(networks))
                 axes.errorbar(x, shown["mean"], shown["error"], label=name, markersize=5, capsize=2, **styles[name])
             axes.set_xticks(range(len(widths)), widths)
             axes.set(xlabel="bits of a weight after training", ylabel="accuracy, %")
-            _title(axes, f"{title}; mean \u00b1 standard deviation" if len(panels) == 1 else title)
+            _title(axes, title)
+        figure.suptitle(
+            f"mean \u00b1 standard deviation over seeds, n = {' or '.join(map(str, sorted(counts)))}", fontsize=9
+        )
         _legend_below(figure)
 
 
