@@ -41,6 +41,7 @@ def table_below(path, header):
     [
         ("cifar10-small", ("results/cifar10-small/README.md", "docs/results.md", "README.md")),
         ("digits-reproduce", ("results/digits-reproduce/README.md",)),
+        ("digits-cheap", ("results/digits-cheap/README.md",)),
     ],
 )
 def test_shown_tables_are_those_of_the_records(name, pages, tmp_path):

@@ -1,5 +1,6 @@
 """Many runs: what is there is not made again, what is missing is; the search; the whole set, planned and run small."""
 
+import functools
 import json
 import re
 import shlex
@@ -258,7 +259,8 @@ def test_what_the_data_do_not_allow_leaves_no_folder(command, message, tmp_path)
 
 def test_comparison_passes_the_label_noise_on():
     config = compare.CompareConfig.resolve(label_noise=0.4, label_noise_kind="asymmetric")
-    assert (config.run("hero", 0).label_noise, config.run("hero", 0).label_noise_kind) == (0.4, "asymmetric")
+    labels = config.run("hero", 0).labels
+    assert (labels.label_noise, labels.label_noise_kind) == (0.4, "asymmetric")
 
 
 class TestSearch:
@@ -274,7 +276,7 @@ class TestSearch:
             accuracies = [runs.read_metrics(path)[-1]["validation_accuracy"] for path in paths]
             np.testing.assert_allclose(row["validation_accuracy"], np.mean(accuracies))
             np.testing.assert_allclose(row["std"], np.std(accuracies, ddof=1))
-            assert json_config(paths[0]).label_noise == 0.4
+            assert json_config(paths[0]).labels.label_noise == 0.4
         assert record["best"] == best_of(record["grid"])
         assert "held out" in capsys.readouterr().out
         # More values are added to what is there.
@@ -299,7 +301,7 @@ class TestSearch:
         assert {run.method.rho for run in made} == {0.5}
         for count in (4, 16):
             for name, (least, greatest) in space.items():
-                values = np.array([getattr(run, name) for run in made[:count]])
+                values = np.array([run.flat()[name] for run in made[:count]])
                 parts = np.log(values / least) / np.log(greatest / least) * count
                 assert sorted(parts.astype(int)) == list(range(count))
         # More are added to those that are there; methods with the same settings try the same.
@@ -318,7 +320,7 @@ class TestSearch:
         first = json.loads((out / "search.json").read_text())["grid"]
         before = written(out)
         # What is in the folder is what is tried, whatever would be drawn now.
-        monkeypatch.setattr("experiments.measure.search.draw", lambda *_: [{"rho": 1.0}] * 3)
+        monkeypatch.setattr("experiments.measure.search.draw", lambda *_: [{"rho": rho} for rho in (0.8, 0.9, 1.0)])
         search.main(config.replace(trials=3), out)
         grid = json.loads((out / "search.json").read_text())["grid"]
         assert grid[:2] == first
@@ -329,7 +331,7 @@ class TestSearch:
         assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in grid]
         with pytest.raises(FileExistsError, match=r"has rho \[0\.5, 2\.0\], not \[0\.5, 3\.0\]"):
             search.main(config.replace(rho=(0.5, 3.0)), out)
-        with pytest.raises(FileExistsError, match="has trials 3, not None"):
+        with pytest.raises(FileExistsError, match="has trials 3, not 'grid'"):
             search.main(config.replace(trials="grid"), out)
 
     def test_killed_at_any_moment(self, tmp_path):
@@ -391,19 +393,24 @@ class TestSearch:
             SearchConfig.resolve(**options)
 
 
-def take_two_steps(run, images):
+def trace(run, images):
+    """Traces a step of each kind that a run has: all of its program, without compiling it."""
     trainer = compiled.build(run, images)
-    state = trainer.init(0)
-    for indices in np.arange(2 * run.budget.batch_size).reshape(2, -1) % images.train.size:
-        state, loss = trainer.step(state, *images.train, indices)
-    assert np.isfinite(loss)
+    indices = np.arange(run.budget.batch_size) % images.train.size
+    state = jax.eval_shape(functools.partial(trainer.init, 0))
+    steps_per_epoch = images.train.size // run.budget.batch_size
+    for kind, _ in enumerate(methods.phases(run, steps_per_epoch)[0]):
+        step = functools.partial(trainer.step, kind=kind)
+        after, loss = jax.eval_shape(step, state, *images.train, indices)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        assert (loss.shape, loss.dtype) == ((), np.float32)
 
 
 @pytest.mark.parametrize("dataset", presets.DATASETS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_preset_takes_two_steps(dataset, method):
+def test_every_preset_makes_a_step(dataset, method):
     tiny = {"model": "mlp", "epochs": 2, "batch_size": 4}
-    take_two_steps(resolve(method=method, dataset=dataset, **tiny), problems.random_images(8))
+    trace(resolve(method=method, dataset=dataset, **tiny), problems.random_images(8))
 
 
 def leave_search(out, name, **best):
@@ -417,7 +424,7 @@ def leave_search(out, name, **best):
 
 
 class TestReproduce:
-    def test_every_planned_run_takes_two_steps(self, digits, tmp_path):
+    def test_every_planned_run_makes_a_step(self, digits, tmp_path):
         config = plan.ReproduceConfig.resolve(epochs=4, train_size=64)
         plans = {part: plan.plan(config, part, 20, tmp_path) for part in ("accuracy", "noise", "ablations")}
         assert {part: len(planned) for part, planned in plans.items()} == {"accuracy": 28, "noise": 96, "ablations": 14}
@@ -427,7 +434,7 @@ class TestReproduce:
         every = {run.replace(**plain) for planned in plans.values() for run in planned.values()}
         assert len(every) == 37
         for run in every:
-            take_two_steps(run, images)
+            trace(run, images)
 
     @pytest.mark.parametrize(
         ("folder", "record", "message"),

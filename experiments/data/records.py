@@ -242,8 +242,8 @@ def _stream(builder: Any, about: Prepared, split: str) -> Stream:
 def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Split:
     """A split of a prepared data set, from the cache or decoded into it."""
     rows, shape = _Rows(builder, split, DATASETS[name].num_classes), builder.info.features["image"].shape
-    files = builder.info.splits[split].filepaths
-    content = _content(files)
+    paths = builder.info.splits[split].filepaths
+    content = _content(paths)
     cache = files.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{content}.npz"
     cached = _read_cache(cache, (len(rows), *shape))
     if cached is not None:
@@ -261,19 +261,19 @@ def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Spli
                 raise _damaged(name, f"{place} cannot be read ({one_line(error)})") from error
         if report is not None:
             report(indices.stop, len(rows))
-    if _content(files) != content:
+    if _content(paths) != content:
         raise _damaged(name, f"split {split!r} in {builder.data_path} changed while it was read")
     _write_cache(cache, decoded)
     return decoded
 
 
-def _content(files: Iterable[Any]) -> str:
+def _content(paths: Iterable[Any]) -> str:
     """Tells files apart by what is in them: sizes and times would take a copy that kept its times for the same.
 
     It takes a hundredth of the time of decoding them.
     """
     digest = hashlib.sha256()
-    for path in files:
+    for path in paths:
         with Path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]

@@ -260,7 +260,9 @@ def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
 
 def _what_was_searched(saved: Mapping[str, Any]) -> str:
     """The same of the saved configuration of a search."""
-    named = {field: saved[field] for field in ("method", "dataset", "model", "penalty") if field in saved}
+    named = {
+        name: saved[name] for name in ("method", "dataset", "model", "penalty") if saved.get(name, "preset") != "preset"
+    }
     return _task(resolve(**named), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
 
 
