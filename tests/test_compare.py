@@ -69,7 +69,7 @@ def test_full_precision_row_is_the_accuracy_of_the_run(finished):
 
 
 def test_folder_of_something_else_is_never_overwritten(finished):
-    with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder, .* has epochs 3, not None"):
+    with pytest.raises(FileExistsError, match=r"`out` must be a new or empty folder, .* has train_size 256, not 'all'"):
         compare.main(CompareConfig.resolve(), finished)
     with pytest.raises(FileExistsError, match="`out` must be a new or empty folder; "):
         compare.main(CompareConfig.resolve(), finished / "runs")

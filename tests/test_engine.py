@@ -21,6 +21,8 @@ from experiments.storage import files, runs
 from tests import problems
 
 ray = pytest.importorskip("ray")
+# Ray starts its processes by a fork, which JAX warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 3, "batch_size": 64, "train_size": 128}
@@ -70,7 +72,7 @@ def assert_same_weights(out, other):
 @pytest.fixture(scope="module")
 def plain(digits, tmp_path_factory):
     """(configurations, folder, what was found) of the plain loop; HERO saves all the time."""
-    changed = {"sgd": {"method": "sgd"}, "hero": {"method": "hero", "epochs": 30, "save_minutes": 0.002}}
+    changed = {"sgd": {"method": "sgd"}, "hero": {"method": "hero", "epochs": 150, "save_minutes": 0.002}}
     configs = {name: resolve(**SMALL | each) for name, each in changed.items()}
     out = tmp_path_factory.mktemp("plain")
     return configs, out, run_all(configs, digits, out, Engine())
@@ -144,7 +146,7 @@ def test_a_run_of_another_process_is_left_to_it(cluster, plain, digits, tmp_path
 
 def test_an_interruption_leaves_checkpoints(cluster, tmp_path):
     """SIGTERM at the command, whose runs are on a cluster; given again without one it ends as if nothing had been."""
-    command = "-m experiments.search --method hero --rho 1 2 --seeds 1 --epochs 200 --train-size 128"
+    command = "-m experiments.search --method hero --rho 1 2 --seeds 1 --epochs 2000 --eval-every 20 --train-size 128"
     command = [sys.executable, *command.split(), "--validation-size", "100", "--out"]
     out = tmp_path / "interrupted"
     folders = [out / "runs" / f"hero-rho{rho}-gamma100.0-s0" for rho in (1.0, 2.0)]

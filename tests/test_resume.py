@@ -422,8 +422,8 @@ class TestFolders:
     def test_that_another_process_writes(self, config, tmp_path):
         with runs.RunFolder(tmp_path / "run", config):
             code = (
-                "import sys; from experiments import train; from experiments.storage import runs;"
-                "runs.RunFolder(train.Path(sys.argv[1]), train.resolve(**__import__('json').loads(sys.argv[2])))"
+                "import sys, pathlib; from experiments.config import resolve; from experiments.storage import runs;"
+                "runs.RunFolder(pathlib.Path(sys.argv[1]), resolve(**__import__('json').loads(sys.argv[2])))"
             )
             arguments = [str(tmp_path / "run"), json.dumps(files.to_json(config))]
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -438,4 +438,4 @@ class TestFolders:
     def test_m_sharpness_says_how_many_devices(self, config):
         assert layouts.with_devices(config) == config
         changed = config.replace(sync=False, parallel="pmap")
-        assert layouts.with_devices(changed).devices == 8
+        assert layouts.with_devices(changed).layout.devices == 8

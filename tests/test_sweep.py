@@ -476,7 +476,7 @@ class TestReproduce:
         config = plan.ReproduceConfig.resolve(seeds=1, search_seeds=1, noise_rates=(), variants=("asam",), **small)
         reproduce.main(config, ("search", "accuracy"), tmp_path / "all")
         assert written(path) == before
-        assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").rho == 0.7
+        assert json_config(tmp_path / "all" / "accuracy" / "runs" / "asam-s0").method.rho == 0.7
 
     def test_a_search_goes_on_with_more_seeds_never_fewer(self, tmp_path, monkeypatch):
         monkeypatch.setattr(plan, "TUNED", ("asam",))
@@ -492,7 +492,7 @@ class TestReproduce:
     @pytest.mark.parametrize("end", ["ended", "diverged"])
     def test_a_search_without_a_best_does_not_bar_another_rate(self, end, tmp_path, monkeypatch, capsys):
         def searched(config, path, *rest):
-            asked.append((config.method, config.label_noise))
+            asked.append((config.method, config.labels.label_noise))
             if end == "diverged":
                 raise search.AllDiverged("Every run of the search diverged")
 
@@ -669,9 +669,11 @@ class TestReproduce:
         ):
             assert f">{section}</h2>" in page
         # The search was on that noise, and what it found, three times the preset, was taken.
-        assert json_config(out / "search" / "noisy-hero" / "runs" / "hero-rho3.0-gamma200.0-s0").label_noise == 0.4
+        assert (
+            json_config(out / "search" / "noisy-hero" / "runs" / "hero-rho3.0-gamma200.0-s0").labels.label_noise == 0.4
+        )
         hero = json_config(out / "accuracy" / "runs" / "hero-s0")
-        assert (hero.rho, hero.gamma, hero.validation_size) == (3.0, 200.0, 40)
+        assert (hero.method.rho, hero.method.gamma, hero.validation_size) == (3.0, 200.0, 40)
         before = [written(out / part) for part in ("accuracy", "noise", "ablations")]
         reproduce.main(config, out=out)
         assert [written(out / part) for part in ("accuracy", "noise", "ablations")] == before

@@ -68,7 +68,10 @@ def _name(own: Settings, among: Iterable[Settings]) -> str:
     """
     method = own["method"]
     rivals = [other for other in among if other["method"] == method]
-    preset = settings(resolve(**{name: own[name] for name in ("method", "dataset", "model", "penalty")}))
+    of_method = {name: own[name] for name in ("method", "dataset", "model")}
+    # Other settings depend on the penalty, and it does not depend on itself.
+    preset = settings(resolve(**of_method, penalty=own["penalty"]))
+    preset |= {"penalty": settings(resolve(**of_method))["penalty"]}
     told = []
     for name, value in own.items():
         if name == "sigma" and value is None and own["noise_bits"] is not None:

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -95,13 +96,16 @@ class Engine:
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             before = signal.getsignal(signal.SIGTERM)
-            ray.init(
-                self.ray_address or "local",
-                num_cpus=self.workers if self.ray_address is None else None,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with warnings.catch_warnings():
+                # JAX warns of the fork that starts the processes of Ray, which run no code of this one.
+                warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+                ray.init(
+                    self.ray_address or "local",
+                    num_cpus=self.workers if self.ray_address is None else None,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             # Ray took it.
             signal.signal(signal.SIGTERM, before)
             # The memory of an accelerator is for the workers.
