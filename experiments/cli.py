@@ -86,14 +86,16 @@ def _given(kind: type[Grouped], arguments: Sequence[str]) -> dict[str, Any]:
     settings, given = kind.settings(), {}
     starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(arguments)]):
-        flag, _, value = arguments[start].partition("=")
-        name, values = flag.removeprefix("--").replace("-", "_"), [value] if value else arguments[start + 1 : end]
+        flag, has_value, value = arguments[start].partition("=")
+        name, values = flag.removeprefix("--").replace("-", "_"), [value] if has_value else arguments[start + 1 : end]
         if name.removeprefix("no_") in settings and flag.startswith("--no-"):
             given[name.removeprefix("no_")] = False
         elif name in settings and typing.get_origin(settings[name]) is tuple:
             given[name] = tuple(map(_value, values))
-        elif name in settings:
-            given[name] = _value(values[0]) if values else True
+        elif name in settings and settings[name] is bool:
+            given[name] = True
+        elif name in settings and values:
+            given[name] = _value(values[0])
     return given
 
 

@@ -42,7 +42,7 @@ def main(
     with progress.bar() as display:
         dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
         sweep.check(config.runs(), dataset)
-        files.claim_same(out, config, config.may_differ())
+        files.claim_same(out, config, config.may_differ(files.read_json(out / "config.json")))
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
             files.write_json(out / "search.json", {"config": files.to_json(config), "grid": [], "best": None})

@@ -1,5 +1,6 @@
 """The main job end to end at a small size, its arithmetic, and the command lines as a user types them."""
 
+import functools
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, compare
+from experiments import cli, compare, reproduce
 from experiments.analysis import table, tables
 from experiments.compare import CompareConfig
 from experiments.measure import sweep
@@ -183,6 +184,23 @@ class TestCommandLine:
         assert re.match(message, done.stderr)
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            ("--augment accuracy", (True, 5, ("accuracy",))),
+            ("accuracy noise --no-augment --seeds=2", (False, 2, ("accuracy", "noise"))),
+            ("--noise-rates 0.4 0.8 --seeds 3", (True, 3, reproduce.PARTS)),
+        ],
+    )
+    def test_flags_and_what_has_none(self, arguments, expected):
+        @functools.wraps(reproduce.main)
+        def record(config, parts=reproduce.PARTS, **_):
+            parsed.append((config.task.augment, config.seeds, parts))
+
+        parsed = []
+        cli.call(record, shlex.split(arguments))
+        assert parsed == [expected]
 
     def test_failed_run_exits_with_one(self, monkeypatch, capsys):
         def main():

@@ -429,6 +429,20 @@ class TestFolders:
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert "Busy: `out` must be free; another process is writing" in found.stderr
 
+    def test_a_folder_of_something_else_is_told_by_what_differs(self, config, tmp_path):
+        saved, wanted = config.flat(), "`out` must be a new or empty folder, or that of the same run; .* has "
+        others = {
+            "of a comparison": ({"methods": ["sgd"], "dataset": "cifar10"}, "method None, not 'hero'"),
+            "without a setting": ({name: saved[name] for name in saved if name != "epochs"}, "epochs None, not"),
+            "impossible": (saved | {"rho": -1.0}, "rho -1.0, not"),
+        }
+        for kind, (there, message) in others.items():
+            path = tmp_path / kind
+            path.mkdir()
+            files.write_json(path / "config.json", there)
+            with pytest.raises(FileExistsError, match=wanted + message):
+                runs.RunFolder(path, config)
+
     def test_parts_may_differ_in_what_does_not_change_the_result(self, config):
         assert config.may_differ() >= {"parallel", "devices", "shard_params", "remat", "max_minutes", "steps_per_call"}
         for parts in ({"sync": False, "groups": 2}, {"microbatch_size": 2}):

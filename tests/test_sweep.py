@@ -331,6 +331,10 @@ class TestSearch:
         assert [trial.value for trial in trials] == [row["validation_accuracy"] for row in grid]
         with pytest.raises(FileExistsError, match=r"has rho \[0\.5, 2\.0\], not \[0\.5, 3\.0\]"):
             search.main(config.replace(rho=(0.5, 3.0)), out)
+        plain = tmp_path / "grid"
+        search.main(config.replace(trials="grid"), plain)
+        with pytest.raises(FileExistsError, match="has trials 'grid', not 3"):
+            search.main(config.replace(trials=3), plain)
         with pytest.raises(FileExistsError, match="has trials 3, not 'grid'"):
             search.main(config.replace(trials="grid"), out)
 

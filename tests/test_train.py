@@ -413,6 +413,12 @@ def test_evaluation_masks_the_last_batch(digits, sgd, monkeypatch):
         ({"method": "sgd", "rho": 0.1}, r"`rho` has no effect on method 'sgd'; got 0.1"),
         ({"dtype": "float16"}, r"`dtype` must be one of 'float32', 'bfloat16'; got 'float16'. Did you mean 'bfloat16'"),
         ({"method": "sam", "gamma": 0.1}, r"`gamma` has no effect on method 'sam'; got 0.1"),
+        ({"method": "sam", "penalty": "eigenvalue"}, r"`penalty` has no effect on method 'sam'; got 'eigenvalue'"),
+        ({"method": "nso", "sigma": "none"}, "`sigma` must be a number where noise_bits is not given; got 'none'"),
+        (
+            {"method": "nso", "sigma": 0.1, "noise_bits": 3},
+            "`sigma` must be left out where noise_bits is given; got 0.1",
+        ),
     ],
 )
 def test_bad_configurations(options, message):

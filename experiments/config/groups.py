@@ -71,6 +71,12 @@ class Grouped:
             found |= dataclasses.asdict(value) if is_group else {field.name: value}
         return found
 
+    def optional(self) -> set[str]:
+        """The settings that have a default, whatever the data set."""
+        parts = [self, *(getattr(self, name) for name in groups(type(self)))]
+        fields = (field for part in parts for field in dataclasses.fields(part))
+        return {field.name for field in fields if field.default is not dataclasses.MISSING} - {"method"}
+
     def replace(self, **settings: Any) -> Self:
         """This configuration with other settings, given by name."""
         parts = _by_group(type(self), settings, {name: type(getattr(self, name)) for name in groups(type(self))})

@@ -106,8 +106,10 @@ class Nso(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.sigma == "none") == (self.noise_bits == "none"):
+        if self.noise_bits != "none" and self.sigma != "none":
             raise ArgumentError(f"`sigma` must be left out where noise_bits is given; got {self.sigma!r}.")
+        if self.noise_bits == self.sigma == "none":
+            raise ArgumentError("`sigma` must be a number where noise_bits is not given; got 'none'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

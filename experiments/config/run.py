@@ -44,8 +44,9 @@ class TrainConfig(Grouped):
         """What is taken on a data set by the method that is given, or HERO."""
         method = given.get("method", "hero")
         one_of("method", method, methods.METHODS)
+        _check_method(methods.METHODS[method], given)
         found = super().presets(dataset, given) | presets.settings(dataset, method, given.get("penalty"))
-        if "noise_bits" in given and "sigma" in found:
+        if given.get("noise_bits", "none") != "none" and "sigma" in found:
             found |= {"sigma": "none"}  # the noise of NSO is that of the bits
         return found
 
@@ -56,9 +57,7 @@ class TrainConfig(Grouped):
         Raises:
           ArgumentError: a value that is not allowed, or a setting that the method does not have.
         """
-        kind = methods.METHODS[settings.get("method", "hero")]
-        _check_method(kind, settings)
-        return super().of(settings, method=kind, **kinds)
+        return super().of(settings, method=methods.METHODS[settings.get("method", "hero")], **kinds)
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -71,7 +72,7 @@ class Engine:
         cache = jax.config.jax_compilation_cache_dir if self.ray_address is None else None  # pyright: ignore[reportAttributeAccessIssue]
         # In a list, Ray hands the reference on instead of what it refers to.
         references = [ray.put(shared)]
-        waiting = {task.remote(begin, references, job, cache): job for job in jobs}
+        waiting = {task.remote(begin, references, job, cache, sys.argv): job for job in jobs}
         try:
             while waiting:
                 (ended,), _ = ray.wait(list(waiting))
@@ -113,8 +114,9 @@ class Engine:
         return ray
 
 
-def _make(begin: Callable[..., Maker], references: list[Any], job: Any, cache: str | None) -> None:
+def _make(begin: Callable[..., Maker], references: list[Any], job: Any, cache: str | None, command: list[str]) -> None:
     """On a worker: makes one job."""
+    sys.argv = command  # what a run says it was made by
     # By SIGINT Ray ends a task; a shell in the background has its processes ignore that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_compilation_cache_dir", cache)

@@ -102,8 +102,10 @@ class SearchConfig(Grouped):
         }
         return {name: FloatDistribution(*values, log=True) for name, values in ranges.items()}
 
-    def may_differ(self) -> tuple[str, ...]:
+    def may_differ(self, there: Mapping[str, Any]) -> tuple[str, ...]:
         """What the search that a folder holds may have less of."""
+        if (there.get("trials", "grid") in ("grid", None)) != (self.trials == "grid"):
+            return ("seeds",)
         return ("seeds", *(SEARCHED if self.trials == "grid" else ["trials"]))
 
     def runs(self, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, TrainConfig]:

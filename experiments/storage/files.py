@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from experiments.config import Grouped
+from experiments.config import Grouped, TrainConfig
 
 logger = logging.getLogger(__name__)
 # What the name of a file has at its end while it is being written.
@@ -93,13 +93,19 @@ def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str
 
     A setting that the saved one lacks, since it is older than the setting, has its default.
     """
+    ours = json.loads(json.dumps(finite(to_json(config))))
+    theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
     if isinstance(config, Grouped):
-        theirs = type(config).resolve(**there).flat()
-    else:
-        theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
-    for name, value in json.loads(json.dumps(finite(to_json(config)))).items():
-        if name not in may_differ and json.loads(json.dumps(theirs[name], default=str)) != value:
-            return name, theirs[name], value
+        # Presets of today say nothing of a run of which a setting is not known.
+        lacking = [name for name in ours if isinstance(config, TrainConfig) and name not in config.optional()]
+        theirs = dict(there)
+        if all(name in there for name in lacking):
+            # That of something else has settings, or values, that are not possible here.
+            with contextlib.suppress(TypeError, ValueError):
+                theirs = type(config).resolve(**there).flat()
+    for name, value in ours.items():
+        if name not in may_differ and json.loads(json.dumps(theirs.get(name), default=str)) != value:
+            return name, theirs.get(name), value
     return None
 
 
