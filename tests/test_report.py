@@ -665,6 +665,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`folders` must hold runs that are possible here; .*`epochs`"):
             report.main((tmp_path,))
 
+    @pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate"])
+    def test_a_setting_that_no_run_could_leave_open(self, name, tmp_path):
+        """It is not made up from the presets."""
+        folder = fake(tmp_path / "a")
+        fields = json.loads((folder / "config.json").read_text())
+        del fields[name]
+        files.write_json(folder / "config.json", fields)
+        with pytest.raises(
+            ValueError, match=rf"`folders` must hold runs that are possible here; .*`{name}` must be saved"
+        ):
+            report.main((tmp_path,))
+
     def test_damaged_file(self, tmp_path):
         (fake(tmp_path / "a") / "measured.json").write_text("{")
         with pytest.raises(ValueError, match=r"`folders` must hold whole files; .*measured.json is damaged"):

@@ -21,13 +21,13 @@ COUNTED = (
 def cost(main: Frame, at_equal_cost: Frame) -> list[Any]:
     """For each task the cost of every network on clean labels; then accuracies at equal cost, by noise."""
     content = []
-    for title, split, part in sections.parts(_counted(main), "clean"):
+    for title, split, part in sections.parts(main, "clean"):
         clean = part[part["noise"] == 0]
         if len(clean):
             text = f"Accuracy in percent on the {split} images, clean labels. {COUNTED}"
             end = sections.at_end(clean, {"accuracy": "last epoch"})
             content += [page.Heading(f"Cost: {title}"), _table(clean, end, ["last epoch"], text, part)]
-    for title, split, part in sections.parts(_counted(at_equal_cost), "clean"):
+    for title, split, part in sections.parts(at_equal_cost, "clean"):
         kinds = sorted(set(zip(part["noise"], part["kind"], strict=True)))
         labels = {of: summary.noise_label(of[1], of[0]) if of[0] else "clean labels" for of in kinds}
         for metric, what in (("accuracy", "last epoch"), ("at_best_validation", "at best validation")):
@@ -42,11 +42,6 @@ def cost(main: Frame, at_equal_cost: Frame) -> list[Any]:
                 content.append(page.Heading(f"At equal cost, {what}: {title}"))
                 content.append(_table(part, end, list(labels.values()), text, part))
     return content
-
-
-def _counted(data: Frame) -> Frame:
-    """The runs whose gradients are known."""
-    return data[data["run"].isin(data["run"][data["metric"] == "gradients"])]
 
 
 def _table(part: Frame, accuracies: Frame, labels: list[str], text: str, behind: Frame) -> page.Table:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from experiments.analysis import networks
 from experiments.analysis.tables import Frame
-from experiments.config import LABELS, METHODS, TrainConfig, resolve
+from experiments.config import LABELS, METHODS, TrainConfig
 from experiments.measure import sweep
 from experiments.storage import runs
 from experiments.training import methods
@@ -134,7 +134,7 @@ def _config(path: Path, fields: dict[str, Any]) -> TrainConfig:
     if unknown:
         raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
     try:
-        return resolve(**fields)
+        return TrainConfig.of_saved(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`folders` must hold runs that are possible here; {path} is not: {error}") from None
 
@@ -187,10 +187,9 @@ def values(config: TrainConfig, rows: Sequence[Mapping[str, Any]], measured: Map
     validated = [row for row in rows if "validation_accuracy" in row]
     if validated:
         end["at_best_validation"] = 100 * max(validated, key=lambda row: row["validation_accuracy"])["accuracy"]
-    if settings["batch_size"] is not None:  # older runs have none
-        gradients, seconds = methods.gradients(config), _seconds(rows, settings["batch_size"])
-        end |= {"epochs": settings["epochs"], "gradients": gradients, "gradients_in_all": gradients * last["step"]}
-        end |= {} if seconds is None else {"seconds": seconds, "ms_per_step": 1000 * seconds / last["step"]}
+    gradients, seconds = methods.gradients(config), _seconds(rows, settings["batch_size"])
+    end |= {"epochs": settings["epochs"], "gradients": gradients, "gradients_in_all": gradients * last["step"]}
+    end |= {} if seconds is None else {"seconds": seconds, "ms_per_step": 1000 * seconds / last["step"]}
     end |= curvature(settings, last, measured)
     end |= {"images": measured["images"]} if "images" in measured else {}
     made += [(name, math.nan, value) for name, value in end.items()]

@@ -44,6 +44,11 @@ class Grouped:
         return cls.of(cls.presets(dataset, given) | given | {"dataset": dataset})
 
     @classmethod
+    def of_saved(cls, settings: Mapping[str, Any]) -> Self:
+        """The configuration that a folder has saved."""
+        return cls.resolve(**settings)
+
+    @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set beside the settings that are given."""
         names = {name for group in groups(cls).values() for name in _hints(group)}
@@ -70,12 +75,6 @@ class Grouped:
             is_group = field.name in groups(type(self))
             found |= dataclasses.asdict(value) if is_group else {field.name: value}
         return found
-
-    def optional(self) -> set[str]:
-        """The settings that have a default, whatever the data set."""
-        parts = [self, *(getattr(self, name) for name in groups(type(self)))]
-        fields = (field for part in parts for field in dataclasses.fields(part))
-        return {field.name for field in fields if field.default is not dataclasses.MISSING} - {"method"}
 
     def replace(self, **settings: Any) -> Self:
         """This configuration with other settings, given by name."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from experiments.config import methods, presets
 from experiments.config.fields import Whole
-from experiments.config.groups import Budget, Grouped, Labels, Layout, Optimizer, Pace, Task, Watch
+from experiments.config.groups import Budget, Grouped, Labels, Layout, Optimizer, Pace, Task, Watch, groups
 from hero_jax.errors import ArgumentError, one_of
 
 
@@ -38,6 +38,21 @@ class TrainConfig(Grouped):
             raise ArgumentError(f"`ascent_decay` needs sync True: a momentum is of all devices; got {decay}.")
         if method.product == "difference" and layout.dtype != "float32":
             raise ArgumentError(f"`product` must be 'exact' with dtype {layout.dtype}; got 'difference'.")
+
+    @classmethod
+    def of_saved(cls, settings: Mapping[str, Any]) -> Self:
+        """The configuration that a run folder has saved; a setting that is younger than the folder has its default.
+
+        Raises:
+          ArgumentError: a setting without a default is not there: presets of today say nothing of that run.
+        """
+        made = super().of_saved(settings)
+        parts = [made, *(getattr(made, name) for name in groups(cls))]
+        fields = (field for part in parts for field in dataclasses.fields(part) if field.name not in groups(cls))
+        for name in [field.name for field in fields if field.default is dataclasses.MISSING] + ["method"]:
+            if name not in settings:
+                raise ArgumentError(f"`{name}` must be saved, since it has no default; got nothing.")
+        return made
 
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from experiments.config import Grouped, TrainConfig
+from experiments.config import Grouped
 
 logger = logging.getLogger(__name__)
 # What the name of a file has at its end while it is being written.
@@ -74,7 +74,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
+def check_same(path: Path, config: Grouped, may_differ: Collection[str]) -> None:
     """Raises FileExistsError at the folder of another run, with the first field that differs, or at a damaged one."""
     there = read_json(path / "config.json")
     wanted = "`out` must be a new or empty folder, or that of the same run"
@@ -88,21 +88,16 @@ def check_same(path: Path, config: Any, may_differ: Collection[str]) -> None:
         )
 
 
-def difference(there: Mapping[str, Any], config: Any, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
-    """The first field, and its two values, in which a saved configuration is not `config` (a dataclass).
+def difference(there: Mapping[str, Any], config: Grouped, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
+    """The first setting, and its two values, in which a saved configuration is not `config`.
 
     A setting that the saved one lacks, since it is older than the setting, has its default.
     """
     ours = json.loads(json.dumps(finite(to_json(config))))
-    theirs = {field.name: field.default for field in dataclasses.fields(config)} | dict(there)
-    if isinstance(config, Grouped):
-        # Presets of today say nothing of a run of which a setting is not known.
-        lacking = [name for name in ours if isinstance(config, TrainConfig) and name not in config.optional()]
-        theirs = dict(there)
-        if all(name in there for name in lacking):
-            # That of something else has settings, or values, that are not possible here.
-            with contextlib.suppress(TypeError, ValueError):
-                theirs = type(config).resolve(**there).flat()
+    theirs = dict(there)
+    # That of something else has settings, or values, that are not possible here: compared as they are.
+    with contextlib.suppress(TypeError, ValueError):
+        theirs = type(config).of_saved(there).flat()
     for name, value in ours.items():
         if name not in may_differ and json.loads(json.dumps(theirs.get(name), default=str)) != value:
             return name, theirs.get(name), value
@@ -141,8 +136,8 @@ def claim_unless(file: Path, besides: Collection[str]) -> None:
             raise
 
 
-def claim_same(path: Path, config: Any, may_differ: Collection[str] = (), besides: Collection[str] = ()) -> None:
-    """Makes an empty folder for work that `config` (a dataclass) describes, or opens that of the same work.
+def claim_same(path: Path, config: Grouped, may_differ: Collection[str] = (), besides: Collection[str] = ()) -> None:
+    """Makes an empty folder for work that `config` describes, or opens that of the same work.
 
     Raises FileExistsError where the folder holds something `besides` these names but no such work, or work that
     differs in more than `may_differ`.

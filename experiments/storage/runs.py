@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.config import Grouped
 from experiments.storage import environment, files
 from experiments.storage.files import Failed, read_json, write_json
 
@@ -37,13 +38,13 @@ class RunFolder:
     A folder that already holds a part of the same run is continued: `restore` gives what its last checkpoint holds.
     """
 
-    def __init__(self, path: Path, config: Any, may_differ: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, config: Grouped, may_differ: Collection[str] = ()) -> None:
         """Makes the folder, or opens that of the same run.
 
         Args:
           path: where; new, empty, or the folder of this run.
-          config: the run, a dataclass.
-          may_differ: fields of `config` in which parts of one run may differ.
+          config: the run.
+          may_differ: settings of `config` in which parts of one run may differ.
 
         Raises:
           FileExistsError: the folder holds something else, or another run.

@@ -15,7 +15,7 @@ import optax
 from optax import microbatching
 
 from experiments import data
-from experiments.config import TrainConfig, resolve
+from experiments.config import TrainConfig
 from experiments.config.fields import number
 from experiments.data import label_noise
 from experiments.storage import runs
@@ -225,7 +225,7 @@ def load(
     `report(what, done, total)` is called while a data set is decoded for the first time.
     """
     variables = runs.load_variables(run)
-    config = resolve(**json.loads((run / "config.json").read_text())).on_one_device()
+    config = TrainConfig.of_saved(json.loads((run / "config.json").read_text())).on_one_device()
     name = config.task.dataset
     dataset = data.load(name, data_dir, None if report is None else functools.partial(report, f"decoding {name}"))
     dataset = with_label_noise(config, subset(config, dataset))
