@@ -16,7 +16,7 @@ import tyro
 from experiments import cli, data, progress
 from experiments.analysis import plots, tables
 from experiments.config import LABELS, METHODS
-from experiments.config.methods import settings
+from experiments.config.fields import types_of
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
 from experiments.measure.search import SEARCHED, AllDiverged, SearchConfig, best_of, run
@@ -59,7 +59,9 @@ def main(
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
     # rho and gamma also where only one value is tried.
     shown = [
-        name for name in SEARCHED if name in varied or name in {"rho", "gamma"} & set(settings(METHODS[config.method]))
+        name
+        for name in SEARCHED
+        if name in varied or name in {"rho", "gamma"} & types_of(METHODS[config.method]).keys()
     ]
     header = [*shown, "n", "validation accuracy, %", ""]
     lines = [

@@ -17,7 +17,7 @@ from experiments import data
 from experiments.config import resolve
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
-from experiments.storage import files, runs
+from experiments.storage import environment, files, runs
 from tests import problems
 
 ray = pytest.importorskip("ray")
@@ -112,6 +112,8 @@ def test_a_worker_that_is_killed(cluster, plain, digits, tmp_path):
     assert_same_weights(tmp_path, out)
     continued = {path.name: files.read_json(path / "environment.json") for path in (tmp_path / "runs").iterdir()}
     assert {name for name, record in continued.items() if "continued" in record} == {"hero-s1"}
+    # A run says the command that it was made by, not that of the worker.
+    assert continued["hero-s0"]["command"] == environment.current()["command"]
     assert lines == [("all runs", done, 4) for done in range(1, 5)]
     # What is there is not made again.
     assert run_all(configs, digits, tmp_path, BY_RAY) == again

@@ -13,6 +13,7 @@ import hero_jax
 from experiments import data
 from experiments.config import LABEL_NOISE_KINDS, METHODS, presets, resolve
 from experiments.config import methods as configured
+from experiments.config.fields import types_of
 from experiments.data import label_noise
 from experiments.storage import runs
 from experiments.training import compiled, loop, methods
@@ -64,7 +65,7 @@ def test_every_preset_fills_every_field_its_method_has(dataset, method):
     assert {"model", "epochs", "batch_size", "learning_rate", "weight_decay"} <= filled.keys()
     assert None not in filled.values()
     taken = {name for name in filled if name in configured.SETTINGS}
-    assert taken == set(configured.settings(METHODS[method]))
+    assert taken == set(types_of(METHODS[method]))
     assert {name for name in taken if filled[name] in ("none", "all")} == OPTIONAL.get(method, set())
     assert resolve(**filled) == config
     tx = methods.optimizer(config, 10)

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LABELS, METHODS, TrainConfig, methods, resolve
+from experiments.config import LABELS, METHODS, TrainConfig, resolve
+from experiments.config.fields import types_of
 
 Settings = dict[str, Any]
 # Fields that say what is measured along a run, and nothing about what it computes.
@@ -77,7 +78,7 @@ def _name(own: Settings, among: Iterable[Settings]) -> str:
         if name == "sigma" and value is None and own["noise_bits"] is not None:
             continue  # the noise is that of the bits, which are named
         usual = _of_most(rivals, name)
-        if usual is None and name not in methods.settings(METHODS[method]):
+        if usual is None and name not in types_of(METHODS[method]):
             usual = _of_most(among, name)
         if value != (preset[name] if usual is None else usual[0]):
             told.append(f"{name} {value}")

@@ -5,6 +5,7 @@ A field of a number or a word is written `Count | Literal["all"]`: the word says
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import typing
@@ -28,7 +29,7 @@ def check(config: Any) -> None:
       ArgumentError: a value that its rule does not allow, a word that is none of those of a Literal.
       TypeError: a value of another kind.
     """
-    for name, kind in _hints(type(config)).items():
+    for name, kind in types_of(type(config)).items():
         _check(name, getattr(config, name), kind)
 
 
@@ -38,8 +39,10 @@ def number(value: Any) -> Any:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, with their rules."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _check(name: str, value: Any, kind: Any) -> None:

@@ -6,13 +6,12 @@ A setting has one name in all groups, so that flags and saved configurations nee
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 from experiments.config import presets
-from experiments.config.fields import Count, Fraction, NonNegative, Positive, check
+from experiments.config.fields import Count, Fraction, NonNegative, Positive, check, types_of
 from hero_jax import models
 from hero_jax.errors import ArgumentError, one_of
 
@@ -51,7 +50,7 @@ class Grouped:
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set beside the settings that are given."""
-        names = {name for group in groups(cls).values() for name in _hints(group)}
+        names = {name for group in groups(cls).values() for name in types_of(group)}
         return {name: x for name, x in presets.budget(dataset, given.get("model")).items() if name in names}
 
     @classmethod
@@ -64,8 +63,8 @@ class Grouped:
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The type of every setting, by name."""
-        own = {name: kind for name, kind in _hints(cls).items() if name not in groups(cls)}
-        return own | {name: kind for made in groups(cls).values() for name, kind in _hints(made).items()}
+        own = {name: kind for name, kind in types_of(cls).items() if name not in groups(cls)}
+        return own | {name: kind for made in groups(cls).values() for name, kind in types_of(made).items()}
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, as they are saved."""
@@ -87,19 +86,15 @@ class Grouped:
 def groups(kind: type) -> dict[str, type]:
     """The types of the groups of a configuration, by field."""
     return {
-        name: made for name, made in _hints(kind).items() if isinstance(made, type) and dataclasses.is_dataclass(made)
+        name: made for name, made in types_of(kind).items() if isinstance(made, type) and dataclasses.is_dataclass(made)
     }
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _by_group(cls: type[Grouped], settings: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, dict[str, Any]]:
     """Settings by group; "" has those of the configuration itself."""
-    places = dict.fromkeys(_hints(cls), "") | {name: group for group, made in types.items() for name in _hints(made)}
+    places = dict.fromkeys(types_of(cls), "") | {
+        name: group for group, made in types.items() for name in types_of(made)
+    }
     made: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         if name not in places:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from experiments.config.fields import Bits, Count, Fraction, NonNegative, Whole, check
+from experiments.config.fields import Bits, Count, Fraction, NonNegative, Whole, check, types_of
 from hero_jax.errors import ArgumentError
 
 Name = Literal["sgd", "noise", "ema", "nso", "msam", "sam", "asam", "grad_l1", "hero"]
@@ -113,29 +114,36 @@ class Nso(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Msam(Method):
+class _Ascent(Method):
+    rho: NonNegative
+    """Radius of the perturbation."""
+    scope: Scope = "global"
+    """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
+    perturb_from: Fraction = 0.0
+    """Fraction of training before which nothing is perturbed or penalized, at the cost of SGD."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Noisy(Method):
+    noise_bits: Bits | Literal["none"] = "none"
+    """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
+    number of bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Msam(_Ascent):
     """Momentum-SAM: the perturbation is along the momentum, so that a step takes one gradient."""
 
     label: ClassVar[str] = "MSAM"
     method: Name = "msam"
-    rho: NonNegative
-    """Radius of the perturbation."""
     adaptive: bool = False
     """Scale the perturbation with the weights, as ASAM does."""
-    scope: Scope = "global"
-    """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
     ascent_decay: Fraction = 0.9  # pyright: ignore[reportIncompatibleVariableOverride]
     """Decay of the momentum per step."""
-    perturb_from: Fraction = 0.0
-    """Fraction of training before which nothing is perturbed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Perturbed(Method):
-    rho: NonNegative
-    """Radius of the perturbation."""
-    scope: Scope = "global"
-    """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
+class _Perturbed(_Ascent, _Noisy):
     suppress: Fraction = 0.0
     """Share taken from the components of the perturbed gradient that point the way of the gradient and are smaller:
     those that fit noisy labels."""
@@ -144,15 +152,10 @@ class _Perturbed(Method):
     ascent_batch_size: Count | Literal["all"] = "all"
     """Images of a batch, evenly spread over it, on which perturbation and penalty are taken, at a lower cost. The loss
     that is reported and BatchNorm's statistics are of these images too."""
-    perturb_from: Fraction = 0.0
-    """Fraction of training before which nothing is perturbed or penalized, at the cost of SGD."""
-    noise_bits: Bits | Literal["none"] = "none"
-    """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
-    number of bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Penalized(Method):
+class _Penalized(_Noisy):
     gamma: NonNegative
     """Strength of the penalty."""
     gamma_warmup: Whole = 1
@@ -164,9 +167,6 @@ class _Penalized(Method):
     penalty_batch_size: Count | Literal["all"] = "all"
     """Images of a batch, evenly spread over it, on which the penalty's products with the Hessian are taken, at a lower
     cost."""
-    noise_bits: Bits | Literal["none"] = "none"
-    """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
-    number of bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,11 +234,12 @@ METHODS: dict[str, type[Method]] = {
 LABELS = {name: kind.label for name, kind in METHODS.items()}
 
 
-def settings(kind: type[Method]) -> dict[str, Any]:
-    """The types of the settings of a method, by name."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
 # Of all methods together.
 SETTINGS = {"method": Name, **typing.get_type_hints(_Without, include_extras=True)}
+
+
+def refuse_others(method: str, settings: Mapping[str, Any]) -> None:
+    """Raises ArgumentError where settings by name have one that other methods have and this one has not."""
+    for name, value in settings.items():
+        if name in SETTINGS and name not in types_of(METHODS[method]):
+            raise ArgumentError(f"`{name}` has no effect on method {method!r}; got {value!r}.")

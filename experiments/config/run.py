@@ -59,7 +59,7 @@ class TrainConfig(Grouped):
         """What is taken on a data set by the method that is given, or HERO."""
         method = given.get("method", "hero")
         one_of("method", method, methods.METHODS)
-        _check_method(methods.METHODS[method], given)
+        methods.refuse_others(method, given)
         found = super().presets(dataset, given) | presets.settings(dataset, method, given.get("penalty"))
         if given.get("noise_bits", "none") != "none" and "sigma" in found:
             found |= {"sigma": "none"}  # the noise of NSO is that of the bits
@@ -81,7 +81,7 @@ class TrainConfig(Grouped):
 
     def replace(self, **settings: Any) -> Self:
         """This configuration with other settings, given by name; those of its own method only."""
-        _check_method(type(self.method), settings)
+        methods.refuse_others(self.method.name, settings)
         return super().replace(**settings)
 
     def may_differ(self) -> set[str]:
@@ -102,13 +102,6 @@ class TrainConfig(Grouped):
     def default_folder(self) -> Path:
         """Where the run goes when no folder is given: runs/DATASET-MODEL-METHOD-sSEED."""
         return Path("runs") / f"{self.task.dataset}-{self.task.model}-{self.method.name}-s{self.seed}"
-
-
-def _check_method(kind: type[methods.Method], settings: Mapping[str, Any]) -> None:
-    """Raises ArgumentError for a setting that other methods have."""
-    for name, value in settings.items():
-        if name in methods.SETTINGS and name not in methods.settings(kind):
-            raise ArgumentError(f"`{name}` has no effect on method {kind.method!r}; got {value!r}.")
 
 
 def resolve(method: str = "hero", dataset: str = "digits", **settings: Any) -> TrainConfig:

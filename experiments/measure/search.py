@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -24,9 +25,9 @@ from optuna.storages import journal
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments import data
-from experiments.config import METHODS, Budget, Grouped, Labels, Task, TrainConfig, resolve
+from experiments.config import Budget, Grouped, Labels, Task, TrainConfig, resolve
 from experiments.config.fields import Count, NonNegative, number
-from experiments.config.methods import Name, Penalty
+from experiments.config.methods import Name, Penalty, refuse_others
 from experiments.measure import sweep
 from experiments.measure.engine import Engine
 from experiments.storage import files
@@ -34,7 +35,6 @@ from hero_jax.evaluate import Spread
 
 # Those that every method has come last: a combination is named after the others, and after these where they are tried.
 SEARCHED = ("rho", "gamma", "sigma", "suppress", "learning_rate", "weight_decay")
-OF_EVERY_METHOD = ("learning_rate", "weight_decay")
 Values = tuple[NonNegative, ...]
 
 
@@ -76,11 +76,9 @@ class SearchConfig(Grouped):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taken = {*METHODS[self.method].__dataclass_fields__, *OF_EVERY_METHOD}
-        for name in SEARCHED:
-            values = getattr(self, name)
-            if values and name not in taken:
-                raise ValueError(f"`{name}` has no effect on method {self.method!r}; got {values!r}.")
+        tried = {name: getattr(self, name) for name in SEARCHED if getattr(self, name)}
+        refuse_others(self.method, tried)
+        for name, values in tried.items():
             for value in values:
                 if values.count(value) > 1:
                     raise ValueError(f"`{name}` must name each once; got {value!r} twice.")
@@ -128,6 +126,13 @@ class SearchConfig(Grouped):
 
 def draw(space: Mapping[str, FloatDistribution], trials: int) -> list[dict[str, float]]:
     """The first points of a scrambled Sobol sequence in a space, to four digits."""
+    return [dict(point) for point in _points(tuple(space.items()), trials)]
+
+
+@functools.lru_cache(maxsize=64)
+def _points(space_items: tuple[tuple[str, FloatDistribution], ...], trials: int) -> list[dict[str, float]]:
+    """`draw`, once for each space: a study takes a moment, and a search asks several times."""
+    space = dict(space_items)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.QMCSampler(scramble=True, seed=0)
