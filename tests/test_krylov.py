@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from hero_jax import curvature, spectrum
+from hero_jax.spectrum import _basis, _krylov
 from tests import problems, reference
 
 # One dimension, one k and two basis sizes throughout: each combination of static arguments is compiled once a run.
@@ -601,3 +602,11 @@ def test_host_operator_is_refused_inside_a_trace():
     operator = curvature.HostOperator(lambda v: v, jnp.zeros(3))
     with pytest.raises(TypeError, match="A `HostOperator` runs on the host and cannot be traced"):
         jax.jit(lambda key: spectrum.top_eigenpairs(operator, key, k=1))(jax.random.key(0))
+
+
+@pytest.mark.parametrize("which", RANK)
+def test_an_empty_space_has_no_pairs(which):
+    space = _krylov.empty(5, _basis.Packing.of(jnp.zeros(7)), jnp.ones((1, 7)))
+    for found, expected in zip(_krylov.no_pairs(space, 2), _krylov.ritz_pairs(space, 1e-3, 2, which), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)

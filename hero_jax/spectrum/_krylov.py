@@ -76,12 +76,19 @@ def krylov_space(operator: Callable[[PyTree], PyTree], v0: PyTree, num_steps: in
     return _loop.run(solver, operator, empty(solver.num_steps, solver.packing, start))
 
 
+def no_pairs(space: Space, k: int) -> Ritz:
+    """The k Ritz pairs of an empty space: none is set."""
+    zeros, none = jnp.zeros(k, space.coefficients.dtype), jnp.zeros(k, bool)
+    return Ritz(zeros, jnp.zeros((space.coefficients.shape[1], k), zeros.dtype), zeros, none, none)
+
+
 def ritz_pairs(space: Space, rtol: Any, k: int | None = None, which: str = "smallest", first: Any = 0) -> Ritz:
     """The k wanted Ritz pairs (default all, ascending) of the rows from `first` on."""
     coefficients, j = space.coefficients, space.num_multiplied
     num_columns = coefficients.shape[1]
     k = num_columns if k is None else k
-    is_set = (jnp.arange(num_columns) < j) & (jnp.arange(num_columns) >= first)
+    rows = jnp.arange(num_columns, dtype=j.dtype)
+    is_set = (rows < j) & (rows >= first)
     projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
     # Rows not set yet get an eigenvalue of their own, far from all others, so that they mix with none.
     bound = jnp.max(jnp.sum(jnp.abs(projected), 1))
@@ -186,7 +193,7 @@ def extend(
     new = j + num_starts
     coefficients = space.coefficients.at[:, j].set(column.astype(dtype).at[new].set(length))
     basis = _basis.with_row(space.basis, new, unit)
-    is_set = jnp.arange(num_columns) <= j
+    is_set = jnp.arange(num_columns, dtype=j.dtype) <= j
     projected = jnp.where(is_set[:, None] & is_set[None, :], coefficients[:num_columns], 0)
     size = _tree.norm(projected)
     asymmetry = _tree.norm(projected - projected.T) / jnp.where(size > 0, size, 1)

@@ -306,7 +306,7 @@ def _start(solver: _TopEigenpairs, v0: PyTree | None, key: jax.Array, rtol: Any,
     limits = (jnp.asarray(rtol, space.scale.dtype), jnp.asarray(max_matvecs, jnp.int32))
     return _Carry(
         space=space,
-        ritz=_krylov.ritz_pairs(space, limits[0], solver.k, solver.which),
+        ritz=_krylov.no_pairs(space, solver.k),
         random_row=jnp.full((), -1, jnp.int32),
         is_confirmed=jnp.zeros((), bool),
         key=key,
