@@ -37,7 +37,7 @@ from rich.table import Table
 from benchmarks import step_cost
 from experiments import cli
 from experiments.config import DTYPES
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from hero_jax import errors, models
 
 PyTree = Any
@@ -235,7 +235,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints what the step of every method is compiled to for the target; with `--out`, writes the record too."""
     mesh = mesh_of(arguments.target)
-    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
+    record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
     record["rows"] = measure(arguments, mesh)
     cli.console.print(table(record["rows"]))
     cli.console.print(
@@ -243,7 +243,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" {mesh.devices.flat[0].device_kind} x {mesh.size} and not run; temporary memory and"
         f" arguments in MiB, compile in seconds. jax {jax.__version__}."
     )
-    files.write_record(arguments.out, record)
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import peers
 from experiments import cli, data
 from experiments.config import resolve
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from experiments.training import compiled, loop
 from hero_jax import curvature, errors, models, spectrum
 
@@ -148,7 +148,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         assert isinstance(logits, jax.Array)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
+    record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
     batch = (images[: arguments.batch_size], labels[: arguments.batch_size])
     record["product"] = row = measure_product(loss_fn, variables["params"], batch, arguments.repeats)
     cli.console.print(
@@ -188,7 +188,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" running BatchNorm statistics, to a relative residual of {arguments.rtol:g}; compilation apart."
         + ("" if reason is None else f" The PyTorch tools were left out: {reason}.")
     )
-    files.write_record(arguments.out, record)
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

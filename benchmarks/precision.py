@@ -31,7 +31,7 @@ from benchmarks.step_cost import gradient_function
 from experiments import cli, data
 from experiments.config import resolve
 from experiments.config.methods import Hero
-from experiments.storage import environment, files, runs
+from experiments.storage import claims, environment, records, runs
 from experiments.training import compiled
 from hero_jax import curvature, errors, models, perturbations
 
@@ -210,7 +210,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         for dtype in ("bfloat16", "float32", "float64")
     }
     points = weights(arguments, dataset)
-    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
+    record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
     record |= {"rho": preset.method.rho, "gamma": preset.method.gamma, "rows": []}
     for where, (params, batch_stats) in points.items():
         rows = measure(computations, params, batch_stats, batches)
@@ -241,7 +241,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" float32, error of float32 against float64, size in norms of g; mean ± standard"
         f" deviation over {arguments.batches} batches. {device['kind']}; jax {versions['jax']}."
     )
-    files.write_record(arguments.out, record)
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from hero_jax import errors, models, quantize
 from hero_jax.evaluate import classifier
 
@@ -165,8 +165,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" precision, {spec.name}; warm: medians of {arguments.repeats} in turn. Sweeps contain the evaluations, whose"
         " compilation is that of the classifier's line."
     )
-    record = {"arguments": files.to_json(arguments), "environment": environment.current(), "seconds": measured}
-    files.write_record(arguments.out, record)
+    record = {"arguments": claims.to_json(arguments), "environment": environment.current(), "seconds": measured}
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import hero_jax
 from benchmarks import peers
 from experiments import cli
 from experiments.config import DTYPES
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from hero_jax import errors, models, penalties
 
 PyTree = Any
@@ -380,7 +380,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints the cost of a step of every method; with `--out`, writes the record too."""
     # What is missing is said before minutes have gone by.
     beside = torch_device() if arguments.with_torch else None
-    record: dict[str, Any] = {"arguments": files.to_json(arguments), "environment": environment.current()}
+    record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
     versions, device = record["environment"]["versions"], record["environment"]["device"]
     record["peak_teraflops"] = best = peak(device["kind"], arguments.dtype)
     record["rows"] = measure(arguments)
@@ -399,7 +399,7 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" quartiles of {arguments.repeats} interleaved repeats, in milliseconds; flops in SGD steps and temporary MiB"
         f" as XLA counts them, compile in seconds. {where}; jax {versions['jax']}, python {versions['python']}.{notes}"
     )
-    files.write_record(arguments.out, record)
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

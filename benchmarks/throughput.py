@@ -23,7 +23,7 @@ from rich.table import Table
 
 from experiments import cli, data
 from experiments.config import DTYPES, METHODS, PARALLEL, TrainConfig, resolve
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from experiments.training import compiled
 from hero_jax import errors, models
 
@@ -179,8 +179,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f" {device['count']}{simulated}, {where['machine']['cores']} cores; jax"
         f" {where['versions']['jax']}, python {where['versions']['python']}."
     )
-    record = {"arguments": files.to_json(arguments), "environment": where, "rows": rows}
-    files.write_record(arguments.out, record)
+    record = {"arguments": claims.to_json(arguments), "environment": where, "rows": rows}
+    records.write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ import platform
 import signal
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,22 +50,36 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.addFilter(lambda record: not record.name.startswith("experiments"))
-    for number in interrupts.ending():
-        signal.signal(number, signal.default_int_handler)
-    if not keep_compiled:
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / f"compiled-{_instructions()}"))
+    # A cache that cannot be written costs time and nothing else; each program would say so.
+    warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache entry")
     try:
+        for number in interrupts.ending():
+            signal.signal(number, signal.default_int_handler)
+        if not keep_compiled:
+            jax.config.update("jax_enable_compilation_cache", False)
+        elif jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+            jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / f"compiled-{_instructions()}"))
         call(main, sys.argv[1:])
-    except (ValueError, TypeError, OSError) as error:
-        if not str(error).startswith("`"):
+        interrupts.leave_at_once()
+    except (Exception, KeyboardInterrupt) as error:
+        interrupts.leave_at_once()
+        told = in_one_line(error)
+        if told is None:
             raise
-        _leave(f"error: {error}", 2)
-    except files.Failed as error:
-        _leave(f"stopped: {error}", 1)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _leave(*told)
+
+
+def in_one_line(error: BaseException) -> tuple[str, int] | None:
+    """What is printed of an error, and the exit code; None of one that is a fault of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, files.Failed):
+        return f"stopped: {error}", 1
+    if isinstance(error, ValueError | TypeError | OSError) and str(error).startswith("`"):
+        return f"error: {error}", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"stopped: {error.filename or 'a file'} could not be written ({error.strerror}).", 1
+    return None
 
 
 def call(main: Callable[..., Any], arguments: Sequence[str]) -> None:
@@ -87,15 +103,16 @@ def _given(kind: type[Grouped], arguments: Sequence[str]) -> dict[str, Any]:
     starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(arguments)]):
         flag, has_value, value = arguments[start].partition("=")
-        name, values = flag.removeprefix("--").replace("-", "_"), [value] if has_value else arguments[start + 1 : end]
-        if name.removeprefix("no_") in settings and flag.startswith("--no-"):
+        name = flag.removeprefix("--").replace("-", "_")
+        values = tuple(map(_value, [value] if has_value else arguments[start + 1 : end]))
+        if flag.startswith("--no-") and name.removeprefix("no_") in settings:
             given[name.removeprefix("no_")] = False
         elif name in settings and typing.get_origin(settings[name]) is tuple:
-            given[name] = tuple(map(_value, values))
+            given[name] = values
         elif name in settings and settings[name] is bool:
             given[name] = True
         elif name in settings and values:
-            given[name] = _value(values[0])
+            given[name] = values[0]
     return given
 
 

@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import cli, data, progress
-from experiments.analysis import plots, sections, table, tables
+from experiments.analysis import plots, sections, tables, tidy
 from experiments.analysis.tables import Frame
 from experiments.config import Budget, Grouped, Labels, Task, TrainConfig, resolve
 from experiments.config.fields import Bits, Count, Whole, number
 from experiments.config.methods import Name
 from experiments.measure import sweep
-from experiments.measure.engine import Engine
-from experiments.storage import environment, files
+from experiments.measure.workers import Engine
+from experiments.storage import claims, environment, files, records
 from hero_jax import quantize
 
 # Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
@@ -59,26 +59,21 @@ class CompareConfig(Grouped):
     @property
     def measuring(self) -> sweep.Measuring:
         """What is measured of each run."""
-        return sweep.Measuring((self.spec,), self.bits, number(self.curvature_size), self.curvature_products)
-
-    @property
-    def widths(self) -> list[str]:
-        """Names of the bit widths, full precision first."""
-        return ["full", *map(str, self.bits)]
+        size = sweep.curvature_size(self.curvature_size, self.task.dataset)
+        return sweep.Measuring((self.spec,), self.bits, size, self.curvature_products)
 
     def run(self, method: str, seed: int) -> TrainConfig:
         """The resolved configuration of one run."""
-        groups = (dataclasses.asdict(group) for group in (self.task, self.budget, self.labels))
-        settings = {name: value for group in groups for name, value in group.items()}
-        return resolve(method, **settings, validation_size=self.validation_size, seed=seed)
+        shared = {name: value for name, value in self.flat().items() if name not in MAY_DIFFER}
+        return resolve(method, **shared, seed=seed)
 
 
 def shown(rows: Frame, config: CompareConfig) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table, of rows of the table of runs: a line a method, in the order of the comparison."""
-    labels = {table.width_label(bits, config.spec): table.width_label(bits) for bits in config.widths}
+    widths = ["full", *map(str, config.bits)]
+    labels = {tidy.width_label(bits, config.spec): tidy.width_label(bits) for bits in widths}
     labels |= {"eigenvalue": "top eig."}
-    end = sections.at_end(rows, labels)
-    texts = tables.starred(tables.means(end, formats={"top eig.": tables.SCIENTIFIC}), "top eig.", rows)
+    texts = tables.starred(tables.means(sections.at_end(rows, labels)), "top eig.", rows)
     columns = ["n", *labels.values()]
     return ["method", *columns], tables.lines(texts, sections.networks(rows), columns)
 
@@ -89,7 +84,7 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     task, labels = config.task, config.labels
     trained = number(task.train_size) or dataset.train.size - config.validation_size
     tested = number(task.test_size) or dataset.test.size
-    measured = min(config.measuring.curvature_images(task.dataset), trained)
+    measured = min(config.measuring.curvature_size, trained)
     noise = f", {labels.label_noise:.0%} {labels.label_noise_kind} noise" if labels.label_noise else ""
     return (
         f"{task.dataset}, {task.model}, {config.budget.epochs} epochs on {trained:,} images{noise}, last epoch:"
@@ -121,12 +116,12 @@ def main(
         dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
         configs = {method: config.run(method, 0) for method in config.methods}
         sweep.check(configs, dataset)
-        files.claim_same(out, config, may_differ=MAY_DIFFER)
+        claims.claim_same(out, config, may_differ=MAY_DIFFER)
         begin = progress.lines(display)
         found = sweep.run_all(configs, range(config.seeds), dataset, out, begin, config.measuring, engine)
     if not found:
         raise files.Failed(f"Every run diverged; {out} has the messages.")
-    rows = table.of_sweep(found)
+    rows = tidy.of_sweep(found)
     header, lines = shown(rows, config)
     text = caption(config, dataset)
     results = [
@@ -134,9 +129,9 @@ def main(
         | {name: value for name, value in run.measured["curvature"].items() if name.startswith("eigenvalue")}
         for run in found
     ]
-    record = {"config": files.to_json(config), "environment": environment.current(), "results": results}
-    files.write_json(out / "results.json", record)
-    (out / "table.md").write_text(f"{tables.markdown(header, lines)}\n{text}\n")
+    record = {"config": claims.to_json(config), "environment": environment.current(), "results": results}
+    records.write(out / "results.json", record)
+    files.write(out / "table.md", f"{tables.markdown(header, lines)}\n{text}\n")
     plots.over_bits({config.spec: rows.dropna(subset="bits")}, out / "bits.png")
     eigenvalues = sections.at_end(rows, {"eigenvalue": ""})
     eigenvalues["value"] = eigenvalues["value"].abs()

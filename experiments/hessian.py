@@ -1,39 +1,22 @@
 """Measures the curvature of a saved run: `python -m experiments.hessian runs/digits-mlp-hero-s0`.
 
-Prints the top Hessian eigenvalues with their residuals, the trace, the Frobenius norm and the trace of every layer with
-their standard errors, and leaves them as curvature.json beside plots of the spectral density and the layer traces.
+Prints it, and leaves it as curvature.json beside plots of the spectral density and the traces of the layers.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from rich import box
-from rich.table import Table
 
 from experiments import cli, progress
-from experiments.analysis import plots
+from experiments.analysis import plots, tables
 from experiments.config.fields import number
 from experiments.measure.hessian import HessianConfig, measure
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 from experiments.training import compiled
-
-
-def tables(measured: dict[str, Any]) -> list[Table]:
-    """The eigenvalues, and the traces of the layers, for a terminal."""
-    top = Table("eigenvalue", "residual", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for value, residual, converged in zip(
-        *(measured[k] for k in ("eigenvalues", "residuals", "converged")), strict=True
-    ):
-        top.add_row(f"{value:.5g}", f"{residual:.1e}", "" if converged else "not converged")
-    layers = Table("layer", "weights", "trace", "\u00b1 sem", "trace/weight", box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in measured["layer_traces"]:
-        cells = (f"{row['mean']:.4g}", f"{row['sem']:.2g}", f"{row['mean'] / row['size']:.3g}")
-        layers.add_row(row["layer"], f"{row['size']:,}", *cells)
-    return [top, layers]
 
 
 def main(
@@ -55,17 +38,23 @@ def main(
     with progress.bar() as display:
         report = progress.steps(display)
         _, trainer, variables, dataset = compiled.load(run, data_dir, report)
-        files.claim(out, besides=("density.png", "layers.png"))
+        claims.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(number(config.images))
         operator = trainer.hessian(variables, split)
         measured = measure(config, operator, report)
-    record = {"config": files.to_json(config), "run": run.name, "images": split.size, **measured}
+    record = {"config": claims.to_json(config), "run": run.name, "images": split.size, **measured}
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")
     # Last, so that a folder with it is whole.
-    files.write_json(out / "curvature.json", record | {"environment": environment.current()})
-    for table in tables(measured):
-        cli.console.print(table)
+    records.write(out / "curvature.json", record | {"environment": environment.current()})
+    pairs = zip(measured["eigenvalues"], measured["residuals"], measured["converged"], strict=True)
+    lines = [[f"{value:.5g}", f"{residual:.1e}", "" if found else "not converged"] for value, residual, found in pairs]
+    cli.console.print(tables.terminal(["eigenvalue", "residual", ""], lines))
+    lines = []
+    for row in measured["layer_traces"]:
+        numbers = f"{row['mean']:.4g}", f"{row['sem']:.2g}", f"{row['mean'] / row['size']:.3g}"
+        lines.append([row["layer"], f"{row['size']:,}", *numbers])
+    cli.console.print(tables.terminal(["layer", "weights", "trace", "\u00b1 sem", "trace/weight"], lines))
     trace, norm = measured["trace"], measured["hessian_norm"]
     cli.console.print(
         f"trace {trace['mean']:.5g} \u00b1 {trace['sem']:.2g}, Frobenius norm {norm['mean']:.5g}"

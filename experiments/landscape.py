@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from experiments import cli, progress
-from experiments.analysis import plots, tables
-from experiments.measure.landscape import SPLITS, LandscapeConfig, around, between, load
-from experiments.storage import environment, files
+from experiments.analysis import curvature, plots, tables
+from experiments.measure.landscape import LandscapeConfig, around, between, load
+from experiments.storage import claims, environment, records
 
 
 def main(
@@ -34,14 +34,12 @@ def main(
         out: Folder for the results, new or empty; default landscape in the first run.
         data_dir: Folder of the prepared tensorflow-datasets; default TFDS_DATA_DIR.
     """
-    if not folders:
-        raise ValueError("`folders` must name at least one run folder; got none.")
-    out = out or folders[0] / "landscape"
     started = time.monotonic()
     with progress.bar() as display:
         report = progress.steps(display)
         networks = load(folders, data_dir, report, config.images)
-        files.claim(out, besides=("lines.png", "plane.png", "between.png"))
+        out = out or folders[0] / "landscape"
+        claims.claim(out, besides=("lines.png", "plane.png", "between.png"))
         surfaces = {
             name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))
             for name, network in networks.items()
@@ -54,7 +52,7 @@ def main(
         }
     methods = {name: network.config.method.name for name, network in networks.items()}
     record = {
-        "config": files.to_json(config),
+        "config": claims.to_json(config),
         "images": {name: network.train.size for name, network in networks.items()},
         "runs": surfaces,
         "between": {"first": origin, "to": segments},
@@ -64,35 +62,23 @@ def main(
     if segments:
         plots.landscape_between(origin, segments, methods, out / "between.png")
     # Last, so that a folder with it is whole.
-    files.write_json(out / "landscape.json", record | {"environment": environment.current()})
-    header = ["run", "loss", "accuracy", "basin, line", "basin, plane", "not finite"]
-    cli.console.print(tables.terminal(header, [_line(name, found) for name, found in surfaces.items()]))
+    records.write(out / "landscape.json", record | {"environment": environment.current()})
+    header, lines = curvature.basins(surfaces)
+    lines = [[*line, str(found["not_finite"])] for line, found in zip(lines, surfaces.values(), strict=True)]
+    cli.console.print(tables.terminal([*header, "not finite"], lines))
     cli.console.print(
-        f"Mean cross-entropy over {first.train.size:,} training images, running BatchNorm statistics, no"
-        f" augmentation. Basin: percent of the steps up to {config.radius:g} along {config.directions} random"
-        f" filter-normalized lines (mean \u00b1 standard deviation), and of the disk of that radius in the plane of the"
-        f" first two, where the loss is less than {config.rise:g} above that of the run."
+        f"Mean cross-entropy, and accuracy in percent, over {first.train.size:,} training images, running BatchNorm"
+        f" statistics, no augmentation. Basin: percent of the steps up to {config.radius:g} along {config.directions}"
+        f" random filter-normalized lines (mean \u00b1 standard deviation), and of the disk of that radius in the plane"
+        f" of the first two, where the loss is less than {config.rise:g} above that of the run."
     )
     if segments:
-        header = ["to", "train loss", "train error", "test loss", "test error"]
-        lines = [[name, *_barriers(found)] for name, found in segments.items()]
-        cli.console.print(tables.terminal(header, lines, f"barriers on the straight line from {origin}"))
+        title = f"barriers on the straight line from {origin}"
+        cli.console.print(tables.terminal(*curvature.barriers(segments), title))
         cli.console.print(
             "Barrier: most by which loss, or error in percent, rises above the line through the two runs."
         )
     cli.console.print(f"{time.monotonic() - started:.0f} s. Results are in {out}.")
-
-
-def _line(name: str, found: dict[str, Any]) -> list[str]:
-    center, basin = found["center"], found["basin"]
-    line = tables.cell(100 * basin["line"]["mean"], 100 * basin["line"]["std"], (".1f", ".1f"))
-    figures = [f"{center['loss']:.4f}", f"{center['accuracy']:.2%}", line, f"{100 * basin['plane']:.1f}"]
-    return [name, *figures, str(found["not_finite"])]
-
-
-def _barriers(found: dict[str, Any]) -> list[str]:
-    parts = [found["barriers"][split] for split in SPLITS]
-    return [text for part in parts for text in (f"{part['loss']:.3f}", f"{100 * part['error']:.2f}")]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -29,11 +29,16 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
     if name == "digits":
         cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
         return
+    state = "already there"
     try:
-        cli.console.print(f"{described(name, records.find(name, data_dir))}: already there", soft_wrap=True)
+        builder = records.find(name, data_dir)
     except FileNotFoundError:
         prepare(name, records.folder(data_dir))
-        cli.console.print(f"{described(name, records.find(name, data_dir))}: prepared", soft_wrap=True)
+        builder, state = records.find(name, data_dir), "prepared"
+    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in records.DATASETS[name].splits]
+    megabytes = sum(file.stat().st_size for file in Path(builder.data_path).iterdir()) / 1e6
+    where = f"{name} in {builder.data_path}, {' and '.join(sizes)} images, {megabytes:,.1f} MB"
+    cli.console.print(f"{where}: {state}", soft_wrap=True)
 
 
 def prepare(name: str, root: Path) -> None:
@@ -63,13 +68,6 @@ def prepare(name: str, root: Path) -> None:
     except Exception as error:  # of the network, the disk, or a changed archive
         reason = records.one_line(error)
         raise files.Failed(f"{name} was not prepared, and nothing was left half done ({reason}).") from error
-
-
-def described(name: str, builder: Any) -> str:
-    """The data set, where it is, and how large it is."""
-    sizes = [f"{builder.info.splits[split].num_examples:,} {split}" for split in records.DATASETS[name].splits]
-    bytes_on_disk = sum(file.stat().st_size for file in Path(builder.data_path).iterdir())
-    return f"{name} in {builder.data_path}, {' and '.join(sizes)} images, {bytes_on_disk / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

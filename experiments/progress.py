@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 from rich import progress as rich_progress
 
 from experiments import cli
+
+_FIGURES = {"train_loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}", "images_per_second": "{:,.0f} images/s"}
 
 
 def bar() -> rich_progress.Progress:
@@ -22,21 +25,21 @@ def bar() -> rich_progress.Progress:
     )
 
 
-def task(display: rich_progress.Progress, description: str) -> Callable[[int, int], None]:
-    """A reporter `(done, total)` whose line appears at its first call and goes away when it is done."""
-    tasks = []
+def steps(display: rich_progress.Progress) -> Callable[[str, int, int], None]:
+    """A reporter `(what, done, total)` with a line for every `what`, which goes away when it is done."""
+    lines: dict[str, rich_progress.TaskID] = {}
 
-    def report(done: int, total: int) -> None:
-        if not tasks:
-            tasks.append(display.add_task(description, total=total, figures=""))
-        display.update(tasks[0], completed=done, visible=done < total)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in lines:
+            lines[what] = display.add_task(what, total=total, figures="")
+        display.update(lines[what], completed=done, visible=done < total)
 
     return report
 
 
 def decoding(display: rich_progress.Progress, dataset: str) -> Callable[[int, int], None]:
-    """A reporter of the images of a data set that are decoded."""
-    return task(display, f"decoding {dataset}")
+    """A reporter `(done, total)` of the images of a data set that are decoded."""
+    return functools.partial(steps(display), f"decoding {dataset}")
 
 
 def lines(display: rich_progress.Progress) -> Callable[[str, int], Callable[[int, Mapping[str, float]], None]]:
@@ -48,23 +51,9 @@ def lines(display: rich_progress.Progress) -> Callable[[str, int], Callable[[int
 
         def report(done: int, row: Mapping[str, float]) -> None:
             last.update(row)
-            accuracy = f"  accuracy {last['accuracy']:.2%}" if "accuracy" in last else ""
-            speed = f"  {last['images_per_second']:,.0f} images/s" if last else ""
-            figures = f"loss {last['train_loss']:.4f}{accuracy}{speed}" if last else ""
-            display.update(line, completed=done, figures=figures)
+            figures = [text.format(last[name]) for name, text in _FIGURES.items() if name in last]
+            display.update(line, completed=done, figures="  ".join(figures))
 
         return report
 
     return begin
-
-
-def steps(display: rich_progress.Progress) -> Callable[[str, int, int], None]:
-    """A reporter `(what, done, total)` with a line for every `what`, which goes away when it is done."""
-    reporters: dict[str, Callable[[int, int], None]] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in reporters:
-            reporters[what] = task(display, what)
-        reporters[what](done, total)
-
-    return report

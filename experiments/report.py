@@ -4,7 +4,7 @@ Finds every run folder below the folders it is given, and leaves report.html, on
 report.md with the same tables beside the plots. A mean has its n and, over two runs or more, its standard deviation.
 In `experiments.analysis`:
 
-table       every measured number of every run, read back and checked
+tidy        every measured number of every run, read back and checked, in one table
 tables      means, spreads and paired differences of its rows, and tables of them
 sections    tables and plots of accuracy, label noise, low bits and searches
 summary     those of every claim, a row a network, and their differences to chosen networks
@@ -18,22 +18,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import tyro
 
 from experiments import cli
-from experiments.analysis import cost, curvature, page, sections, summary, table, tables
+from experiments.analysis import cost, curvature, page, sections, summary, tables, tidy
 from experiments.analysis.tables import Frame
+from experiments.storage import files
 
-OURS = re.compile(r"report\.(html|md)|plot-[\w.-]+\.(png|svg)")
+# Those of `main`, and what an end of the process left unfinished of them.
+OURS = re.compile(rf"(report\.(html|md)|plot-[\w.-]+\.(png|svg))({files.UNFINISHED})?")
 
 
 def what_was_run(runs: Frame) -> page.Section:
     """How many runs, by status; those that are not done, with their messages."""
     counts = sorted(Counter(runs["status"]).items(), key=lambda pair: (-pair[1], pair[0]))
-    content: list[Any] = [f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts)}."]
+    content: list[page.Part] = [f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts)}."]
     left = runs[runs["status"] != "done"]
     if len(left):
         content.append("The following runs are not done and are left out of every number below.")
@@ -42,23 +44,25 @@ def what_was_run(runs: Frame) -> page.Section:
     return page.Section("What was run", content)
 
 
-def where_from(found: table.Found) -> page.Section:
+def where_from(found: tidy.Found) -> page.Section:
     """Commits, hardware, versions, settings and commands."""
     runs = found.runs
     kinds = Counter(zip(runs["commit"], runs["hardware"], runs["versions"], strict=True)).most_common()
     lines = [[*kind, str(number)] for kind, number in kinds]
-    content: list[Any] = [page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)]
+    content: list[page.Part] = [page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)]
     rows = found.table.groupby(["section", "title", "split", "network"], sort=False)["run"].agg(["first", "nunique"])
     if len(rows):
         settings: Frame = pd.DataFrame(list(runs.loc[rows["first"], "network"]), dtype=object)
-        settings = settings.drop(columns=["seed", "method", *table.TASK])
-        varied = [name for name in settings if settings[name].nunique(dropna=False) > 1]
-        same = ", ".join(f"{name} {settings[name][0]}" for name in settings if name not in varied)
-        named = [[title, name, str(n)] for (_, title, _, name), n in rows["nunique"].items()]
-        own = settings[varied].map(lambda value: tables.NOTHING if value is None else str(value)).to_numpy().tolist()
-        lines = [[*of, *texts] for of, texts in zip(named, own, strict=True)]
+        settings = settings.drop(columns=["seed", "method", *tidy.TASK])
+        is_varied = settings.nunique(dropna=False) > 1
+        same = ", ".join(f"{name} {value}" for name, value in settings.loc[0, ~is_varied].items())
+        own = settings.loc[:, is_varied].map(lambda value: tables.NOTHING if value is None else str(value))
+        lines = [
+            [title, name, str(n), *texts]
+            for (_, title, _, name), n, texts in zip(rows.index, rows["nunique"], own.to_numpy(), strict=True)
+        ]
         content.append(page.Heading("Settings of every row"))
-        content.append(page.Table(["task", "network", "n", *varied], lines, f"In all: {same}.", left=2))
+        content.append(page.Table(["task", "network", "n", *own], lines, f"In all: {same}.", left=2))
     lines = [[str(run.path), run.status, run.commit, run.command] for run in runs.itertuples()]
     content.append(page.Table(["run", "status", "commit", "command"], lines, "", 4, folded="Every run and its command"))
     return page.Section("Where every number comes from", content)
@@ -66,12 +70,17 @@ def where_from(found: table.Found) -> page.Section:
 
 def claim(out: Path) -> None:
     """Makes the folder of a report, or empties that of an earlier one; raises FileExistsError where there is more."""
-    there = list(out.iterdir()) if out.is_dir() else []
-    if (out.exists() and not out.is_dir()) or any(not OURS.fullmatch(file.name) for file in there):
-        raise FileExistsError(f"`out` must be a new or empty folder, or that of a report; {out} holds something else.")
-    for file in there:
-        file.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+    with files.on_disk(out):
+        files.refuse_links(out)
+        there = list(out.iterdir()) if out.is_dir() else []
+        is_other = any(not (OURS.fullmatch(file.name) and file.is_file()) for file in there)
+        if is_other or (out.exists() and not out.is_dir()):
+            raise FileExistsError(
+                f"`out` must be a new or empty folder, or that of a report; {out} holds something else."
+            )
+        for file in there:
+            file.unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
 
 
 def main(
@@ -85,12 +94,12 @@ def main(
             default report in the first of `folders`.
         against: Networks, by their names in the report, whose differences to all others are shown.
     """
-    found = table.read(folders)
+    found = tidy.read(folders)
     out = out or folders[0] / "report"
     data, runs = found.table, found.runs
     tasks, of_settings, at_equal_cost = (data[data["section"] == name] for name in ("main", "ablations", "cost"))
     every = data[data["section"] != "cost"]
-    compared = summary.differences(tasks, against)
+    compared = list(summary.differences(tasks, against))  # refused before anything is written
     claim(out)
     draw = sections.Plotter(out, data["network"])
     written = {
@@ -106,13 +115,14 @@ def main(
         "Ablations": sections.accuracy(of_settings, draw),
         "Search": sections.search(found.searches, draw),
     }
-    shown = [page.Section(title, parts) for title, parts in written.items() if parts]
+    listed = {title: list(parts) for title, parts in written.items()}
+    shown = [page.Section(title, parts) for title, parts in listed.items() if parts]
     content = [what_was_run(runs), *shown, where_from(found)]
     done = runs["is_done"].sum()
     counted = f"{done} finished runs" if done != 1 else "1 finished run"
     title, introduction = "Report of training runs", f"{counted} below {', '.join(map(str, folders))}."
-    (out / "report.md").write_text(page.to_markdown(title, introduction, content))
-    (out / "report.html").write_text(page.to_html(title, introduction, content, out))
+    files.write(out / "report.md", page.to_markdown(title, introduction, content))
+    files.write(out / "report.html", page.to_html(title, introduction, content, out))
     cli.console.print(f"{introduction} The report is {out / 'report.html'}.")
 
 

@@ -1,18 +1,15 @@
 """The whole set of experiments by one command: `python -m experiments.reproduce --dataset digits`.
 
-    search       the settings of each method on held-out images, on clean and on noisy labels, with equal numbers of
-                 trials (`experiments.search`); what it finds is what the other parts take in place of the presets. A
-                 search of your own can take the place of one: give it --out OUT/search/clean-NAME or noisy-NAME, with
-                 NAME of `plan.TUNED`
-    accuracy     every method and variant: accuracy last and best on validation, over bits, Hessian along and at the end
+    search       the settings of each method on held-out images (`experiments.search`), which the other parts then take
+    accuracy     every method and variant, measured along training and at the end
     noise        the methods after training on altered labels, by kind and rate, with what was memorized
     cost         the methods on clean and on altered labels, each for as many epochs as the gradients of HERO allow it
     ablations    HERO with one setting changed at a time
     landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
 
-and after them the report (`experiments.report`). Each part can be run alone (`python -m experiments.reproduce
-accuracy`), and a command that was ended is given again: what is finished is not made again. With --workers several
-runs are made at once, each on a core or a GPU of its own.
+and after them the report (`experiments.report`); docs/experiments.md says what each shows. A search of your own takes
+the place of one with --out OUT/search/clean-NAME or noisy-NAME, where NAME is one of `plan.TUNED`. Each part can be run
+alone (`python -m experiments.reproduce accuracy`), and a command that was ended is given again.
 """
 
 from __future__ import annotations
@@ -26,9 +23,11 @@ import tyro
 from experiments import cli, data, landscape, progress, report, search
 from experiments.config.fields import number
 from experiments.measure import plan, sweep
-from experiments.measure.engine import Engine
+from experiments.measure.landscape import LandscapeRecord
 from experiments.measure.plan import ReproduceConfig
-from experiments.storage import files, runs
+from experiments.measure.search import SearchRecord
+from experiments.measure.workers import Engine
+from experiments.storage import claims, records, runs
 from hero_jax import errors
 
 PARTS = ("search", "accuracy", "noise", "cost", "ablations", "landscape")
@@ -56,10 +55,9 @@ def main(
     started = time.monotonic()
     with progress.bar() as display:
         dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
-    share = 4 if config.task.dataset == "digits" else 10
-    held_out = number(config.validation_size) or dataset.train.size // share
+    held_out = number(config.validation_size) or dataset.train.size // (4 if config.task.dataset == "digits" else 10)
     sweep.check({"hero": config.run({}, held_out)}, dataset)
-    files.claim_same(out, config, may_differ=plan.MAY_DIFFER, besides=("search",))
+    claims.claim_same(out, config, may_differ=plan.MAY_DIFFER, besides=("search",))
     # A search that cannot be taken is refused before hours have gone by.
     plan.plan(config, "accuracy", held_out, out)
     for part in (part for part in PARTS if part in parts):
@@ -67,14 +65,14 @@ def main(
         if part == "search":
             run_searches(config, held_out, out, data_dir, engine)
         elif part == "landscape":
-            with files.locked(out, wait=True):
+            with claims.locked(out, wait=True):
                 draw_landscape(config, out, data_dir)
         else:
+            configs = plan.plan(config, part, held_out, out)
             with progress.bar() as display:
-                configs = plan.plan(config, part, held_out, out)
                 begin = progress.lines(display)
                 sweep.run_all(configs, range(config.seeds), dataset, out / part, begin, config.measuring, engine)
-    with files.locked(out, wait=True):
+    with claims.locked(out, wait=True):
         report.main((out,))
     cli.console.print(f"{time.monotonic() - started:.0f} s")
 
@@ -89,8 +87,8 @@ def run_searches(
     """
     for name, searched in plan.searches(config, held_out).items():
         path = out / "search" / name
-        there = files.read_json(path / "search.json").get("config")
-        if there is not None and files.difference(there, searched, ("seeds",)) is not None:
+        there = records.read(path / "search.json", SearchRecord).get("config")
+        if there is not None and claims.difference(there, searched, ("seeds",)) is not None:
             cli.console.print(f"{path} has a search of its own, which is left as it is")
             continue
         if there is not None:
@@ -109,17 +107,16 @@ def draw_landscape(config: ReproduceConfig, out: Path, data_dir: Path | None) ->
     if not (out / "accuracy").exists():
         raise ValueError(f"`parts` must have accuracy before landscape; {out / 'accuracy'} is not there.")
     planned = [name for name in ("sgd", "asam", "hero") if not config.variants or name in config.variants]
-    folders = [out / "accuracy" / "runs" / f"{name}-s0" for name in planned]
-    status = {folder: runs.status(folder) for folder in folders}
-    left = [folder.name for folder, ended in status.items() if ended not in ("done", "diverged")]
-    done = tuple(folder for folder, ended in status.items() if ended == "done")
-    record = files.read_json(out / "landscape" / "landscape.json")
+    status = {path: runs.status(path) for path in (out / "accuracy" / "runs" / f"{name}-s0" for name in planned)}
+    left = [path.name for path, ended in status.items() if ended not in ("done", "diverged")]
+    done = tuple(path for path, ended in status.items() if ended == "done")
+    record = records.read(out / "landscape" / "landscape.json", LandscapeRecord)
     if left:
         cli.console.print(f"no landscape before {', '.join(left)} ended: give the command again then")
     elif record and len(record["runs"]) != len(done):
         cli.console.print(f"{out / 'landscape'} is of other runs: remove it for one of {len(done)}")
     elif done and not record:
-        chosen = landscape.LandscapeConfig(images=config.curvature_images)
+        chosen = landscape.LandscapeConfig(images=config.measuring.curvature_size)
         landscape.main(done, chosen, out / "landscape", data_dir)
 
 

@@ -15,12 +15,11 @@ import tyro
 
 from experiments import cli, data, progress
 from experiments.analysis import plots, tables
-from experiments.config import LABELS, METHODS
-from experiments.config.fields import types_of
+from experiments.config import LABELS
 from experiments.measure import sweep
-from experiments.measure.engine import Engine
 from experiments.measure.search import SEARCHED, AllDiverged, SearchConfig, best_of, run
-from experiments.storage import environment, files
+from experiments.measure.workers import Engine
+from experiments.storage import claims, environment, records
 
 
 def main(
@@ -42,14 +41,14 @@ def main(
     with progress.bar() as display:
         dataset = data.load(config.task.dataset, data_dir, progress.decoding(display, config.task.dataset))
         sweep.check(config.runs(), dataset)
-        files.claim_same(out, config, config.may_differ(files.read_json(out / "config.json")))
+        claims.claim_same(out, config, config.may_differ(records.read(out / "config.json")))
         if not (out / "search.json").exists():
             # Tells a report that the runs below are trials, however this ends.
-            files.write_json(out / "search.json", {"config": files.to_json(config), "grid": [], "best": None})
+            records.write(out / "search.json", {"config": claims.to_json(config), "grid": [], "best": None})
         grid = run(config, dataset, out, progress.lines(display), engine)
     best = best_of(grid)
-    record = {"config": files.to_json(config), "grid": grid, "best": best, "environment": environment.current()}
-    files.write_json(out / "search.json", record)
+    record = {"config": claims.to_json(config), "grid": grid, "best": best, "environment": environment.current()}
+    records.write(out / "search.json", record)
     if best is None:
         raise AllDiverged("Every run of the search diverged; smaller values of what is searched may help.")
     varied = [name for name in SEARCHED if len({row[name] for row in grid}) > 1]
@@ -58,21 +57,17 @@ def main(
         values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
     # rho and gamma also where only one value is tried.
-    shown = [
-        name
-        for name in SEARCHED
-        if name in varied or name in {"rho", "gamma"} & types_of(METHODS[config.method]).keys()
-    ]
-    header = [*shown, "n", "validation accuracy, %", ""]
+    shown = [x for x in SEARCHED if x in varied or (x in ("rho", "gamma") and grid[0][x] is not None)]
     lines = [
         [
-            *("" if row[name] is None else f"{row[name]:g}" for name in shown),
+            *(f"{row[name]:g}" for name in shown),
             str(row["n"]),
             tables.cell(100 * row["validation_accuracy"], 100 * row["std"]) if row["n"] else "diverged",
             "best" if row == best else "",
         ]
         for row in grid
     ]
+    header = [*shown, "n", "validation accuracy, %", ""]
     cli.console.print(tables.terminal(header, lines, LABELS[config.method]))
     labels = config.labels
     noise = f", {labels.label_noise:.0%} {labels.label_noise_kind} label noise" if labels.label_noise else ""

@@ -47,28 +47,26 @@ def main(
     """
     layouts.join(coordinator, num_processes, process_id, distributed)
     config = layouts.with_devices(config)
-    out = out or config.default_folder()
+    task, epochs = config.task, config.budget.epochs
+    out = out or Path("runs") / f"{task.dataset}-{task.model}-{config.method.name}-s{config.seed}"
     is_writer = jax.process_index() == 0
     cli.console.quiet = not is_writer
-    task, epochs = config.task, config.budget.epochs
     cli.console.print(f"{config.method.name} on {task.dataset}, {task.model}, {epochs} epochs, into {out}")
-    with progress.bar() as bar:
-        dataset = data.load(task.dataset, data_dir, progress.decoding(bar, task.dataset))
-        dataset = subset(config, dataset)
+    with progress.bar() as bar, contextlib.ExitStack() as stack:
+        dataset = subset(config, data.load(task.dataset, data_dir, progress.decoding(bar, task.dataset)))
         # Before the folder is made: a setting that the data does not allow leaves none.
         trainer = build(config, dataset)
         advance = progress.lines(bar)(config.method.name, epochs)
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
-            stack.enter_context(layouts.watched())
-            write = stack.enter_context(events(out)) if tensorboard and is_writer else None
+        folder = stack.enter_context(runs.RunFolder(out, config, config.may_differ())) if is_writer else None
+        stack.enter_context(layouts.watched())
+        write = stack.enter_context(events(out)) if tensorboard and is_writer else None
 
-            def report(row: dict[str, float]) -> None:
-                advance(int(row["epoch"]), row)
-                if write is not None:
-                    write(row)
+        def report(row: dict[str, float]) -> None:
+            advance(int(row["epoch"]), row)
+            if write is not None:
+                write(row)
 
-            result = train(config, dataset, folder, report, trainer)
+        result = train(config, dataset, folder, report, trainer)
     if not result.metrics:
         cli.console.print("ended before the first evaluation; the same command continues")
         return

@@ -1,12 +1,48 @@
-"""Eight simulated CPU devices, set before jax is imported, float64 on request, and an end to what is compiled."""
+"""Eight simulated CPU devices and quick compilation, set before jax is imported, and float64 on request."""
 
+import importlib
+import importlib.metadata
+import logging
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Two thirds of the tests' time is XLA's: programs that run once are not worth its optimizations. The emitters that the
+# last flag leaves out are tested with newer versions, which always have them.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+# Of the 65,530 that a process may have.
+MOST_MEMORY_MAPS = 20_000
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("attacks", "tests/test_attacks.py")
+    group.addoption("--attacks", type=int, default=300, help="files mutated; a third as many bits and calls, 1 % kills")
+    group.addoption("--attack-seed", type=int, default=0, help="which; 0 is what CI makes")
+
+
+@pytest.fixture(scope="module")
+def attacks(request):
+    return request.config.getoption("--attacks")
+
+
+@pytest.fixture(scope="module")
+def attack_seed(request):
+    return request.config.getoption("--attack-seed")
 
 
 @pytest.fixture
@@ -18,6 +54,39 @@ def x64():
 
 @pytest.fixture(autouse=True, scope="module")
 def forgotten_programs():
-    """Drops what a module compiled: each program takes memory maps, and a process that has 65,530 of them crashes."""
+    """Drops what was compiled where it has taken many memory maps: a process that has all of them crashes."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Runs a command here, as `python -m NAME ARGUMENTS` does in another process; gives what `subprocess.run` does.
+
+    What the command changes in its process is undone.
+    """
+    from experiments import cli
+
+    def run(name, *arguments):
+        logger = logging.getLogger("experiments")
+        before, handlers = logger.level, [*logger.handlers]
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        cache = jax.config.jax_compilation_cache_dir
+        monkeypatch.setattr(sys, "argv", [f"{name.split('.')[-1]}.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(importlib.import_module(name).main)
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            logger.level, logger.handlers = before, handlers
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+            jax.config.update("jax_compilation_cache_dir", cache)
+            compilation_cache.reset_cache()
+        return subprocess.CompletedProcess([name, *arguments], code, *capsys.readouterr())
+
+    return run

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from experiments import cli, compare, reproduce
-from experiments.analysis import table, tables
+from experiments.analysis import tables, tidy
 from experiments.compare import CompareConfig
 from experiments.measure import sweep
 from experiments.training import loop
@@ -85,7 +85,7 @@ def shown(*runs, method="sgd", bits=(2,)):
         measured = {"quantized": {config.spec: accuracy}, "curvature": curvature}
         row = {"epoch": 1, "accuracy": 0.9, "step": 5}
         found.append(sweep.Run(method, config.run(method, seed), [row], measured))
-    return compare.shown(table.of_sweep(found), config)
+    return compare.shown(tidy.of_sweep(found), config)
 
 
 def test_summary_marks_a_method_with_a_run_that_did_not_converge():
@@ -142,16 +142,16 @@ class TestCommandLine:
             [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
         )
 
-    def test_train(self, tmp_path):
+    def test_train(self, tmp_path, called):
         arguments = ("experiments.train", "--method", "sgd", "--epochs", "2", "--train-size", "128")
         done = self.run(*arguments, "--out", str(tmp_path / "run"))
         assert done.returncode == 0, done.stderr
         assert "test accuracy" in done.stdout
-        again = self.run(*arguments, "--out", str(tmp_path / "run"))
+        again = called(*arguments, "--out", str(tmp_path / "run"))
         assert again.returncode == 0
         assert "done already" in again.stdout
         assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-        other = self.run(*arguments, "--seed", "1", "--out", str(tmp_path / "run"))
+        other = called(*arguments, "--seed", "1", "--out", str(tmp_path / "run"))
         assert other.returncode == 2
         message = r"error: `out` must be a new or empty folder, or that of the same run; .* has seed 0, not 1\. .*\n"
         assert re.fullmatch(message, other.stderr)
@@ -178,8 +178,8 @@ class TestCommandLine:
             ("--dataset cifar10 --data-dir /nonexistent", "error: `data_dir` must hold cifar10 prepared"),
         ],
     )
-    def test_errors_are_one_line(self, arguments, message, tmp_path):
-        done = self.run("experiments.train", *shlex.split(arguments), "--out", str(tmp_path / "run"))
+    def test_errors_are_one_line(self, arguments, message, tmp_path, called):
+        done = called("experiments.train", *shlex.split(arguments), "--out", str(tmp_path / "run"))
         assert done.returncode == 2
         assert re.match(message, done.stderr)
         assert done.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from experiments import data, hessian, progress, train
 from experiments.config import resolve
 from experiments.measure.hessian import HessianConfig
-from experiments.storage import runs
+from experiments.storage import files, records, runs
 from experiments.training import compiled
 from hero_jax import models
 
@@ -147,3 +148,23 @@ def test_bad_settings(options, message):
 def test_bad_every():
     with pytest.raises(ValueError, match="`every` must be an integer >= 1; got 0"):
         resolve(every=0)
+
+
+def test_a_configuration_that_is_not_that_of_the_checkpoint(run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    config = records.read(out / "config.json")
+    records.write_settings(out / "config.json", config | {"seed": 3})
+    with pytest.raises(records.Damaged, match=r"config.json is damaged \(`seed` is 3, but the run began with 0\)"):
+        compiled.load(out, None)
+    # Version 0.1 did not record what a run began with.
+    environment = records.read(out / "environment.json")
+    del environment["config"]
+    records.write(out / "environment.json", environment)
+    assert compiled.load(out, None)[0].seed == 3
+    records.write_settings(out / "config.json", config | {"model": "resnet8"})
+    with pytest.raises(files.Failed, match="has a checkpoint of another network than the resnet8 of its config"):
+        compiled.load(out, None)
+    (out / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"`run` must be a run folder with a config.json; .* has none"):
+        compiled.load(out, None)

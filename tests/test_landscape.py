@@ -11,10 +11,11 @@ from PIL import Image
 
 from experiments import data, train
 from experiments import landscape as command
-from experiments.analysis import plots
+from experiments.analysis import curvature, plots
 from experiments.config import resolve
 from experiments.measure import landscape as measuring
 from experiments.measure.landscape import LandscapeConfig
+from experiments.measure.saved import Saved
 from experiments.storage import runs
 from experiments.training import compiled
 from hero_jax import landscape, models
@@ -466,7 +467,8 @@ def test_between_two_runs(folders, measured):
 
 def test_table_names_the_barriers_of_train_first():
     parts = {"test": {"loss": 2.5, "error": 0.25}, "train": {"loss": 1.25, "error": 0.5}}
-    assert command._barriers({"barriers": parts}) == ["1.250", "50.00", "2.500", "25.00"]
+    _, lines = curvature.barriers({"run": {"barriers": parts}})
+    assert lines == [["run", "1.250", "50.00", "2.500", "25.00"]]
 
 
 def test_fraction_below_of_known_areas():
@@ -512,8 +514,13 @@ def test_batch_statistics_between_two_runs_are_those_of_the_point(monkeypatch):
     trainer = compiled.build(config, dataset)
     states = [trainer.init(seed) for seed in (0, 1)]
     first, second = (
-        measuring.Network(
-            config, trainer, {"params": s.params, "batch_stats": s.batch_stats}, dataset.train, dataset.test.first(40)
+        Saved(
+            config,
+            trainer,
+            classifier(trainer.forward, batch_size=compiled.EVAL_BATCH),
+            {"params": s.params, "batch_stats": s.batch_stats},
+            dataset.train,
+            dataset.test.first(40),
         )
         for s in states
     )

@@ -12,7 +12,7 @@ import hero_jax
 from experiments import data
 from experiments.analysis import networks
 from experiments.config import METHODS, resolve
-from experiments.storage import files, runs
+from experiments.storage import claims, runs
 from experiments.training import compiled, loop, methods
 from hero_jax import models, quantize
 from tests import problems
@@ -264,11 +264,11 @@ def test_settings_reach_the_transformation(method, field, values):
 def test_a_folder_of_before_these_fields_is_the_same_run(method):
     config = short(method=method)
     later = ("scope", "reduction", "interval", "suppress", "product", "perturb_from", "penalize_from", "adaptive")
-    older = {name: value for name, value in files.to_json(config).items() if name not in later}
-    assert files.difference(older, config, ()) is None
+    older = {name: value for name, value in claims.to_json(config).items() if name not in later}
+    assert claims.difference(older, config, ()) is None
     if method == "sam":
         changed = config.replace(suppress=0.5)
-        assert files.difference(older, changed, ()) == ("suppress", 0.0, 0.5)
+        assert claims.difference(older, changed, ()) == ("suppress", 0.0, 0.5)
 
 
 def test_no_two_networks_have_one_name():

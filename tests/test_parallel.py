@@ -379,7 +379,8 @@ def run_two(command, flags, meanwhile=lambda processes: None):
 
 
 def start(command, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Of two that are the same the last counts.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)

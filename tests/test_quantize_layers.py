@@ -203,13 +203,15 @@ class TestAttention:
         assert np.abs(moved - moved.mean(0)).max() > 0.01
 
     @pytest.mark.parametrize(
-        ("option", "value"),
-        [("jax_numpy_rank_promotion", "raise"), ("jax_debug_nans", True), ("jax_disable_jit", True)],
+        "options",
+        [{"jax_numpy_rank_promotion": "raise", "jax_debug_nans": True}, {"jax_disable_jit": True}],
+        ids=["strict", "disable_jit"],
     )
-    def test_under_the_checks_of_jax(self, block, option, value):
+    def test_under_the_checks_of_jax(self, block, options):
         apply, variables, x = block
-        before = getattr(jax.config, option)
-        jax.config.update(option, value)
+        before = {name: getattr(jax.config, name) for name in options}
+        for name, value in options.items():
+            jax.config.update(name, value)
         try:
             grams = linen.input_grams(apply, variables, [x])
             rounded = rounding.optimized(variables["params"], 3, grams, num_sweeps=1)
@@ -220,7 +222,8 @@ class TestAttention:
             alone = prepared(net, x)
             linen.fold_batch_norm(alone, linen.batch_norm_pairs(net.apply, alone, x))
         finally:
-            jax.config.update(option, before)
+            for name, value in before.items():
+                jax.config.update(name, value)
         assert np.isfinite(found).all()
 
     def test_results_are_pytrees_and_say_what_they_lack(self, block):

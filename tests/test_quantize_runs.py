@@ -127,7 +127,7 @@ def test_terminal_tables_fit_eighty_columns():
 def test_seeds_of_a_network_share_what_is_compiled(folders):
     with progress.bar() as display:
         loaded = quantize.load(folders, None, progress.steps(display), 100)
-    (_, first), (_, second), (_, other) = (loaded[folder] for folder in folders)
+    first, second, other = (loaded[folder] for folder in folders)
     assert first.classify is second.classify is not other.classify
     assert first.trainer is second.trainer is not other.trainer
     kernels = [network.variables["params"]["head"]["kernel"] for network in (first, second)]

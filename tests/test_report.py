@@ -5,8 +5,6 @@ import html.parser
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ import pytest
 from PIL import Image
 
 from experiments import report, train
-from experiments.analysis import page, plots, sections, table, tables
+from experiments.analysis import page, plots, sections, tables, tidy
 from experiments.config import resolve
 from experiments.measure.search import SearchConfig, summarize
-from experiments.storage import environment, files
+from experiments.storage import claims, environment, records
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -36,19 +34,25 @@ ENVIRONMENT = {
 def fake(
     folder, accuracies=(0.5, 0.6, 0.7), status="done", message="", measured=None, more=None, part=None, **fields: Any
 ):
-    """A run folder as a run leaves it: one row an epoch, with `more` fields (a list of one value an epoch each)."""
+    """A run folder as a run leaves it: one row an epoch, with `more` fields (a list of one value an epoch each).
+
+    A run that is done and has more epochs than values has each value for several of them, in 10 steps a value.
+    """
     folder.mkdir(parents=True)
     config = resolve(**{"method": "sgd", "epochs": EPOCHS, **fields})
-    files.write_json(folder / "config.json", files.to_json(config))
-    files.write_json(folder / "environment.json", ENVIRONMENT | (part or {}))
-    files.write_json(folder / "status.json", {"status": status, "message": message})
-    rows = []
-    for i, accuracy in enumerate(accuracies):
-        row = {"epoch": i + 1, "train_loss": 0.5 / (i + 1), "images_per_second": 640.0, "step": 10 * (i + 1)}
-        rows.append(row | {"accuracy": accuracy} | {name: values[i] for name, values in (more or {}).items()})
+    records.write(folder / "config.json", claims.to_json(config))
+    records.write(folder / "environment.json", ENVIRONMENT | (part or {}))
+    records.write(folder / "status.json", {"status": status, "message": message})
+    rows, given = [], len(accuracies)
+    epochs = config.budget.epochs if status == "done" else given
+    for epoch in range(1, epochs + 1):
+        i = (epoch - 1) * given // epochs
+        row = {"epoch": epoch, "train_loss": 0.5 / (i + 1), "images_per_second": 640.0}
+        row |= {"step": round(10 * given * epoch / epochs), "accuracy": accuracies[i]}
+        rows.append(row | {name: values[i] for name, values in (more or {}).items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if measured is not None:
-        files.write_json(folder / "measured.json", measured)
+        records.write(folder / "measured.json", measured)
     return folder
 
 
@@ -143,7 +147,7 @@ def everything(tmp_path_factory):
         for gamma in (0.1, 0.2)
     ]
     (base / "search").mkdir()
-    files.write_json(base / "search" / "search.json", {"grid": grid, "best": grid[3], "config": {}})
+    records.write(base / "search" / "search.json", {"grid": grid, "best": grid[3], "config": {}})
     fake(base / "search" / "trial", seed=9)
     folder = base / "landscape-a"
     folder.mkdir()
@@ -160,7 +164,7 @@ def everything(tmp_path_factory):
     config = {"radius": 1.0, "directions": 5, "rise": 0.1}
     record = {"runs": {"sgd-s0": around}, "config": config, "between": between, "environment": ENVIRONMENT}
     record["images"] = {"sgd-s0": 1433}
-    files.write_json(folder / "landscape.json", record)
+    records.write(folder / "landscape.json", record)
     return base, *made(base)
 
 
@@ -310,7 +314,7 @@ def test_summary_marks_an_eigenvalue_that_was_not_found(tmp_path):
 def test_seconds_leave_out_the_compilation_of_the_first_epoch(tmp_path):
     fake(tmp_path / "three", more={"images_per_second": (1.0, 64.0, 32.0)})
     fake(tmp_path / "one", (0.5,), more={"images_per_second": (32.0,)}, seed=1)
-    found = table.read([tmp_path]).table
+    found = tidy.read([tmp_path]).table
     seconds = found[found["metric"] == "seconds"].set_index("seed")["value"]
     # Batches of 64, 10 an epoch.
     assert seconds.to_dict() == {0: 10 + 10 + 20, 1: 20}
@@ -417,7 +421,7 @@ def test_a_search_that_was_ended_or_diverged_stays_out_of_the_table(tmp_path):
     fake(tmp_path / "main")
     configs = SearchConfig.resolve(method="sam", rho=(0.1, 0.2)).runs()
     for name, grid in (("begun", []), ("diverged", summarize(configs, []))):
-        files.write_json(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
+        records.write(made_folder(tmp_path / name) / "search.json", {"config": {}, "grid": grid, "best": None})
         fake(tmp_path / name / "runs" / "trial", method="sam", rho=0.2)
     text, _ = made(tmp_path)
     assert "SAM" not in text[text.index("## Accuracy") : text.index("## Search")]
@@ -541,7 +545,7 @@ def test_older_runs_without_newer_fields(tmp_path):
     old = fake(tmp_path / "old", method="hero", seed=1)
     fields = json.loads((old / "config.json").read_text())
     newer = ("interval", "scope", "reduction", "label_noise", "label_noise_kind", "dtype")
-    files.write_json(old / "config.json", {name: fields[name] for name in fields if name not in newer})
+    records.write(old / "config.json", {name: fields[name] for name in fields if name not in newer})
     text, _ = made(tmp_path)
     assert cells_of(text, "HERO")[0][1] == "2"
 
@@ -576,7 +580,7 @@ def test_runs_of_which_none_is_done_are_listed(tmp_path):
 
 
 def test_a_table_of_every_number_of_every_run(everything):
-    found = table.read([everything[0]]).table
+    found = tidy.read([everything[0]]).table
     sgd = found[(found["section"] == "main") & (found["network"] == "SGD") & (found["noise"] == 0)]
     values = sgd.set_index(["seed", "metric", "epoch"])["value"]
     assert values[0, "accuracy", 2.0] == 60
@@ -599,7 +603,7 @@ def test_a_network_looks_the_same_in_all_figures(everything, monkeypatch, tmp_pa
                 seen.setdefault(name, set()).add((line.get_color(), line.get_marker(), line.get_linestyle()))
 
     monkeypatch.setattr(plots.Figure, "savefig", drawn)
-    data = table.read([everything[0]]).table
+    data = tidy.read([everything[0]]).table
     draw = sections.Plotter(tmp_path, data["network"])
     end = sections.at_end(data, {"accuracy": "x"})
     every = sections.networks(end)
@@ -654,24 +658,24 @@ class TestRefusals:
     def test_fields_of_another_version(self, tmp_path):
         folder = fake(tmp_path / "a")
         fields = json.loads((folder / "config.json").read_text())
-        files.write_json(folder / "config.json", fields | {"warp": 9})
+        records.write(folder / "config.json", fields | {"warp": 9})
         with pytest.raises(ValueError, match=r"`folders` must hold runs of fields that are known here; .* has warp"):
             report.main((tmp_path,))
 
     def test_impossible_configuration(self, tmp_path):
         folder = fake(tmp_path / "a")
         fields = json.loads((folder / "config.json").read_text())
-        files.write_json(folder / "config.json", fields | {"epochs": -1})
+        records.write(folder / "config.json", fields | {"epochs": -1})
         with pytest.raises(ValueError, match=r"`folders` must hold runs that are possible here; .*`epochs`"):
             report.main((tmp_path,))
 
-    @pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate"])
+    @pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "rho", "gamma"])
     def test_a_setting_that_no_run_could_leave_open(self, name, tmp_path):
         """It is not made up from the presets."""
-        folder = fake(tmp_path / "a")
+        folder = fake(tmp_path / "a", method="hero")
         fields = json.loads((folder / "config.json").read_text())
         del fields[name]
-        files.write_json(folder / "config.json", fields)
+        records.write(folder / "config.json", fields)
         with pytest.raises(
             ValueError, match=rf"`folders` must hold runs that are possible here; .*`{name}` must be saved"
         ):
@@ -682,9 +686,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`folders` must hold whole files; .*measured.json is damaged"):
             report.main((tmp_path,))
 
-    def test_command_exits_with_two_and_one_line(self, tmp_path):
-        arguments = [sys.executable, "-m", "experiments.report", str(tmp_path)]
-        found = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    def test_command_exits_with_two_and_one_line(self, tmp_path, called):
+        found = called("experiments.report", tmp_path)
         assert found.returncode == 2
         assert re.fullmatch(r"error: `folders` must hold run folders .*\n", found.stderr)
 
@@ -694,7 +697,7 @@ def test_what_is_not_a_run_is_passed_over(tmp_path):
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "config.json").write_text(json.dumps({"specs": [], "seed": 0}))
     fake(tmp_path / "b" / "checkpoint" / "kept", seed=3)
-    found = table.read([tmp_path, tmp_path / "a"])
+    found = tidy.read([tmp_path, tmp_path / "a"])
     assert list(found.runs["path"]) == [tmp_path / "a"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.analysis import page, sections, summary, table, tables
+from experiments.analysis import page, sections, summary, tables, tidy
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +18,7 @@ def archived(name, folder):
     """The rows of the table of the archived runs of a folder of results that are of no ablation."""
     with tarfile.open(ROOT / "results" / name / "runs.tar.xz") as tar:
         tar.extractall(folder, filter="data")
-    found = table.read([folder]).table
+    found = tidy.read([folder]).table
     return found[found["section"] == "main"]
 
 

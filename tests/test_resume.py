@@ -1,14 +1,18 @@
 """Runs that end early and go on: bit for bit, after any end, on other devices; folders that must not be touched."""
 
 import errno
+import gc
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import jax
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from experiments.config import resolve
-from experiments.storage import files, runs, tensorboard
+from experiments.storage import checkpoints, claims, files, records, runs, tensorboard
 from experiments.training import compiled, layouts, loop
 from hero_jax.models import resnet
 from tests import problems
@@ -169,7 +173,7 @@ class TestBitForBit:
         part(config, images, out, trainer)
         assert_same(out, whole[0])
 
-    def test_killed_at_any_moment(self, tmp_path):
+    def test_killed_at_any_moment(self, tmp_path, called):
         """kill -9, twice, while checkpoints are written all the time."""
         command = [*COMMAND, "--save-minutes", "0.00001", "--out"]
         ends = []
@@ -183,12 +187,41 @@ class TestBitForBit:
                 process.kill()
                 process.wait()
                 ends.append(problems.last_step(out))
-            found = subprocess.run([*command, str(out)], capture_output=True, text=True)
+            found = called(*command[2:], out)
             assert found.returncode == 0, found.stderr
         assert sorted(set(ends)) == ends, ends
         assert ends[-1] < 24
         assert_same(tmp_path / "killed", tmp_path / "whole")
         assert "continuing after step" in found.stdout
+
+    def test_killed_at_random_moments(self, tmp_path, called, attacks, attack_seed):
+        """kill -9 while modules are imported, while it trains, while it saves, which it does at each step; 3 in CI."""
+        rng, moments, kills = random.Random(attack_seed), [], attacks // 100
+        options = [
+            "--method",
+            "sgd",
+            "--epochs",
+            str(40 * kills),
+            "--train-size",
+            "128",
+            "--save-minutes",
+            "0.00001",
+            "--out",
+        ]
+        killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+        for _ in range(kills):
+            command = [*COMMAND[:3], *options, str(killed)]
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            time.sleep(rng.uniform(0.5, 6))
+            process.kill()
+            process.wait()
+            moments.append(problems.last_step(killed))
+        for folder in (killed, undisturbed):
+            found = called(*COMMAND[2:3], *options, folder)
+            assert found.returncode == 0, found.stderr
+        print(f"{kills} kills, after steps {moments} of {80 * kills}")
+        assert moments[-1] > 0
+        assert_same(killed, undisturbed)
 
     def test_done_already(self, config, images, trainer, whole):
         before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file() and p.name != "lock"}
@@ -230,11 +263,11 @@ def test_other_devices_in_every_part(config, images, whole, tmp_path, layouts):
     problems.assert_close(result.variables, whole[1].variables, rtol=1e-4)
 
 
-def test_tensorboard_has_every_epoch_once(config, images, tmp_path):
+def test_tensorboard_has_every_epoch_once(config, images, tmp_path, called):
     out = tmp_path / "run"
-    command = [*COMMAND, "--eval-every", "4", "--tensorboard", "--out", str(out)]
+    command = [*COMMAND[2:], "--eval-every", "4", "--tensorboard", "--out", str(out)]
     for options in (["--max-minutes", "1e-9"], ["--max-minutes", "1e-9"], []):
-        found = subprocess.run([*command, *options], capture_output=True, text=True)
+        found = called(*command, *options)
         assert found.returncode == 0, found.stderr
     events = event_accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -272,6 +305,20 @@ class TestDamage:
         assert_same(begun, whole[0])
         assert (begun / "damaged-2-2").exists()
 
+    @pytest.mark.parametrize("damaged", ["default/d/*", checkpoints.METADATA])
+    def test_is_told_once(self, begun, caplog, capfd, damaged):
+        """Not by orbax at once, and by asyncio when what failed is collected, too."""
+        for file in (begun / "checkpoint" / "2").glob(damaged):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0x80
+            file.write_bytes(content)
+        with pytest.warns(UserWarning, match="step 2") as told:
+            runs.load_variables(begun)
+        gc.collect()
+        assert len(told) == 1
+        assert not caplog.records
+        assert not any(capfd.readouterr())
+
     def test_of_a_run_that_is_done(self, config, images, trainer, whole, tmp_path):
         out = tmp_path / "run"
         shutil.copytree(whole[0], out)
@@ -296,7 +343,22 @@ class TestDamage:
         assert problems.last_step(begun) == 2
         assert status(begun) == "failed"
 
-    def test_full_disk(self, config, images, trainer, tmp_path):
+    def test_of_the_evaluations_is_never_gone_on_from(self, config, images, trainer, tmp_path):
+        out = tmp_path / "run"
+        for _ in range(9):
+            part(config, images, out, trainer, max_minutes=1e-9)
+        file = out / "metrics.jsonl"
+        first, second = file.read_text().splitlines(keepends=True)
+        for content, told in (("", "lacks the evaluation of epoch 1"), (first, "epoch 2"), (second, "line 1: ")):
+            file.write_text(content)
+            with pytest.raises(records.Damaged, match=rf"run.metrics.jsonl is damaged \(.*{told}"):
+                part(config, images, out, trainer)
+            assert file.read_text() == content
+        file.write_text(first + second)
+        part(config, images, out, trainer, max_minutes=1e-9)
+        assert len(rows(out)) == 2
+
+    def test_full_disk(self, config, images, trainer, tmp_path, called):
         """From the fifth step on no file may grow over 2 kB, which a checkpoint does not fit in."""
         code = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -311,13 +373,57 @@ class TestDamage:
         command = [sys.executable, "-c", code, *COMMAND[3:], "--save-minutes", "0.00001", "--out", str(out)]
         found = subprocess.run(command, capture_output=True, text=True)
         assert found.returncode == 1, found.stderr
-        # asyncio may still log what else failed after that.
-        assert any(line.startswith(f"stopped: {out} could not be written (") for line in found.stderr.splitlines())
+        (line,) = found.stderr.splitlines()
+        assert line.startswith(f"stopped: {out} could not be written (")
         assert problems.last_step(out) == 4
         assert status(out) == "failed"
-        found = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True)
+        found = called(*COMMAND[2:], "--out", out)
         assert found.returncode == 0, found.stderr
         assert "continuing after step 4" in found.stdout
+
+    def test_a_flipped_bit_of_an_array(self, config, images, trainer, whole, begun):
+        """The store has no checksum of the pages that hold the arrays; not every byte of them is in use."""
+        page = max((begun / "checkpoint" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+        content, right, found = page.read_bytes(), runs.load_variables(begun), []
+        for place in range(len(content) // 32, len(content), len(content) // 16):
+            page.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                variables = runs.load_variables(begun)
+            if told:
+                found.append(place)
+                assert re.search(r"The checkpoint of step 2 in .*run is damaged \(", str(told[0].message))
+            else:
+                jax.tree.map(np.testing.assert_array_equal, variables, right)
+        assert len(found) > 4
+        page.write_bytes(content[: found[0]] + bytes([content[found[0]] ^ 1]) + content[found[0] + 1 :])
+        with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .*run is damaged \("):
+            part(config, images, begun, trainer)
+        assert_same(begun, whole[0])
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"a": np.ones((2, 3), np.float32)},
+            {"b": np.ones((3, 2), np.float32)},
+            {"a": np.ones((3, 2), np.float32), "b": np.ones(())},
+            {"a": np.ones((3, 2), np.int32)},
+            {"a": np.full((3, 2), np.nextafter(np.float32(1), np.float32(2)))},
+        ],
+    )
+    def test_digests_tell_shapes_names_types_and_values_apart(self, other):
+        state = {"a": np.ones((3, 2), np.float32)}
+        assert checkpoints.digests({"x": other}) != checkpoints.digests({"x": state})
+        assert checkpoints.digests({"x": state}) == checkpoints.digests({"x": {"a": np.ones((2, 3), np.float32).T}})
+
+    def test_of_version_0_1_are_not_checked(self, config, images, trainer, whole, begun):
+        for step in "12":
+            file = begun / "checkpoint" / step / checkpoints.METADATA
+            metadata = json.loads(file.read_text())
+            assert metadata["custom_metadata"]["digests"].keys() > {"params/head/kernel", "step"}
+            file.write_text(json.dumps(metadata | {"custom_metadata": {}}))
+        part(config, images, begun, trainer)
+        assert_same(begun, whole[0])
 
 
 def failing(*_, **__):
@@ -384,11 +490,11 @@ class TestFolders:
         entered = threading.Event()
 
         def other():
-            with files.locked(tmp_path, wait=True):
+            with claims.locked(tmp_path, wait=True):
                 entered.set()
 
         thread = threading.Thread(target=other)
-        with files.locked(tmp_path):
+        with claims.locked(tmp_path):
             thread.start()
             assert not entered.wait(0.3)
         assert entered.wait(10)
@@ -399,7 +505,7 @@ class TestFolders:
         def acquire(*_, **__):
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(files.filelock.FileLock, "acquire", acquire)
+        monkeypatch.setattr(claims.filelock.FileLock, "acquire", acquire)
         with pytest.warns(UserWarning, match="without locks"), runs.RunFolder(tmp_path / "run", config):
             pass
         assert status(tmp_path / "run") == "done"
@@ -407,16 +513,16 @@ class TestFolders:
     def test_a_lock_ends_with_its_process(self, tmp_path):
         """kill -9 lets go of it, and there is nothing to clear away."""
         code = (
-            "import pathlib, sys; from experiments.storage import files\n"
-            "with files.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+            "import pathlib, sys; from experiments.storage import claims\n"
+            "with claims.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
         )
         command = [sys.executable, "-c", code, str(tmp_path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "held\n"
-            with pytest.raises(files.Busy), files.locked(tmp_path):
+            with pytest.raises(claims.Busy), claims.locked(tmp_path):
                 pass
             process.kill()
-        with files.locked(tmp_path):
+        with claims.locked(tmp_path):
             pass
 
     def test_that_another_process_writes(self, config, tmp_path):
@@ -425,7 +531,7 @@ class TestFolders:
                 "import sys, pathlib; from experiments.config import resolve; from experiments.storage import runs;"
                 "runs.RunFolder(pathlib.Path(sys.argv[1]), resolve(**__import__('json').loads(sys.argv[2])))"
             )
-            arguments = [str(tmp_path / "run"), json.dumps(files.to_json(config))]
+            arguments = [str(tmp_path / "run"), json.dumps(claims.to_json(config))]
             found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert "Busy: `out` must be free; another process is writing" in found.stderr
 
@@ -439,7 +545,7 @@ class TestFolders:
         for kind, (there, message) in others.items():
             path = tmp_path / kind
             path.mkdir()
-            files.write_json(path / "config.json", there)
+            records.write(path / "config.json", there)
             with pytest.raises(FileExistsError, match=wanted + message):
                 runs.RunFolder(path, config)
 

@@ -19,7 +19,7 @@ from experiments import compare, data, progress, reproduce, search
 from experiments.config import METHODS, presets, resolve
 from experiments.measure import plan, sweep
 from experiments.measure.search import SearchConfig, best_of
-from experiments.storage import files, runs
+from experiments.storage import claims, files, records, runs
 from experiments.training import compiled, loop, methods
 from tests import problems
 
@@ -69,7 +69,7 @@ class TestSweep:
         images = data.subset(digits, 128, 0)
         trainer = compiled.build(run.config, images)
         variables = runs.load_variables(out / "runs" / "asam-s1")
-        again = sweep.measure(MEASURING, "digits", trainer, jax.tree.map(jnp.asarray, variables), images)
+        again = sweep.measure(MEASURING, trainer, jax.tree.map(jnp.asarray, variables), images)
         assert {name: run.measured[name] for name in again} == again
         assert set(again["quantized"]) == {"channel-narrow", "channel-stretched"}
         assert again["quantized"]["channel-narrow"]["2"] != again["quantized"]["channel-stretched"]["2"]
@@ -94,6 +94,19 @@ class TestSweep:
         assert changed == {"runs/sgd-s0/measured.json"}
         run_all({"sgd": configs["sgd"]}, range(1), digits, out)
 
+    @pytest.mark.parametrize(("was", "again"), [(1433, False), (None, False), (500, True)])
+    def test_images_for_the_hessian_that_were_left_to_the_data_set(self, swept, digits, was, again):
+        """Older folders have null for 1,433 of digits."""
+        out, configs, _ = swept
+        file = out / "runs" / "sgd-s0" / "measured.json"
+        before = file.read_text()
+        measuring = sweep.Measuring(bits=(4,), curvature_size=1433, curvature_products=1)
+        config = claims.to_json(measuring) | {"curvature_size": was}
+        records.write(file, json.loads(before) | {"config": config})
+        found = run_all({"sgd": configs["sgd"]}, range(1), digits, out, measuring)
+        assert (set(found[0].measured["quantized"]) == {"channel-narrow"}) == again
+        file.write_text(before)
+
     def test_a_run_of_another_process_is_left_to_it(self, swept, digits, tmp_path, monkeypatch, caplog):
         """One run is being made by another process, which ends without having made it: the next time it is made."""
         caplog.set_level("INFO")
@@ -108,7 +121,7 @@ class TestSweep:
 
         original = loop.train
         monkeypatch.setattr(sweep.loop, "train", train)
-        with files.locked(path), pytest.raises(files.Failed, match="1 of 4 runs are left, such as sgd-s0: another"):
+        with claims.locked(path), pytest.raises(files.Failed, match="1 of 4 runs are left, such as sgd-s0: another"):
             run_all(configs, range(2), digits, tmp_path)
         assert made == [("sgd", 1), ("asam", 0), ("asam", 1)]
         assert "sgd-s0 is left to the process that is writing it" in caplog.text
@@ -140,7 +153,7 @@ class TestSweep:
         assert len(folders) == 6
         for folder in folders:
             assert runs.status(folder) == "done"
-            assert "continued" not in files.read_json(folder / "environment.json")
+            assert "continued" not in records.read(folder / "environment.json")
         assert not list((tmp_path / "out").rglob("*.tmp"))
 
     def test_one_that_diverges_does_not_end_the_others(self, digits, tmp_path, monkeypatch, caplog):
@@ -177,7 +190,7 @@ class TestSweep:
         file = out / "runs" / "asam-s0" / "measured.json"
         record = json.loads(file.read_text())
         text = file.read_text()
-        files.write_json(file, record | {"curvature": record["curvature"] | {"eigenvalue": float("inf")}})
+        records.write(file, record | {"curvature": record["curvature"] | {"eigenvalue": float("inf")}})
         again = run_all({"asam": configs["asam"]}, range(1), digits, out)
         assert np.isnan(again[0].measured["curvature"]["eigenvalue"])
         file.write_text(text)
@@ -216,10 +229,10 @@ def json_config(folder):
     return resolve(**json.loads((folder / "config.json").read_text()))
 
 
-def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
+def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path, called):
     arguments = shlex.split("--methods sgd hero --epochs 2 --train-size 128 --bits 8 2 --curvature-size 50")
-    command = [sys.executable, "-m", "experiments.compare", *arguments, "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([*command, "--seeds", "1"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = ["experiments.compare", *arguments, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", *command, "--seeds", "1"], cwd=ROOT, stdout=subprocess.DEVNULL)
     first = tmp_path / "out" / "runs" / "sgd-s0"
     for _ in range(2000):
         if runs.status(first) == "done":
@@ -228,13 +241,13 @@ def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
     process.kill()
     process.wait()
     ended = (first / "metrics.jsonl").stat().st_mtime_ns
-    done = subprocess.run([*command, "--seeds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = called(*command, "--seeds", "2")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["method"], r["seed"]) for r in record["results"]] == [("sgd", 0), ("sgd", 1), ("hero", 0), ("hero", 1)]
     assert (first / "metrics.jsonl").stat().st_mtime_ns == ended
     table = (tmp_path / "out" / "table.md").read_text()
-    again = subprocess.run([*command, "--seeds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    again = called(*command, "--seeds", "2")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "table.md").read_text() == table
 
@@ -248,9 +261,8 @@ def test_a_comparison_takes_more_seeds_and_goes_on_after_a_kill(tmp_path):
         ("experiments.train --batch-size 5000", "error: `batch_size` must be at most the 1433 training images"),
     ],
 )
-def test_what_the_data_do_not_allow_leaves_no_folder(command, message, tmp_path):
-    command = [sys.executable, "-m", *shlex.split(command), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def test_what_the_data_do_not_allow_leaves_no_folder(command, message, tmp_path, called):
+    done = called(*shlex.split(command), "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert re.match(message, done.stderr)
     assert done.stderr.count("\n") == 1
@@ -338,14 +350,15 @@ class TestSearch:
         with pytest.raises(FileExistsError, match="has trials 3, not 'grid'"):
             search.main(config.replace(trials="grid"), out)
 
-    def test_killed_at_any_moment(self, tmp_path):
+    def test_killed_at_any_moment(self, tmp_path, called):
         """kill -9 at random moments: what comes out is what an undisturbed search gives, in as many trials."""
         arguments = "--method hero --rho 0.5 2 --gamma 1 100 --trials 3 --seeds 2 --epochs 4 --train-size 128"
-        command = [sys.executable, "-m", "experiments.search", *arguments.split(), "--validation-size", "100", "--out"]
+        command = ["experiments.search", *arguments.split(), "--validation-size", "100", "--out"]
         random = np.random.default_rng()
         out, moments = tmp_path / "killed", []
         for _ in range(4):
-            process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+            started = [sys.executable, "-m", *command, str(out)]
+            process = subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL)
             begun = len(written(out)) if out.exists() else 0
             while process.poll() is None and (not out.exists() or len(written(out)) == begun):
                 time.sleep(0.01)
@@ -354,7 +367,7 @@ class TestSearch:
             process.kill()
             process.wait()
         for path in (out, tmp_path / "whole"):
-            done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
+            done = called(*command, path)
             assert done.returncode == 0, (done.stderr, moments)
         records = [json.loads((path / "search.json").read_text()) for path in (out, tmp_path / "whole")]
         assert records[0]["grid"] == records[1]["grid"], moments
@@ -424,7 +437,7 @@ def leave_search(out, name, **best):
     path = out / "search" / name / "search.json"
     path.parent.mkdir(parents=True)
     config = {"method": method, "penalty": penalty or None, "label_noise": 0.8 if prefix == "noisy" else 0.0}
-    files.write_json(path, {"config": config, "best": {"method": method, **best} if best else None})
+    records.write(path, {"config": config, "best": {"method": method, **best} if best else None})
 
 
 class TestReproduce:
@@ -465,7 +478,7 @@ class TestReproduce:
     )
     def test_a_search_in_the_wrong_place(self, folder, record, message, tmp_path):
         (tmp_path / "search" / folder).mkdir(parents=True)
-        files.write_json(tmp_path / "search" / folder / "search.json", record)
+        records.write(tmp_path / "search" / folder / "search.json", record)
         # Before anything is searched or trained.
         with pytest.raises(ValueError, match=message):
             reproduce.main(plan.ReproduceConfig.resolve(), out=tmp_path)
@@ -572,7 +585,7 @@ class TestReproduce:
         path = tmp_path / "search" / "clean-sam-suppress" / "search.json"
         path.parent.mkdir()
         best = {"rho": 0.15, "suppress": 0.9}
-        files.write_json(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
+        records.write(path, {"config": {"method": "sam", "suppress": [0.5, 0.9]}, "best": best})
         planned = plan.plan(plan.ReproduceConfig.resolve(), "accuracy", 20, tmp_path)
         assert (planned["sam"].method.rho, planned["sam"].method.suppress) == (0.3, 0.0)
         assert (planned["sam-suppress"].method.rho, planned["sam-suppress"].method.suppress) == (0.15, 0.9)
@@ -580,7 +593,7 @@ class TestReproduce:
         for name in ("sgd", "noise", "ema", "sgd-longer"):
             assert (planned[name].optimizer.learning_rate, planned[name].optimizer.weight_decay) == (0.2, 0.002)
         # A search without suppression is not one of it.
-        files.write_json(path, {"config": {"method": "sam"}, "best": best})
+        records.write(path, {"config": {"method": "sam"}, "best": best})
         with pytest.raises(ValueError, match=r"a search of sam with suppression on clean labels .*; got one of sam on"):
             plan.plan(plan.ReproduceConfig.resolve(), "accuracy", 20, tmp_path)
 
@@ -590,15 +603,19 @@ class TestReproduce:
         for name, status in (("sgd", "done"), ("asam", "diverged"), ("hero", "done")):
             folder = tmp_path / "accuracy" / "runs" / f"{name}-s0"
             folder.mkdir(parents=True)
-            files.write_json(folder / "status.json", {"status": status})
+            records.write(folder / "status.json", {"status": status})
         reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
         assert [folder.name for folder in drawn] == ["sgd-s0", "hero-s0"]
         drawn.clear()
         # Another one is there; one of the runs is still to end.
         (tmp_path / "landscape").mkdir()
-        files.write_json(tmp_path / "landscape" / "landscape.json", {"runs": {"sgd-s0": {}}})
+        asked = {"radius": 1.0, "rise": 0.1, "directions": 2}
+        basin = {"line": {"mean": 0.1, "std": 0.1}, "plane": 0.1}
+        around = {"center": {"loss": 1.0, "accuracy": 0.5}, "basin": basin}
+        record = {"config": asked, "environment": {}, "runs": {"sgd-s0": around}}
+        records.write(tmp_path / "landscape" / "landscape.json", record)
         reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
-        files.write_json(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
+        records.write(tmp_path / "accuracy" / "runs" / "hero-s0" / "status.json", {"status": "running"})
         reproduce.draw_landscape(plan.ReproduceConfig.resolve(), tmp_path, None)
         printed = "".join(capsys.readouterr().out.split())
         assert "landscapeisofotherruns:removeitforoneof2nolandscapebeforehero-s0ended" in printed
@@ -646,12 +663,9 @@ class TestReproduce:
         methods = ("sgd", "asam", "hero")
         monkeypatch.setattr(plan, "variants", lambda *given: {name: original(*given)[name] for name in methods})
         monkeypatch.setattr(plan, "ON_NOISY", ("sgd",))
-        monkeypatch.setattr(plan, "TUNED", ("sam", "asam", "grad_l1", "hero", "hero-eigenvalue"))
-        for name in ("sam", "asam"):
-            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,)})
-        monkeypatch.setitem(plan.FACTORS, "grad_l1", {"gamma": (2.0,)})
-        for name in ("hero", "hero-eigenvalue"):
-            monkeypatch.setitem(plan.FACTORS, name, {"rho": (3.0,), "gamma": (2.0,)})
+        monkeypatch.setattr(plan, "TUNED", ("asam", "hero"))
+        monkeypatch.setitem(plan.FACTORS, "asam", {"rho": (3.0,)})
+        monkeypatch.setitem(plan.FACTORS, "hero", {"rho": (3.0,), "gamma": (2.0,)})
         monkeypatch.setattr(plan, "AT_EQUAL_COST", ("sgd",))
         monkeypatch.setattr(plan, "ablations", lambda *given: {"hero-gamma_0": {"method": "hero", "gamma": 0.0}})
         out = tmp_path / "all"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import statistics
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def refuse_twice(runs: Iterable[tuple[Path, Hashable]]) -> None:
 
 def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Path]]:
     """Runs by the name of their network; raises ValueError where one network has a seed twice."""
-    runs = [(path, network(config), settings(config)["seed"]) for path, config in configs]
+    runs = [(path, network(config), config.seed) for path, config in configs]
     refuse_twice((path, (key(shared), seed)) for path, shared, seed in runs)
     named = names(shared for _, shared, _ in runs)
     groups: dict[str, list[Path]] = {}
@@ -77,15 +77,9 @@ def _name(own: Settings, among: Iterable[Settings]) -> str:
     for name, value in own.items():
         if name == "sigma" and value is None and own["noise_bits"] is not None:
             continue  # the noise is that of the bits, which are named
-        usual = _of_most(rivals, name)
-        if usual is None and name not in types_of(METHODS[method]):
-            usual = _of_most(among, name)
-        if value != (preset[name] if usual is None else usual[0]):
+        usual = statistics.multimode(other[name] for other in rivals)
+        if len(usual) > 1 and name not in types_of(METHODS[method]):
+            usual = statistics.multimode(other[name] for other in among)
+        if value != (usual[0] if len(usual) == 1 else preset[name]):
             told.append(f"{name} {value}")
     return LABELS[method] + (f" ({', '.join(told)})" if told else "")
-
-
-def _of_most(networks: Iterable[Settings], name: str) -> tuple[Any] | None:
-    """The one value of a setting that is more frequent than any other."""
-    counts = Counter(each[name] for each in networks).most_common(2)
-    return (counts[0][0],) if len(counts) == 1 or counts[0][1] > counts[1][1] else None

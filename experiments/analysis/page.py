@@ -37,11 +37,15 @@ class Picture(NamedTuple):
     also: Sequence[str] = ()
 
 
+# A string is a paragraph.
+Part = str | Heading | Table | Picture
+
+
 class Section(NamedTuple):
-    """A part of the page with a title; a string in it is a paragraph."""
+    """A part of the page with a title."""
 
     title: str
-    parts: Sequence[str | Heading | Table | Picture]
+    parts: Sequence[Part]
 
 
 def to_html(title: str, introduction: str, sections: Sequence[Section], folder: Path) -> str:
@@ -70,7 +74,7 @@ def to_markdown(title: str, introduction: str, sections: Sequence[Section]) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(part: str | Heading | Table | Picture) -> str:
+def _markdown(part: Part) -> str:
     if isinstance(part, str):
         return tables.plain(part)
     if isinstance(part, Heading):

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
@@ -25,10 +26,11 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from experiments.analysis import tables
 from experiments.analysis.tables import Frame
 from experiments.config import LABELS, METHODS
+from experiments.storage import files
 
 # Okabe and Ito, Color Universal Design, 2008; the two of NSO and MSAM, and those for what is not a method: Tol, Colour
 # Schemes, SRON technical note, 2021, muted.
-_STYLES = {
+_LOOKS = {
     "sgd": ("#000000", "o"),
     "noise": ("#CC79A7", "p"),
     "ema": ("#E69F00", "<"),
@@ -39,8 +41,7 @@ _STYLES = {
     "grad_l1": ("#009E73", "^"),
     "hero": ("#D55E00", "v"),
 }
-COLORS = {method: _STYLES[method][0] for method in METHODS}
-MARKERS = {method: _STYLES[method][1] for method in METHODS}
+COLORS = {method: color for method, (color, _) in _LOOKS.items()}
 _OTHERS = ("#332288", "#999999", "#44AA99", "#DDCC77")
 Style = dict[str, str]
 Styles = Mapping[str, Style]
@@ -49,7 +50,7 @@ Styles = Mapping[str, Style]
 def styles_of(networks: Iterable[str]) -> dict[str, Style]:
     """Color, marker and line by name: a method keeps its own, what is not a method takes one that nothing else has."""
     networks = list(dict.fromkeys(networks))
-    named = {LABELS[m]: {"color": COLORS[m], "marker": MARKERS[m], "linestyle": "-"} for m in METHODS}
+    named = {LABELS[m]: {"color": color, "marker": mark, "linestyle": "-"} for m, (color, mark) in _LOOKS.items()}
     colors = [*_OTHERS, *(COLORS[method] for method in METHODS if LABELS[method] not in networks)]
     kinds = zip("P*Xh", ("-", "--", ":", "-."), strict=True)
     others = itertools.cycle([{"color": c, "marker": mark, "linestyle": line} for mark, line in kinds for c in colors])
@@ -58,106 +59,112 @@ def styles_of(networks: Iterable[str]) -> dict[str, Style]:
 
 @contextlib.contextmanager
 def _drawn(
-    path: Path, width: float, height: float, rows: int = 1, columns: int = 1, *, grid: str = "both", **options: Any
+    path: Path, width: float, height: float, panels: int = 1, columns: int = 1, *, grid: str = "both", **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
-    """A figure in inches and its panels, row by row, saved at the end."""
-    figure = Figure(figsize=(width, height), layout=options.pop("layout", "constrained"))
-    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for axes in panels if grid else ():
-        axes.grid(alpha=0.3, axis=grid)
-    yield figure, panels
-    figure.savefig(path, dpi=150)
-
-
-def _title(axes: Any, text: str, size: int = 10) -> None:
-    axes.set_title(text, fontsize=size, loc="left")
+    """A figure in inches and its panels, row by row, saved at the end; `grid`: along which axes, none where empty."""
+    common: dict[Any, Any] = {"axes.titlelocation": "left", "axes.titlesize": 10, "errorbar.capsize": 2}
+    common |= {"axes.grid": bool(grid), "axes.grid.axis": grid or "both", "grid.alpha": 0.3, "legend.frameon": False}
+    with matplotlib.rc_context(common):
+        figure = Figure(figsize=(width, height), layout=options.pop("layout", "constrained"))
+        drawn = list(figure.subplots(-(-panels // columns), columns, squeeze=False, **options).flat)
+        for axes in drawn[panels:]:
+            axes.set_visible(False)
+        yield figure, drawn[:panels]
+        with files.atomic(path) as file:
+            figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
 
 
 def over_bits(panels: Mapping[str, Frame], path: Path, styles: Styles | None = None) -> None:
     """Accuracy against the bit width (`bits`) of the weights, mean and standard deviation; four panels in a row."""
     every: Frame = pd.concat(panels.values())
     networks, widths = (list(dict.fromkeys(every[name])) for name in ("network", "bits"))
-    styles = styles or styles_of(networks)
     columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (7, 4.2) if len(panels) == 1 else (1.0 + 3.8 * columns, 0.6 + 3.0 * rows)
+    size = (7, 4.2) if len(panels) == 1 else (1.0 + 3.8 * columns, 0.6 + 3.0 * -(-len(panels) // columns))
     counts: set[int] = set()
-    with _drawn(path, *size, rows, columns, sharey=True) as (figure, drawn):
-        for axes in drawn[len(panels) :]:
-            axes.set_visible(False)
-        for axes, (title, frame) in zip(drawn, panels.items(), strict=False):
-            found = tables.spreads(frame, ("network", "bits"))
-            counts |= set(found["n"])
-            for i, name in enumerate(networks):
-                shown = found.loc[name].reindex(widths)
-                x = np.arange(len(widths)) + _apart(i, len(networks))
-                axes.errorbar(x, shown["mean"], shown["error"], label=name, markersize=5, capsize=2, **styles[name])
+    with _drawn(path, *size, len(panels), columns, sharey=True) as (figure, drawn):
+        for axes, (title, frame) in zip(drawn, panels.items(), strict=True):
+            places = frame.assign(bits=frame["bits"].map(widths.index))
+            counts |= _means(axes, places, "bits", networks, styles)
             axes.set_xticks(range(len(widths)), widths)
-            axes.set(xlabel="bits of a weight after training", ylabel="accuracy, %")
-            _title(axes, title)
-        figure.suptitle(
-            f"mean \u00b1 standard deviation over seeds, n = {' or '.join(map(str, sorted(counts)))}", fontsize=9
-        )
+            axes.set(xlabel="bits of a weight after training", ylabel="accuracy, %", title=title)
+        told = " or ".join(map(str, sorted(counts)))
+        figure.suptitle(f"mean \u00b1 standard deviation over seeds, n = {told}", fontsize=9)
         _legend_below(figure)
 
 
-def _apart(i: int, n: int) -> float:
-    """How far line i of n is set aside, so that the bars of networks that tie can be told apart; 0.4 at most in all."""
-    return min(0.06, 0.4 / n) * (i - (n - 1) / 2)
+def over_noise(frame: Frame, label: str, path: Path, *, styles: Styles | None = None) -> None:
+    """Mean and standard deviation over seeds by network and rate of label `noise`."""
+    with _drawn(path, 5.6, 3.6) as (figure, (axes,)):
+        _means(axes, frame.assign(noise=100 * frame["noise"]), "noise", frame["network"].unique(), styles, 10)
+        axes.set(xlabel="training labels altered, %", ylabel=label)
+        _legend_below(figure)
+
+
+def _means(
+    axes: Any, frame: Frame, by: str, networks: Sequence[str], styles: Styles | None, unit: float = 1
+) -> set[int]:
+    """Mean and deviation of every network over x = `by`; returns the numbers of runs behind them.
+
+    The points of a place are set aside so that the bars of networks that tie can be told apart; 0.4 units in all.
+    """
+    found, styles = tables.spreads(frame, ("network", by)), styles or styles_of(networks)
+    for i, name in enumerate(networks):
+        points = found.loc[name].sort_index()
+        x = points.index.to_numpy() + unit * min(0.06, 0.4 / len(networks)) * (i - (len(networks) - 1) / 2)
+        axes.errorbar(x, points["mean"], points["error"], label=name, markersize=5, **styles[name])
+    return set(found["n"])
 
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, float], path: Path) -> None:
     """Measured against predicted increase of the loss, a mark for each layer quantized alone."""
+    both = np.array([[row["by_trace"], row["increase"]] for row in rows])
+    sizes = np.abs(both[both != 0])
+    threshold, ends = sizes.min() if len(sizes) else 1.0, [min(0, both.min()), both.max()]
     with _drawn(path, 5.2, 4.4) as (_, (axes,)):
-        predicted, measured = (np.array([row[name] for row in rows]) for name in ("by_trace", "increase"))
-        axes.plot(predicted, measured, "o", color=COLORS["hero"], markersize=5)
+        axes.plot(*both.T, "o", color=COLORS["hero"], markersize=5)
         for row in sorted(rows, key=lambda row: -abs(row["increase"]))[:4]:
             where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7, "color": "#555555"}
             axes.annotate(row["layer"].removesuffix("/kernel"), (row["by_trace"], row["increase"]), **where)
-        positive = np.concatenate([np.abs(x[x != 0]) for x in (predicted, measured)])
-        threshold = positive.min() if len(positive) else 1.0
-        for scale in (axes.set_xscale, axes.set_yscale):
-            scale("symlog", linthresh=threshold)
-        ends = np.array([min(0, *predicted, *measured), max(*predicted, *measured)])
+        axes.set_xscale("symlog", linthresh=threshold)
+        axes.set_yscale("symlog", linthresh=threshold)
         axes.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=":")
-        predictor = f"predicted by the layer's trace, {rows[0]['bits']} bits"
-        axes.set(xlabel=predictor, ylabel="measured increase of the loss")
         spearman, pearson = correlation["spearman"], correlation["pearson"]
-        _title(axes, f"Spearman {spearman:.2f}, Pearson {pearson:.2f}, {len(rows)} layers")
+        axes.set(
+            xlabel=f"predicted by the layer's trace, {rows[0]['bits']} bits",
+            ylabel="measured increase of the loss",
+            title=f"Spearman {spearman:.2f}, Pearson {pearson:.2f}, {len(rows)} layers",
+        )
 
 
 def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
     """Density of eigenvalues on a logarithmic axis, two standard errors around it, the top eigenvalues marked."""
     density = {name: np.array(value) for name, value in measured["density"].items()}
-    grid, mean, sem = density["grid"], density["density"], density["sem"]
+    mean, sem, bandwidth = density["density"], density["sem"], float(density["bandwidth"])
     # One eigenvalue in so many parameters would stand this high: below it the curve is the tails of its Gaussians.
-    number = sum(layer["size"] for layer in measured["layer_traces"])
-    floor = 1 / (number * float(density["bandwidth"]) * np.sqrt(2 * np.pi))
+    floor = 1 / (sum(layer["size"] for layer in measured["layer_traces"]) * bandwidth * np.sqrt(2 * np.pi))
     with _drawn(path, 7, 3.8) as (_, (axes,)):
-        axes.plot(grid, mean, color=COLORS["hero"], linewidth=1.5)
         low = np.maximum(mean - 2 * sem, floor / 10)
-        axes.fill_between(grid, low, mean + 2 * sem, color=COLORS["hero"], alpha=0.25, linewidth=0)
+        _band(axes, density["grid"], mean, low, mean + 2 * sem, {"color": COLORS["hero"]}, alpha=0.25)
         axes.set(yscale="log", ylim=(floor / 10, 3 * np.nanmax(mean)), ylabel="density")
         axes.axhline(floor, color="#999999", linewidth=0.8, linestyle=":")
         right = axes.get_yaxis_transform()
         axes.text(1.01, floor, "one\neigenvalue", transform=right, va="center", fontsize=8, color="#666666")
         for value, converged in zip(measured["eigenvalues"], measured["converged"], strict=True):
             axes.axvline(value, ymax=0.06, color="#000000" if converged else "#999999", linewidth=1)
-        axes.set_xlabel("Hessian eigenvalue (ticks: the largest in magnitude)")
         probes, steps = density["nodes"].shape
-        width = float(density["bandwidth"])
-        _title(axes, f"{probes} probes of {steps} Lanczos steps, bandwidth {width:.2g}, band \u00b1 2 sem")
+        axes.set(
+            xlabel="Hessian eigenvalue (ticks: the largest in magnitude)",
+            title=f"{probes} probes of {steps} Lanczos steps, bandwidth {bandwidth:.2g}, band \u00b1 2 sem",
+        )
 
 
 def layer_traces(measured: Mapping[str, Any], path: Path) -> None:
     """Trace of every layer's block of the Hessian, with its standard error, in the order of the parameters."""
-    rows = measured["layer_traces"]
-    y = np.arange(len(rows))
-    mean, sem = (np.array([row[name] for row in rows]) for name in ("mean", "sem"))
+    rows = pd.DataFrame(measured["layer_traces"])
     with _drawn(path, 7, 1.2 + 0.2 * len(rows), grid="x") as (_, (axes,)):
-        axes.barh(y, mean, color=COLORS["sam"], height=0.7)
-        axes.errorbar(mean, y, xerr=sem, fmt="none", ecolor="#000000", capsize=2, linewidth=1)
-        axes.set_yticks(y, [row["layer"] for row in rows], fontsize=7 if len(rows) > 12 else 9)
+        axes.barh(rows.index, rows["mean"], color=COLORS["sam"], height=0.7)
+        axes.errorbar(rows["mean"], rows.index, xerr=rows["sem"], fmt="none", ecolor="#000000", linewidth=1)
+        axes.set_yticks(rows.index, rows["layer"], fontsize=7 if len(rows) > 12 else 9)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.axvline(0, color="#000000", linewidth=0.8)
         axes.set_xlabel(f"trace \u00b1 standard error ({measured['trace']['probes']} probes)")
@@ -166,18 +173,15 @@ def layer_traces(measured: Mapping[str, Any], path: Path) -> None:
 def curvature_along_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Top Hessian eigenvalue and norm along one run; the bars are residual and standard error."""
     rows = pd.DataFrame([row for row in history if "eigenvalue" in row])
-    value = rows["eigenvalue"].abs()
+    epoch, size, norm = rows["epoch"], rows["eigenvalue"].abs(), rows["hessian_norm"]
+    of_norm, of_eigenvalue = styles_of([LABELS["sam"], LABELS["hero"]]).values()
     with _drawn(path, 7, 3.6) as (_, (axes,)):
-        for label, method, mean, error in (
-            ("Frobenius norm", "sam", rows["hessian_norm"], rows["hessian_norm_sem"]),
-            ("|top eigenvalue|", "hero", value, value * rows["eigenvalue_residual"]),
-        ):
-            style = {"color": COLORS[method], "marker": MARKERS[method]}
-            axes.errorbar(rows["epoch"], mean, error, capsize=2, label=label, **style)
-        axes.set(xlabel="epoch", yscale="log")
-        _title(axes, "bars: residual of the eigenvalue, standard error of the norm")
+        axes.errorbar(epoch, norm, rows["hessian_norm_sem"], label="Frobenius norm", **of_norm)
+        axes.errorbar(epoch, size, size * rows["eigenvalue_residual"], label="|top eigenvalue|", **of_eigenvalue)
+        title = "bars: residual of the eigenvalue, standard error of the norm"
+        axes.set(xlabel="epoch", yscale="log", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
+        axes.legend()
 
 
 def each_run(frame: Frame, label: str, path: Path, *, log: bool = False, styles: Styles | None = None) -> None:
@@ -212,10 +216,7 @@ def along_epochs(
             for name, curve in found.agg(["mean", "min", "max"]).groupby("network", sort=False):
                 curve = curve.droplevel("network").sort_index()
                 style = styles[name] | ({} if len(curve) <= 12 else {"marker": ""})
-                axes.plot(curve.index, curve["mean"], **style, label=name, linewidth=1.5, markersize=4)
-                axes.fill_between(
-                    curve.index, curve["min"], curve["max"], color=style["color"], alpha=0.12, linewidth=0
-                )
+                _band(axes, curve.index, curve["mean"], curve["min"], curve["max"], style, label=name, markersize=4)
             axes.set(yscale="log" if label in log else "linear", ylabel=label)
             if are_unlike:
                 axes.set_xscale("log", base=2)
@@ -226,34 +227,26 @@ def along_epochs(
         _legend_below(figure)
 
 
-def over_noise(frame: Frame, label: str, path: Path, *, styles: Styles | None = None) -> None:
-    """Mean and standard deviation over seeds by network and rate of label `noise`."""
-    found = tables.spreads(frame, ("network", "noise"))
-    networks = list(dict.fromkeys(frame["network"]))
-    styles = styles or styles_of(networks)
-    with _drawn(path, 5.6, 3.6) as (figure, (axes,)):
-        for i, name in enumerate(networks):
-            points = found.loc[name].sort_index()
-            x = 100 * points.index.to_numpy() + 10 * _apart(i, len(networks))
-            axes.errorbar(x, points["mean"], points["error"], label=name, markersize=5, capsize=2, **styles[name])
-        axes.set(xlabel="training labels altered, %", ylabel=label)
-        _legend_below(figure)
-
-
 def heat_map(values: Mapping[tuple[Any, Any], float], labels: tuple[str, str, str], path: Path) -> None:
     """A number for each (row, column), on a color of its own; `labels` are those of rows, columns and numbers."""
-    rows, columns = (sorted(set(keys)) for keys in zip(*values, strict=True))
-    table = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
-    with _drawn(path, 1.6 + 0.7 * len(columns), 1.1 + 0.45 * len(rows), grid="") as (figure, (axes,)):
+    table = pd.Series(values).unstack()
+    middle, (height, width) = (table.min().min() + table.max().max()) / 2, table.shape
+    with _drawn(path, 1.6 + 0.7 * width, 1.1 + 0.45 * height, grid="") as (figure, (axes,)):
         image = axes.imshow(table, cmap="cividis", aspect="auto")
-        middle = (np.nanmin(table) + np.nanmax(table)) / 2
-        for i, j in np.argwhere(np.isfinite(table)):
-            color = "#000000" if table[i, j] > middle else "#FFFFFF"
-            axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
-        axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
-        axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
+        for i, j in np.argwhere(np.isfinite(table.to_numpy())):
+            value = table.iat[i, j]
+            color = "#000000" if value > middle else "#FFFFFF"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_yticks(range(height), [f"{row:g}" for row in table.index])
+        axes.set_xticks(range(width), [f"{column:g}" for column in table.columns])
         axes.set(ylabel=labels[0], xlabel=labels[1])
         figure.colorbar(image, label=labels[2])
+
+
+def _band(axes: Any, x: Any, mean: Any, low: Any, high: Any, style: Style, alpha: float = 0.12, **options: Any) -> None:
+    """A line with a band around it."""
+    axes.plot(x, mean, **style, linewidth=1.5, **options)
+    axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
 def _legend_below(figure: Figure) -> None:
@@ -262,7 +255,7 @@ def _legend_below(figure: Figure) -> None:
     longest = max(map(len, drawn))
     columns = 1 if longest > 36 else 2 if longest > 16 else 4
     figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(drawn) // columns))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def landscape_lines(surfaces: Mapping[str, Mapping[str, Any]], methods: Mapping[str, str], path: Path) -> None:
@@ -274,28 +267,24 @@ def landscape_lines(surfaces: Mapping[str, Mapping[str, Any]], methods: Mapping[
             # Infinite losses have no deviation.
             with np.errstate(invalid="ignore"):
                 mean, deviation = lines.mean(0), lines.std(0, ddof=1)
-            axes.plot(steps, mean, **styles[name], markevery=len(steps) - 1, markersize=5, linewidth=1.5, label=name)
             # On a logarithmic axis a band must not reach 0.
-            low = np.maximum(mean - deviation, lines.min(0))
-            axes.fill_between(steps, low, mean + deviation, color=styles[name]["color"], alpha=0.12, linewidth=0)
+            low, mark = np.maximum(mean - deviation, lines.min(0)), {"markevery": len(steps) - 1, "markersize": 5}
+            _band(axes, steps, mean, low, mean + deviation, styles[name], label=name, **mark)
         _log_if_wide(axes, [found["lines"] for found in surfaces.values()])
-        axes.set(xlabel="step, in units of the norm of each filter", ylabel="training loss")
         number = len(next(iter(surfaces.values()))["lines"])
-        _title(axes, f"mean \u00b1 standard deviation over {number} random directions")
+        title = f"mean \u00b1 standard deviation over {number} random directions"
+        axes.set(xlabel="step, in units of the norm of each filter", ylabel="training loss", title=title)
         _legend_below(figure)
 
 
 def landscape_planes(surfaces: Mapping[str, Mapping[str, Any]], levels: Sequence[float], path: Path) -> None:
     """Contours of the loss at the same levels on the same plane around each run; grey where it is not finite."""
     columns = min(4, len(surfaces))
-    rows = -(-len(surfaces) // columns)
-    size = 1.7 + 2.7 * columns, 0.6 + 2.7 * rows
+    size = 1.7 + 2.7 * columns, 0.6 + 2.7 * -(-len(surfaces) // columns)
     colors = ScalarMappable(BoundaryNorm([0, *levels], 256, extend="max"), "cividis")
     shared = {"sharex": True, "sharey": True, "layout": "compressed"}
-    with _drawn(path, *size, rows, columns, grid="", **shared) as (figure, panels):
-        for axes in panels[len(surfaces) :]:
-            axes.set_visible(False)
-        for axes, (name, found) in zip(panels, surfaces.items(), strict=False):
+    with _drawn(path, *size, len(surfaces), columns, grid="", **shared) as (figure, panels):
+        for axes, (name, found) in zip(panels, surfaces.items(), strict=True):
             steps = found["steps"]
             # The first direction goes to the right: along the columns of what is drawn.
             losses = np.ma.masked_invalid(np.array(found["plane"]["loss"]).T)
@@ -310,7 +299,7 @@ def landscape_planes(surfaces: Mapping[str, Mapping[str, Any]], levels: Sequence
             axes.add_patch(Circle((0, 0), steps[-1], fill=False, color="#FFFFFF", linewidth=0.8, linestyle=":"))
             ticks = np.linspace(steps[0], steps[-1], 5)
             axes.set(aspect="equal", xticks=ticks, yticks=ticks)
-            _title(axes, f"{name}: basin {100 * found['basin']['plane']:.1f} %", 9)
+            axes.set_title(f"{name}: basin {100 * found['basin']['plane']:.1f} %", fontsize=9)
         figure.supxlabel("step along the first random direction", fontsize=9)
         figure.supylabel("step along the second", fontsize=9)
         figure.colorbar(colors, ax=figure.axes, label="training loss", shrink=0.9, aspect=25)
@@ -321,15 +310,15 @@ def landscape_between(
 ) -> None:
     """Loss and accuracy along the straight lines from one run to others, which are at 0 and at 1."""
     styles = _run_styles(methods)
-    with _drawn(path, 9, 4.0, 1, 2) as (figure, panels):
+    with _drawn(path, 9, 4.0, 2, 2) as (figure, panels):
         for axes, metric, unit in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
             for (name, found), (split, dashes) in itertools.product(segments.items(), (("train", "-"), ("test", "--"))):
                 style = {"color": styles[name]["color"], "linestyle": dashes, "label": f"{name}, {split}"}
                 axes.plot(found["steps"], unit * np.array(found[split][metric]), linewidth=1.5, **style)
             for end in (0, 1):
                 axes.axvline(end, color="#999999", linewidth=0.8, linestyle=":")
-            axes.set_xlabel(f"t: {first} is at 0, the other run at 1")
-            axes.set_ylabel("loss" if metric == "loss" else "accuracy, %")
+            ylabel = "loss" if metric == "loss" else "accuracy, %"
+            axes.set(xlabel=f"t: {first} is at 0, the other run at 1", ylabel=ylabel)
         _log_if_wide(panels[0], [found[split]["loss"] for found in segments.values() for split in ("train", "test")])
         _legend_below(figure)
 

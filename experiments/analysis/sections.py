@@ -1,6 +1,7 @@
 """The sections of a report on accuracy: tables of means, each with its n, spread, commits and hardware, and plots.
 
-The others are in `summary`, `curvature` and `cost`. Each takes rows of the table of runs (`table.Found`).
+The others are in `summary`, `curvature` and `cost`. Each takes rows of the table of runs (`tidy.Found`), and gives
+headings, tables and pictures, task by task.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis import page, plots, tables
-from experiments.analysis.table import read_json, width_label
 from experiments.analysis.tables import Frame
+from experiments.analysis.tidy import read_record, width_label
 from experiments.config import LABELS
+from experiments.measure.search import SEARCHED, SearchRecord
+from experiments.storage import files
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
 ALONG = "a line is the mean over seeds, its band their range"
+Parts = Iterator[page.Part]
 
 
 class Plotter:
@@ -37,11 +41,19 @@ class Plotter:
         """The picture of a plot of networks."""
         return self(plot, *arguments, styles=self.styles, **options)
 
+    def along(self, panels: Mapping[str, Frame], caption: str, *, log: bool = False) -> Parts:
+        """The picture of curves along training, of the panels that have some."""
+        panels = {label: rows for label, rows in panels.items() if len(rows)}
+        if panels:
+            yield self.of_networks(plots.along_epochs, panels, caption=caption, log=panels if log else ())
+
     def copied(self, image: Path, caption: str) -> page.Picture:
         """A picture that is there already."""
         self._count += 1
         name = f"plot-{self._count:02}-{image.name}"
-        (self.out / name).write_bytes(image.read_bytes())
+        content = image.read_bytes()
+        with files.atomic(self.out / name) as file:
+            file.write(content)
         return page.Picture(name, caption, [name])
 
 
@@ -60,9 +72,8 @@ def at_end(part: Frame, labels: Mapping[str, str]) -> Frame:
 def along(part: Frame, metric: str, least: int = 1) -> Frame:
     """The values of a metric along training, of the networks of which every run has at least so many."""
     rows = part[(part["metric"] == metric) & part["epoch"].notna()]
-    counts = rows.groupby("run").size().reindex(part["run"].unique(), fill_value=0)
-    short = part["network"][part["run"].isin(counts.index[counts < least])]
-    return rows[~rows["network"].isin(short.unique())]
+    counts = part["run"].map(rows["run"].value_counts()).fillna(0)
+    return rows[~rows["network"].isin(part["network"][counts < least])]
 
 
 def is_curve(rows: Frame) -> bool:
@@ -84,8 +95,9 @@ def extreme(rows: Frame, unit: str = " %", form: str = ".2f", *, least: bool = F
     best = [str(name) for name, mean in means.items() if f"{mean:{form}}" == shown]
     if len(means) == 1:
         return f"the mean of {best[0]} is {shown}{unit}"
-    who = f"{', '.join(best[:-1])} and {best[-1]} have" if 1 < len(best) < 4 else f"{best[0]} has"
-    who = who if len(best) < 4 else f"{len(best)} networks have"
+    who = f"{best[0]} has"
+    if len(best) > 1:
+        who = f"{', '.join(best[:-1])} and {best[-1]} have" if len(best) < 4 else f"{len(best)} networks have"
     return f"{who} the {'lowest' if least else 'highest'} mean, {shown}{unit}"
 
 
@@ -99,23 +111,22 @@ def last_of(rows: Frame) -> Frame:
     return rows.sort_values("epoch", kind="stable").groupby("run", sort=False).tail(1)
 
 
-def accuracy(data: Frame, draw: Plotter) -> list[Any]:
-    """For each task a row a network: accuracy, loss, time, and paired differences."""
-    content = []
+def accuracy(data: Frame, draw: Plotter) -> Parts:
+    """A row a network: accuracy, loss, time, and paired differences."""
     for title, split, part in parts(data):
-        content += [page.Heading(title), _accuracy_table(part, split)]
+        yield page.Heading(title)
+        yield _accuracy_table(part, split)
         where, last = f"{split} accuracy, %", at_end(part, {"accuracy": "last epoch"})
         if len(last) > 1:
             caption = (
                 f"Further right is better: {extreme(last)}. {title}: accuracy after the last epoch; a mark is a run,"
                 " the bar the mean."
             )
-            content.append(draw.of_networks(plots.each_run, last, where, caption=caption))
+            yield draw.of_networks(plots.each_run, last, where, caption=caption)
         curves = along(part, "accuracy")
         if is_curve(curves):
             caption = f"Higher is better: {ALONG}, and at the end {extreme(last)}. {title}: accuracy along training."
-            content.append(draw.of_networks(plots.along_epochs, {where: curves}, caption=caption))
-    return content
+            yield from draw.along({where: curves}, caption)
 
 
 def _base(part: Frame, last: Frame) -> str | None:
@@ -134,10 +145,10 @@ def _best(last: Frame) -> str | None:
 def _accuracy_table(part: Frame, split: str) -> page.Table:
     """The table of one task."""
     labels = {"accuracy": "last epoch", "at_best_validation": "at best validation", "train_loss": "train loss"}
-    end = at_end(part, labels | {"seconds": "seconds"})
-    formats = {"train loss": tables.SCIENTIFIC, "seconds": tables.SCIENTIFIC}
-    made = tables.means(end, formats=formats)
-    last = end[end["label"] == "last epoch"]
+    labels |= {"seconds": "seconds"}
+    end = at_end(part, labels)
+    made = tables.means(end)
+    last = end[end["metric"] == "accuracy"]
     rivals = last[last["method"] != "hero"]
     base, best = _base(part, last), _best(rivals) if len(rivals) < len(last) else None
     compared = [name for name in dict.fromkeys((base, best)) if name is not None]
@@ -153,21 +164,19 @@ def _accuracy_table(part: Frame, split: str) -> page.Table:
         " epoch counts at the speed of the next that was evaluated, the first of those, in which a process may compile,"
         " at that of the second."
     )
-    shown = ["n", *labels.values(), "seconds", *(f"minus {name}" for name in compared)]
-    shown = [label for label in shown if label in {label for _, label in made}]
-    return listed(made, shown, text, part)
+    shown = ["n", *labels.values(), *(f"minus {name}" for name in compared)]
+    return listed(made, [label for label in shown if label in {label for _, label in made}], text, part)
 
 
-def label_noise(data: Frame, draw: Plotter) -> list[Any]:
-    """For each task and kind of noise, accuracy and memorization by rate; curves along training for each rate."""
-    content = []
+def label_noise(data: Frame, draw: Plotter) -> Parts:
+    """For each kind of noise, accuracy and memorization by rate; curves along training for each rate."""
     for clean, split, part in parts(data, "clean"):
         for kind in part["kind"][part["noise"] > 0].unique():
             of_kind = part[(part["noise"] == 0) | (part["kind"] == kind)]
             # Without the networks that were trained on clean labels alone.
-            of_kind = of_kind[of_kind["network"].isin(of_kind["network"][of_kind["noise"] > 0])]
+            of_kind = of(of_kind, of_kind[of_kind["noise"] > 0])
             title, where = f"{clean}, {kind} label noise", f"{split} accuracy, %"
-            content.append(page.Heading(title))
+            yield page.Heading(title)
             shown = {
                 "accuracy": f"{where}, last epoch",
                 "at_best_validation": f"{where}, at best validation",
@@ -182,101 +191,81 @@ def label_noise(data: Frame, draw: Plotter) -> list[Any]:
                 text = f"{title}: {label}. {SPREAD}"
                 if metric == "highest":
                     text += f" The epoch is chosen by the very numbers that are shown, on the {split} images."
-                rates = sorted(end["noise"].unique())
-                made = tables.texts(tables.spreads(end.assign(label=end["noise"].map(_rate))))
-                content.append(listed(made, [*map(_rate, rates)], text, of_kind, of_kind))
+                rates = {rate: f"{100 * rate:g} % noise" for rate in sorted(end["noise"].unique())}
+                made = tables.texts(tables.spreads(end.assign(label=end["noise"].map(rates))))
+                yield listed(made, list(rates.values()), text, of_kind, of_kind)
                 if metric == "accuracy":
-                    worst = extreme(end[end["noise"] == rates[-1]])
+                    worst = max(rates)
                     caption = (
-                        f"Higher is better, and a level line loses little to wrong labels: at {_rate(rates[-1])}"
-                        f" {worst}. {title}: {label}; mean \u00b1 standard deviation over seeds."
+                        f"Higher is better, and a level line loses little to wrong labels: at {rates[worst]}"
+                        f" {extreme(end[end['noise'] == worst])}. {title}: {label}; mean \u00b1 standard deviation over"
+                        " seeds."
                     )
-                    content.append(draw.of_networks(plots.over_noise, end, where, caption=caption))
-            content += _memorization(of_kind, title, draw)
-    return content
+                    yield draw.of_networks(plots.over_noise, end, where, caption=caption)
+            for rate, of_rate in of_kind.groupby("noise"):
+                learned, found = along(of_rate, "memorized"), along(of_rate, "recovered")
+                told = f"; of wrong labels at the end {extreme(last_of(learned), least=True)}" if len(learned) else ""
+                caption = (
+                    f"Fewer wrong labels learned and more true labels found are better: {ALONG}{told}. {title} of"
+                    f" {100 * rate:g} %: altered training images along training."
+                )
+                yield from draw.along({"wrong label learned, %": learned, "true label found, %": found}, caption)
 
 
-def _rate(noise: float) -> str:
-    return f"{100 * noise:g} % noise"
-
-
-def _memorization(part: Frame, title: str, draw: Plotter) -> list[page.Picture]:
-    """For each rate, what networks say of the altered images along training."""
-    pictures = []
-    for rate, of_rate in part.groupby("noise"):
-        curves = {
-            "wrong label learned, %": along(of_rate, "memorized"),
-            "true label found, %": along(of_rate, "recovered"),
-        }
-        curves = {label: rows for label, rows in curves.items() if len(rows)}
-        if curves:
-            learned = curves.get("wrong label learned, %")
-            told = "" if learned is None else f"; of wrong labels at the end {extreme(last_of(learned), least=True)}"
-            caption = (
-                f"Fewer wrong labels learned and more true labels found are better: {ALONG}{told}. {title} of"
-                f" {100 * rate:g} %: altered training images along training."
-            )
-            pictures.append(draw.of_networks(plots.along_epochs, curves, caption=caption))
-    return pictures
-
-
-def quantization(data: Frame, draw: Plotter) -> list[Any]:
-    """For each task and quantizer, accuracy by bit width."""
-    content = []
+def quantization(data: Frame, draw: Plotter) -> Parts:
+    """For each quantizer, accuracy by bit width."""
     for title, _, part in parts(data):
         images = part[part["metric"] == "images"].groupby("network")["value"].first()
         for spec, rows in part.groupby("spec", sort=False):
-            widths = list(rows["bits"].unique())
-            rows = rows.assign(label=rows["bits"].map(width_label))
+            widths = {bits: width_label(bits) for bits in rows["bits"].unique()}
+            rows = rows.assign(label=rows["bits"].map(widths))
             made = tables.means(rows) | {(name, "images"): f"{images[name]:.0f}" for name in networks(rows)}
             text = (
                 f"Accuracy in percent with the weights rounded after training, grid {spec}, on so many images. {SPREAD}"
             )
-            content.append(page.Heading(f"{title}: {spec}"))
-            content.append(listed(made, ["n", "images", *map(width_label, widths)], text, of(part, rows)))
-            last = extreme(rows[rows["bits"] == widths[-1]])
-            at = "full precision" if widths[-1] == "full" else f"{widths[-1]} bits"
+            yield page.Heading(f"{title}: {spec}")
+            yield listed(made, ["n", "images", *widths.values()], text, of(part, rows))
+            least = list(widths)[-1]
+            at, told = "full precision" if least == "full" else f"{least} bits", extreme(rows[rows["bits"] == least])
             caption = (
-                f"Higher is better, and bits fall to the right: at {at} {last}. {title}: accuracy"
-                f" over the bits of a weight, {spec}; mean \u00b1 standard deviation."
+                f"Higher is better, and bits fall to the right: at {at} {told}. {title}: accuracy over the bits of a"
+                f" weight, {spec}; mean \u00b1 standard deviation."
             )
-            content.append(draw.of_networks(plots.over_bits, {str(spec): rows}, caption=caption))
-    return content
+            yield draw.of_networks(plots.over_bits, {str(spec): rows}, caption=caption)
 
 
-def search(folders: Sequence[Path], draw: Plotter) -> list[Any]:
+def search(folders: Sequence[Path], draw: Plotter) -> Parts:
     """What was tried in each search, by method; the chosen settings are marked."""
-    content = []
     for folder in folders:
-        record = read_json(folder / "search.json")
-        found, best = ("n", "validation_accuracy", "std", "method"), record["best"] or {}
-        for method in dict.fromkeys(row["method"] for row in record["grid"]):
-            rows = [row for row in record["grid"] if row["method"] == method]
-            used = [name for name in rows[0] if name not in found and any(row[name] is not None for row in rows)]
+        record = read_record(folder / "search.json", SearchRecord)
+        # Older searches have no entry for settings that came later.
+        grid: list[dict[str, Any]] = [{**dict.fromkeys(SEARCHED), **row} for row in record.get("grid", [])]
+        best: dict[str, Any] = {**dict.fromkeys(SEARCHED), **(record.get("best") or {})}
+        for method in dict.fromkeys(row["method"] for row in grid):
+            rows = [row for row in grid if row["method"] == method]
+            used = [name for name in SEARCHED if any(row[name] is not None for row in rows)]
+            means = [100 * row["validation_accuracy"] if row["n"] else float("nan") for row in rows]
             lines = []
-            for row in rows:
+            for row, mean in zip(rows, means, strict=True):
                 is_best = all(row[name] == best.get(name) for name in (*used, "method"))
                 std = float("nan") if row["std"] is None else row["std"]
-                text = tables.cell(100 * row["validation_accuracy"], 100 * std) if row["n"] else "diverged"
+                text = (tables.cell(mean, 100 * std) if row["n"] else "diverged") + " (chosen)" * is_best
                 values = [tables.NOTHING if row[name] is None else str(row[name]) for name in used]
-                lines.append([*values, str(row["n"]), text + (" (chosen)" if is_best else "")])
+                lines.append([*values, str(row["n"]), text])
             text = f"Validation accuracy in percent of the runs that did not diverge. {SPREAD}"
-            content.append(page.Heading(f"{folder}: {LABELS[method]}"))
-            content.append(page.Table([*used, "n", "validation accuracy"], lines, text, left=0))
+            yield page.Heading(f"{folder}: {LABELS[method]}")
+            yield page.Table([*used, "n", "validation accuracy"], lines, text, left=0)
             varied = [name for name in used if len({row[name] for row in rows}) > 1]
-            values = {
-                tuple(row[name] for name in varied): 100 * row["validation_accuracy"] if row["n"] else float("nan")
-                for row in rows
-            }
-            if len(varied) == 2 and len(values) == len(rows):
+            places = [tuple(row[name] for name in varied) for row in rows]
+            if len(varied) == 2 and len(set(places)) == len(rows) and any(row["n"] for row in rows):
                 first, second = varied
-                top = max((value, pair) for pair, value in values.items() if value == value)
+                top, (x, y) = max((mean, place) for mean, place in zip(means, places, strict=True) if mean == mean)
                 caption = (
-                    f"Brighter is better: {first} {top[1][0]:g} with {second} {top[1][1]:g} has {top[0]:.2f} %, and no"
-                    f" other is higher. {folder}, {LABELS[method]}: validation accuracy in percent."
+                    f"Brighter is better: {first} {x:g} with {second} {y:g} has {top:.2f} %, and no other is higher."
+                    f" {folder}, {LABELS[method]}: validation accuracy in percent."
                 )
-                content.append(draw(plots.heat_map, values, (first, second, "validation accuracy, %"), caption=caption))
-    return content
+                shown = dict(zip(places, means, strict=True)), (first, second, "validation accuracy, %")
+                yield draw(plots.heat_map, *shown, caption=caption)
 
 
 def listed(

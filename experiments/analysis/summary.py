@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import pandas as pd
 
 from experiments.analysis import page, sections, tables
 from experiments.analysis.tables import Frame
@@ -15,26 +12,25 @@ MOST_BITS = 3
 EIGENVALUE = "top eigenvalue"
 
 
-def summary(data: Frame) -> list[Any]:
-    """For each task, accuracy on clean labels, at low bits and after label noise, curvature and time of each network.
+def summary(data: Frame) -> sections.Parts:
+    """Accuracy on clean labels, at low bits and after label noise, curvature and time of each network.
 
     Low bits, curvature and time are those of the runs on clean labels. A task of which accuracy alone is known is left
     out, since it has no more to tell than the section on accuracy.
     """
-    content = []
     for title, split, part in sections.parts(data, "clean"):
-        clean, noisy = part[part["noise"] == 0], sections.at_end(part[part["noise"] > 0], {"accuracy": ""})
-        noisy = noisy.assign(label=[noise_label(*of) for of in zip(noisy["kind"], noisy["noise"], strict=True)])
-        low, kinds = low_bits(clean), sorted(set(zip(noisy["kind"], noisy["noise"], strict=True)))
-        labels = {"accuracy": "clean labels", **low, "eigenvalue": EIGENVALUE, "seconds": "seconds"}
-        end: Frame = pd.concat([sections.at_end(clean, labels), noisy])
-        columns = ["clean labels", *low.values(), *(noise_label(*of) for of in kinds), EIGENVALUE, "seconds"]
+        clean = part[part["noise"] == 0]
+        low = low_bits(clean)
+        end = sections.at_end(part, {"accuracy": "", **low, "eigenvalue": EIGENVALUE, "seconds": "seconds"})
+        of_accuracy = end["metric"] == "accuracy"
+        end = end.assign(label=end["label"].where(~of_accuracy, end["altered"]))[of_accuracy | (end["noise"] == 0)]
+        noisy = end[end["noise"] > 0].sort_values(["kind", "noise"])["label"].unique()
+        columns = ["clean labels", *low, *noisy, EIGENVALUE, "seconds"]
         columns = [label for label in columns if label in set(end["label"])]
         if len(set(columns) - {"seconds"}) < 2:
             continue
         counts = end.groupby(["network", "label"]).size().groupby("network").max().to_dict()
-        sized: tables.Formats = dict.fromkeys((EIGENVALUE, "seconds"), tables.SCIENTIFIC)
-        made = tables.starred(tables.means(end, counts, sized), EIGENVALUE, clean)
+        made = tables.starred(tables.means(end, counts), EIGENVALUE, clean)
         text = (
             f"Accuracy in percent on the {split} images, whose labels are true where those of training were"
             " altered, after the last epoch. Low bits (weights rounded after training), the top Hessian eigenvalue (its"
@@ -42,21 +38,19 @@ def summary(data: Frame) -> list[Any]:
             " (the first evaluated epoch at the speed of the second) are of the runs on clean labels."
             f" {sections.SPREAD}"
         )
-        content += [page.Heading(title), sections.listed(made, ["n", *columns], text, part, part.sort_values("run"))]
-    return content
+        yield page.Heading(title)
+        yield sections.listed(made, ["n", *columns], text, part, part.sort_values("run"))
 
 
-def differences(data: Frame, against: Sequence[str]) -> list[Any]:
-    """For each task and each network of `against`, what every other network has more: paired over the seeds of both.
+def differences(data: Frame, against: Sequence[str]) -> sections.Parts:
+    """For each network of `against`, what every other network has more: paired over the seeds of both.
 
-    Raises:
-      ValueError: no task has a network of that name.
+    Raises ValueError where no task has a network of that name.
     """
     for name in against:
         if name not in sections.networks(data):
             listed = ", ".join(sections.networks(data))
             raise ValueError(f"`against` must name networks of these runs ({listed}); got {name!r}.")
-    content = []
     for title, split, part in sections.parts(data):
         low = low_bits(part)
         labels = {"accuracy": "last epoch", "at_best_validation": "at best validation", **low, "eigenvalue": EIGENVALUE}
@@ -68,7 +62,7 @@ def differences(data: Frame, against: Sequence[str]) -> list[Any]:
                 continue
             found = tables.differences(end, base)
             counts = {name: found["n"].get((name, "last epoch"), 0) for name in others}
-            made = tables.texts(found, counts, {EIGENVALUE: tables.SCIENTIFIC}, "+")
+            made = tables.texts(found, counts, sign="+")
             text = (
                 f"Points of accuracy on the {split} images (low bits: weights rounded after training), and top"
                 f" Hessian eigenvalue, minus those of {base}: paired over the n seeds that both have, mean \u00b1"
@@ -77,16 +71,11 @@ def differences(data: Frame, against: Sequence[str]) -> list[Any]:
                 f" {sections.origin(part.iloc[(part['network'] != base).argsort(kind='stable')])}"
             )
             lines = tables.lines(made, others, ["n", *columns])
-            content += [page.Heading(f"{title}: minus {base}"), page.Table(["network", "n", *columns], lines, text)]
-    return content
+            yield page.Heading(f"{title}: minus {base}")
+            yield page.Table(["network", "n", *columns], lines, text)
 
 
 def low_bits(part: Frame) -> dict[str, str]:
     """What was measured of any of these at few bits: the metric is the label."""
     rounded = part[part["bits"].notna() & (part["bits"] != "full")]
     return {name: name for name in rounded["metric"][rounded["bits"].astype(int) <= MOST_BITS].unique()}
-
-
-def noise_label(kind: str, noise: float) -> str:
-    """The column of a kind and rate of label noise."""
-    return f"{100 * noise:g} % {kind} noise"

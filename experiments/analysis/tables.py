@@ -1,6 +1,6 @@
 """Tables of means and standard deviations, for a terminal of 80 columns and in Markdown, from the same cells.
 
-They are made of rows of the table of runs (`experiments.analysis.table`): a value of each run, with its network and the
+They are made of rows of the table of runs (`experiments.analysis.tidy`): a value of each run, with its network and the
 label of its column.
 """
 
@@ -20,11 +20,12 @@ from hero_jax.evaluate import Spread
 SEPARATOR = " \u00b1 "
 NOTHING = "\u2014"
 FIXED = (".2f", ".2f")
-# Formats of a mean and of its error where sizes differ by orders.
-SCIENTIFIC = (".3g", ".2g")
+# Formats of a mean and of its error by label of a column, where they are not fixed: where sizes differ by orders.
+LARGE_AND_SMALL = ("train loss", "seconds", "ms per step", "top eigenvalue", "top eig.", "norm")
+SHARES = ("least", "median", "most", "last")
+FORMATS: dict[str, tuple[str, str]] = dict.fromkeys((*LARGE_AND_SMALL, *SHARES), (".3g", ".2g"))
 # Texts by network and label of a column.
 Texts = dict[tuple[str, str], str]
-Formats = Mapping[str, tuple[str, str]]
 # A pandas.DataFrame. In the types of pandas itself a checker sees a union of all that an index may give.
 Frame = Any
 
@@ -53,21 +54,23 @@ def cell(mean: float, error: float, formats: tuple[str, str] = FIXED) -> str:
 
 
 def texts(
-    found: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None, sign: str = ""
+    found: Frame,
+    counts: Mapping[str, int] | None = None,
+    formats: Mapping[str, tuple[str, str]] = FORMATS,
+    sign: str = "",
 ) -> Texts:
     """Cells of `spreads` or `differences`, with their n unless it is that of the network in `counts`: the column n."""
     made = {(network, "n"): str(n) for network, n in (counts or {}).items()}
     for (network, label), mean, error, n in found.itertuples():
-        first, second = (formats or {}).get(label, FIXED)
+        first, second = formats.get(label, FIXED)
         told = "" if (counts or {}).get(network) == n else f" (n\u00a0{n})"
         made[network, label] = cell(mean, error, (sign + first, second)) + told
     return made
 
 
-def means(frame: Frame, counts: Mapping[str, int] | None = None, formats: Formats | None = None) -> Texts:
+def means(frame: Frame, counts: Mapping[str, int] | None = None) -> Texts:
     """Cells of the `spreads` of rows; `counts` are by default of how many runs of each network there are rows."""
-    counts = counts or frame.groupby("network", sort=False)["run"].nunique().to_dict()
-    return texts(spreads(frame), counts, formats)
+    return texts(spreads(frame), counts or frame.groupby("network", sort=False)["run"].nunique().to_dict())
 
 
 def starred(made: Texts, label: str, frame: Frame) -> Texts:

@@ -1,6 +1,6 @@
 """Types of fields with their rules, and the check of a dataclass by them.
 
-A field of a number or a word is written `Count | Literal["all"]`: the word says what None would leave open.
+A number or a word is written `Count | Literal["all"]`, the number first: the word says what None would leave open.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from hero_jax import errors, quantize
@@ -22,15 +23,24 @@ NonNegative = Annotated[float, errors.non_negative]
 Fraction = Annotated[float, errors.fraction]
 
 
-def check(config: Any) -> None:
-    """Raises where a field of a dataclass is not what its type says.
+class Checked:
+    """A dataclass that `check` has passed."""
 
-    Raises:
-      ArgumentError: a value that its rule does not allow, a word that is none of those of a Literal.
-      TypeError: a value of another kind.
-    """
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: Any) -> None:
+    """Raises ArgumentError where a field of a dataclass breaks the rule of its type, TypeError for another kind."""
     for name, kind in types_of(type(config)).items():
         _check(name, getattr(config, name), kind)
+
+
+def check_once(argument: str, values: Sequence[Any]) -> None:
+    """Raises ValueError where a value comes twice: it would count twice."""
+    for value in values:
+        if list(values).count(value) > 1:
+            raise errors.ArgumentError(f"`{argument}` must name each once; got {value!r} twice.")
 
 
 def number(value: Any) -> Any:
@@ -55,10 +65,12 @@ def _check(name: str, value: Any, kind: Any) -> None:
         errors.one_of(name, value, arguments)
     elif origin in (typing.Union, types.UnionType):
         words = [word for other in arguments if typing.get_origin(other) is Literal for word in typing.get_args(other)]
-        if isinstance(value, str) and value not in words:
-            raise errors.ArgumentError(f"`{name}` must be a number or {' or '.join(map(repr, words))}; got {value!r}.")
-        if not isinstance(value, str):
-            _check(name, value, next(other for other in arguments if typing.get_origin(other) is not Literal))
+        if words and isinstance(value, str):
+            if value not in words:
+                wanted = " or ".join(map(repr, words))
+                raise errors.ArgumentError(f"`{name}` must be a number or {wanted}; got {value!r}.")
+        elif value is not None or types.NoneType not in arguments:
+            _check(name, value, arguments[0])
     elif origin is tuple:
         for item in value:
             _check(name, item, arguments[0])

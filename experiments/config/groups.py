@@ -6,12 +6,11 @@ A setting has one name in all groups, so that flags and saved configurations nee
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 from experiments.config import presets
-from experiments.config.fields import Count, Fraction, NonNegative, Positive, check, types_of
+from experiments.config.fields import Checked, Count, Fraction, NonNegative, Positive, types_of
 from hero_jax import models
 from hero_jax.errors import ArgumentError, one_of
 
@@ -22,21 +21,14 @@ Dtype = Literal["float32", "bfloat16"]
 LABEL_NOISE_KINDS, PARALLEL, DTYPES = map(get_args, (LabelNoise, Parallel, Dtype))
 
 
-class Grouped:
+class Grouped(Checked):
     """A dataclass of groups, which are dataclasses, and of settings of its own."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @classmethod
     def resolve(cls, dataset: str = "digits", **settings: Any) -> Self:
         """The configuration with these settings, by name; what is left out, or None, takes the preset or the default.
 
-        It takes what `flat` gives, and what older versions have saved, which lack the later settings.
-
-        Raises:
-          ArgumentError: a value that is not allowed.
-          TypeError: no setting has this name.
+        Raises ArgumentError for a value that is not allowed, and TypeError for a name that no setting has.
         """
         one_of("dataset", dataset, presets.DATASETS)
         given = {name: value for name, value in settings.items() if value is not None}
@@ -50,66 +42,55 @@ class Grouped:
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set beside the settings that are given."""
-        names = {name for group in groups(cls).values() for name in types_of(group)}
+        names = {name for group in groups(cls.kinds({})).values() for name in types_of(group)}
         return {name: x for name, x in presets.budget(dataset, given.get("model")).items() if name in names}
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], **kinds: type) -> Self:
-        """The configuration with these settings, those of `kinds` by type of group."""
-        types = {**groups(cls), **kinds}
-        parts = _by_group(cls, settings, types)
-        return cls(**{group: made(**parts.get(group, {})) for group, made in types.items()}, **parts.get("", {}))
+    def kinds(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The types of the fields of the configuration with these settings."""
+        return types_of(cls)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """The configuration with these settings, and defaults alone for the others."""
+        left, kinds = dict(settings), cls.kinds(settings)
+        made = {
+            group: kind(**{name: left.pop(name) for name in types_of(kind) if name in left})
+            for group, kind in groups(kinds).items()
+        }
+        made |= {name: left.pop(name) for name in kinds if name in left}
+        if left:
+            raise TypeError(f"`{next(iter(left))}` is no setting of {cls.__name__}.")
+        return cls(**made)
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The type of every setting, by name."""
-        own = {name: kind for name, kind in types_of(cls).items() if name not in groups(cls)}
-        return own | {name: kind for made in groups(cls).values() for name, kind in types_of(made).items()}
+        kinds = cls.kinds({})
+        own = {name: kind for name, kind in kinds.items() if name not in groups(kinds)}
+        return own | {name: kind for made in groups(kinds).values() for name, kind in types_of(made).items()}
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, as they are saved."""
         found: dict[str, Any] = {}
-        for field in dataclasses.fields(typing.cast(Any, self)):
-            value = getattr(self, field.name)
-            is_group = field.name in groups(type(self))
-            found |= dataclasses.asdict(value) if is_group else {field.name: value}
+        kinds = types_of(type(self))
+        for name in kinds:
+            value = getattr(self, name)
+            found |= dataclasses.asdict(value) if name in groups(kinds) else {name: value}
         return found
 
     def replace(self, **settings: Any) -> Self:
         """This configuration with other settings, given by name."""
-        parts = _by_group(type(self), settings, {name: type(getattr(self, name)) for name in groups(type(self))})
-        own = parts.pop("", {})
-        changed = {group: dataclasses.replace(getattr(self, group), **values) for group, values in parts.items()}
-        return dataclasses.replace(typing.cast(Any, self), **changed, **own)
+        return self.of(self.flat() | settings)
 
 
-def groups(kind: type) -> dict[str, type]:
-    """The types of the groups of a configuration, by field."""
-    return {
-        name: made for name, made in types_of(kind).items() if isinstance(made, type) and dataclasses.is_dataclass(made)
-    }
-
-
-def _by_group(cls: type[Grouped], settings: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, dict[str, Any]]:
-    """Settings by group; "" has those of the configuration itself."""
-    places = dict.fromkeys(types_of(cls), "") | {
-        name: group for group, made in types.items() for name in types_of(made)
-    }
-    made: dict[str, dict[str, Any]] = {}
-    for name, value in settings.items():
-        if name not in places:
-            raise TypeError(f"`{name}` is no setting of {cls.__name__}.")
-        made.setdefault(places[name], {})[name] = value
-    return made
-
-
-class _Checked:
-    def __post_init__(self) -> None:
-        check(self)
+def groups(kinds: Mapping[str, Any]) -> dict[str, type]:
+    """Those of the types of fields that are groups."""
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(_Checked):
+class Task(Checked):
     """What is learned, from what."""
 
     dataset: Dataset
@@ -130,7 +111,7 @@ class Task(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Labels(_Checked):
+class Labels(Checked):
     """What is done to the labels of training."""
 
     label_noise: Fraction = 0.0
@@ -141,7 +122,7 @@ class Labels(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget(_Checked):
+class Budget(Checked):
     """How long it is learned."""
 
     epochs: Count
@@ -151,7 +132,7 @@ class Budget(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer(_Checked):
+class Optimizer(Checked):
     """What every method descends with: SGD, momentum 0.9, cosine."""
 
     learning_rate: NonNegative
@@ -161,7 +142,7 @@ class Optimizer(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch(_Checked):
+class Watch(Checked):
     """What is measured along training."""
 
     eval_every: Count = 1
@@ -173,7 +154,7 @@ class Watch(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace(_Checked):
+class Pace(Checked):
     """When a run pauses or asks the host; nothing about what it computes."""
 
     save_minutes: NonNegative = 5.0
@@ -186,7 +167,7 @@ class Pace(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout(_Checked):
+class Layout(Checked):
     """How a step is computed, on which devices."""
 
     parallel: Parallel = "none"

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from experiments.config.fields import Bits, Count, Fraction, NonNegative, Whole, check, types_of
+from experiments.config.fields import Bits, Checked, Count, Fraction, NonNegative, Whole, types_of
 from hero_jax.errors import ArgumentError
 
 Name = Literal["sgd", "noise", "ema", "nso", "msam", "sam", "asam", "grad_l1", "hero"]
@@ -21,7 +21,10 @@ Penalty = Literal["detached", "difference", "hvp", "eigenvalue"]
 
 
 class _Without:
-    """Every setting, in the order in which tables have them; the values are what a method does without the setting."""
+    """Every setting, in the order in which tables have them; the values are what a method does without the setting.
+
+    In a method that has the setting and no default for it, `dataclasses.field()` keeps these from being that.
+    """
 
     rho: NonNegative = 0.0
     adaptive: bool = False
@@ -44,7 +47,7 @@ class _Without:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(_Without):
+class Method(_Without, Checked):
     """What all methods share: a name, for flags and folders, and a label, for tables."""
 
     label: ClassVar[str] = ""
@@ -53,7 +56,7 @@ class Method(_Without):
     whose averaged weights are evaluated), nso (noise of both signs), msam (momentum-SAM), sam, asam, grad_l1, hero."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         wanted = type(self).method
         if self.method != wanted:
             raise ArgumentError(f"`method` must be {wanted!r} in {type(self).__name__}; got {self.method!r}.")
@@ -78,7 +81,7 @@ class WeightNoise(Method):
 
     label: ClassVar[str] = "Weight noise"
     method: Name = "noise"
-    noise_bits: Bits  # pyright: ignore[reportIncompatibleVariableOverride]
+    noise_bits: Bits = dataclasses.field()  # pyright: ignore[reportIncompatibleVariableOverride]
     """The noise is uniform, as wide as a bin of the grid channel-narrow of this number of bits."""
 
 
@@ -88,7 +91,7 @@ class Ema(Method):
 
     label: ClassVar[str] = "EMA"
     method: Name = "ema"
-    ema_decay: Fraction  # pyright: ignore[reportIncompatibleVariableOverride]
+    ema_decay: Fraction = dataclasses.field()  # pyright: ignore[reportIncompatibleVariableOverride]
     """Decay of the average per step."""
 
 
@@ -98,7 +101,7 @@ class Nso(Method):
 
     label: ClassVar[str] = "NSO"
     method: Name = "nso"
-    sigma: NonNegative | Literal["none"]
+    sigma: NonNegative | Literal["none"] = dataclasses.field()
     """Standard deviation of the noise on every weight; none where noise_bits is given."""
     noise_bits: Bits | Literal["none"] = "none"
     """Uniform noise instead, as wide as a bin of the grid channel-narrow of this number of bits."""
@@ -115,7 +118,7 @@ class Nso(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ascent(Method):
-    rho: NonNegative
+    rho: NonNegative = dataclasses.field()
     """Radius of the perturbation."""
     scope: Scope = "global"
     """Norm of the perturbation: of the whole tree (global) or of each leaf (leaf)."""
@@ -156,7 +159,7 @@ class _Perturbed(_Ascent, _Noisy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Penalized(_Noisy):
-    gamma: NonNegative
+    gamma: NonNegative = dataclasses.field()
     """Strength of the penalty."""
     gamma_warmup: Whole = 1
     """Epochs at the start without the penalty; the perturbed gradient is used from the first step."""
@@ -221,19 +224,9 @@ class Hero(_Penalized, _Perturbed):
 
 
 METHODS: dict[str, type[Method]] = {
-    "sgd": Sgd,
-    "noise": WeightNoise,
-    "ema": Ema,
-    "nso": Nso,
-    "msam": Msam,
-    "sam": Sam,
-    "asam": Asam,
-    "grad_l1": GradL1,
-    "hero": Hero,
+    kind.method: kind for kind in (Sgd, WeightNoise, Ema, Nso, Msam, Sam, Asam, GradL1, Hero)
 }
 LABELS = {name: kind.label for name, kind in METHODS.items()}
-
-
 # Of all methods together.
 SETTINGS = {"method": Name, **typing.get_type_hints(_Without, include_extras=True)}
 

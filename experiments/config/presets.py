@@ -12,7 +12,7 @@ from typing import Any
 PENALTIES: dict[str, dict[str, Any]] = {"eigenvalue": {"gamma": 0.1}}
 
 # The usual recipe for residual networks on images of 32 x 32 and the authors': SGD, momentum 0.9, cosine, 200 epochs.
-_SMALL_IMAGES: dict[str, Any] = {
+_USUAL: dict[str, Any] = {
     "model": "resnet20",
     "epochs": 200,
     "batch_size": 128,
@@ -53,34 +53,22 @@ def _methods(*, sam: float, asam: float, **others: dict[str, Any]) -> dict[str, 
 DATASETS: dict[str, dict[str, Any]] = {
     # rho and gamma by accuracy on 360 images held out of train (results/digits-search.md), never on the test set.
     "digits": {
-        "model": "mlp",
-        "epochs": 60,
-        "batch_size": 64,
-        "learning_rate": 0.1,
-        "weight_decay": 5e-4,
+        **_USUAL | {"model": "mlp", "epochs": 60, "batch_size": 64},
         "methods": _methods(
             sam=0.1, asam=1.0, ema={"ema_decay": 0.99}, grad_l1={"gamma": 0.003}, hero={"rho": 1.0, "gamma": 100.0}
         ),
     },
-    "cifar10": {**_SMALL_IMAGES, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
-    "cifar100": {**_SMALL_IMAGES, "models": _MODELS, "methods": _methods(sam=0.1, asam=1.0)},
-    "fashion_mnist": {**_SMALL_IMAGES, "epochs": 100, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
+    "cifar10": {**_USUAL, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
+    "cifar100": {**_USUAL, "models": _MODELS, "methods": _methods(sam=0.1, asam=1.0)},
+    "fashion_mnist": {**_USUAL, "epochs": 100, "models": _MODELS, "methods": _methods(sam=0.05, asam=0.5)},
     # Ten classes of ImageNet; a starting point, long enough for 9,469 images.
     "imagenette": {
-        "model": "resnet18",
-        "epochs": 80,
-        "batch_size": 128,
-        "learning_rate": 0.05,
-        "weight_decay": 5e-4,
+        **_USUAL | {"model": "resnet18", "epochs": 80, "learning_rate": 0.05},
         "methods": _methods(sam=0.05, asam=1.0),
     },
     # He et al., CVPR 2016, and Goyal et al., 2017: batch 256, learning rate 0.1, weight decay 1e-4, 90 epochs.
     "imagenet2012": {
-        "model": "resnet50",
-        "epochs": 90,
-        "batch_size": 256,
-        "learning_rate": 0.1,
-        "weight_decay": 1e-4,
+        **_USUAL | {"model": "resnet50", "epochs": 90, "batch_size": 256, "weight_decay": 1e-4},
         "methods": _methods(sam=0.05, asam=1.0, noise={"noise_bits": 4}, ema={"ema_decay": 0.9999}),
     },
 }
@@ -88,11 +76,12 @@ DATASETS: dict[str, dict[str, Any]] = {
 
 def budget(dataset: str, model: str | None = None) -> dict[str, Any]:
     """The model, and epochs, batch size, learning rate and weight decay for it; None: the model of the data set."""
-    preset = {name: value for name, value in DATASETS[dataset].items() if name not in ("methods", "models")}
-    by_model = DATASETS[dataset].get("models", {})
-    return preset | by_model.get(model or preset["model"], {}) | ({"model": model} if model else {})
+    preset = {name: DATASETS[dataset][name] for name in _USUAL} | ({"model": model} if model else {})
+    return preset | DATASETS[dataset].get("models", {}).get(preset["model"], {})
 
 
 def settings(dataset: str, method: str, penalty: str | None = None) -> dict[str, Any]:
     """The settings of a method on a data set, with a penalty (None: that of the method)."""
-    return DATASETS[dataset]["methods"].get(method, {}) | PENALTIES.get(penalty or "", {})
+    found = DATASETS[dataset]["methods"].get(method, {})
+    changed = PENALTIES.get(penalty or "", {})
+    return {name: changed.get(name, value) for name, value in found.items()}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from experiments.config import methods, presets
-from experiments.config.fields import Whole
+from experiments.config.fields import Whole, types_of
 from experiments.config.groups import Budget, Grouped, Labels, Layout, Optimizer, Pace, Task, Watch, groups
 from hero_jax.errors import ArgumentError, one_of
 
@@ -47,9 +46,10 @@ class TrainConfig(Grouped):
           ArgumentError: a setting without a default is not there: presets of today say nothing of that run.
         """
         made = super().of_saved(settings)
-        parts = [made, *(getattr(made, name) for name in groups(cls))]
-        fields = (field for part in parts for field in dataclasses.fields(part) if field.name not in groups(cls))
-        for name in [field.name for field in fields if field.default is dataclasses.MISSING] + ["method"]:
+        parts = (getattr(made, group) for group in groups(types_of(cls)))
+        fields = (field for part in parts for field in dataclasses.fields(part))
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+        for name in [*needed, "method"]:
             if name not in settings:
                 raise ArgumentError(f"`{name}` must be saved, since it has no default; got nothing.")
         return made
@@ -57,32 +57,29 @@ class TrainConfig(Grouped):
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set by the method that is given, or HERO."""
-        method = given.get("method", "hero")
-        one_of("method", method, methods.METHODS)
-        methods.refuse_others(method, given)
-        found = super().presets(dataset, given) | presets.settings(dataset, method, given.get("penalty"))
+        found = presets.settings(dataset, given.get("method", "hero"), given.get("penalty"))
         if given.get("noise_bits", "none") != "none" and "sigma" in found:
             found |= {"sigma": "none"}  # the noise of NSO is that of the bits
-        return found
+        return super().presets(dataset, given) | found
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], **kinds: type) -> Self:
-        """The configuration with these settings.
-
-        Raises:
-          ArgumentError: a value that is not allowed, or a setting that the method does not have.
-        """
-        return super().of(settings, method=methods.METHODS[settings.get("method", "hero")], **kinds)
+    def kinds(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The types of the fields; raises ArgumentError for a setting that the method, or HERO, does not have."""
+        method = settings.get("method", "hero")
+        one_of("method", method, methods.METHODS)
+        methods.refuse_others(method, settings)
+        return types_of(cls) | {"method": methods.METHODS[method]}
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The type of every setting, by name; those of all methods too."""
         return methods.SETTINGS | super().settings()
 
-    def replace(self, **settings: Any) -> Self:
-        """This configuration with other settings, given by name; those of its own method only."""
-        methods.refuse_others(self.method.name, settings)
-        return super().replace(**settings)
+    def evaluated_epochs(self) -> list[int]:
+        """The epochs, from 1, after which a run is evaluated."""
+        watch, last = self.watch, self.budget.epochs
+        every = [watch.eval_every, *([] if watch.every == "never" else [watch.every])]
+        return [epoch for epoch in range(1, last + 1) if epoch == last or any(epoch % n == 0 for n in every)]
 
     def may_differ(self) -> set[str]:
         """The settings in which parts of one run may differ: what it gives does not depend on them.
@@ -91,17 +88,12 @@ class TrainConfig(Grouped):
         """
         has_parts = not self.layout.sync or self.layout.microbatch_size != "all"
         layout = set() if has_parts else {"parallel", "devices", "shard_params"}
-        return {*(field.name for field in dataclasses.fields(Pace)), "remat", *layout}
+        return {*types_of(Pace), "remat", *layout}
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""
         sync = self.layout.sync or self.layout.parallel != "none"
-        plain = dataclasses.replace(self.layout, parallel="none", devices="all", shard_params=False, sync=sync)
-        return dataclasses.replace(self, layout=plain, pace=Pace())
-
-    def default_folder(self) -> Path:
-        """Where the run goes when no folder is given: runs/DATASET-MODEL-METHOD-sSEED."""
-        return Path("runs") / f"{self.task.dataset}-{self.task.model}-{self.method.name}-s{self.seed}"
+        return self.replace(parallel="none", devices="all", shard_params=False, sync=sync, **dataclasses.asdict(Pace()))
 
 
 def resolve(method: str = "hero", dataset: str = "digits", **settings: Any) -> TrainConfig:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from experiments.data import records
 from experiments.data.streams import Pixels, Split, Stream
@@ -38,25 +39,23 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None, report: records.Report | None = None) -> Dataset:
-    """Loads a data set by name.
+    """Loads one of `DATASETS`.
 
     Args:
-      name: one of `DATASETS`.
-      data_dir: folder that holds the prepared tensorflow-datasets; default the environment variable TFDS_DATA_DIR, then
-        ~/tensorflow_datasets. Not used by "digits".
+      name: which.
+      data_dir: folder of the prepared tensorflow-datasets (`records.folder`); not used by "digits".
       report: called with (images decoded, images in all) while a data set is decoded for the first time.
 
     Raises:
-      ValueError: unknown name (suggests the nearest).
       FileNotFoundError: the data set is not prepared there; says which command prepares it.
-      ValueError: what is there is in another format, damaged or only a part; says what, and in which record.
+      ValueError: unknown name, or what is there is in another format, damaged or only a part; says what.
     """
     errors.one_of("dataset", name, DATASETS)
     if name == "digits":
         return _digits()
     about = records.DATASETS[name]
     train, test = records.load(name, data_dir, report)
-    return Dataset(train, test, about.num_classes, about.pixels, records.similar(name))
+    return Dataset(train, test, about.num_classes, about.pixels, about.similar)
 
 
 def subset(dataset: Dataset, train_size: int | None, validation_size: int, test_size: int | None = None) -> Dataset:
@@ -70,8 +69,7 @@ def subset(dataset: Dataset, train_size: int | None, validation_size: int, test_
             raise ValueError(f"`test_size` must be at most {dataset.test.size} for this data set; got {test_size}.")
         chosen = np.random.default_rng(1).permutation(dataset.test.size)[:test_size]
         dataset = dataset._replace(test=dataset.test.take(chosen))
-    available = dataset.train.size
-    wanted = validation_size + (train_size or 1)
+    available, wanted = dataset.train.size, validation_size + (train_size or 1)
     if wanted > available:
         raise ValueError(
             f"`train_size` + `validation_size` must be at most {available} for this data set; got {wanted}."
@@ -94,26 +92,15 @@ def normalize(images: jax.Array, pixels: Pixels) -> jax.Array:
 
 
 def crop_and_flip(
-    key: jax.Array,
-    images: jax.Array,
-    pad: int = 4,
-    *,
-    batch_size: int | None = None,
-    first_row: jax.typing.ArrayLike = 0,
+    key: jax.Array, images: jax.Array, pad: int = 4, *, batch_size: int | None = None, first_row: ArrayLike = 0
 ) -> jax.Array:
     """Pads with `pad` zeros, crops each image back at a random place, and flips half of them left to right.
 
-    Images that are part of a batch are altered as they would be with the rest of it.
-
-    Args:
-      key: the key of the whole batch.
-      images: (N, H, W, C), all of a batch or neighbors in it.
-      pad: zeros on each side; static.
-      batch_size: images in the whole batch, default N; static.
-      first_row: number in the whole batch of the first image.
+    With `batch_size`, images (N, H, W, C) are neighbors in a batch of that size, the first of them its `first_row`, and
+    are altered as they would be with the rest; `key` is that of the whole batch.
     """
     rows, height, width, channels = images.shape
-    n = rows if batch_size is None else batch_size
+    n = batch_size or rows
     key_crop, key_flip = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     offsets = jax.random.randint(key_crop, (n, 2), 0, 2 * pad + 1)
@@ -140,14 +127,8 @@ def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     flat, target = load_digits(return_X_y=True)
-    images = np.asarray(flat, np.uint8).reshape(-1, 8, 8, 1)
-    labels = np.asarray(target, np.int32)
-    by_class = np.concatenate([np.flatnonzero(labels == c)[::5] for c in range(10)])
-    is_test = np.zeros(len(labels), bool)
-    is_test[by_class] = True
-    return Dataset(
-        train=Split(images[~is_test], labels[~is_test]),
-        test=Split(images[is_test], labels[is_test]),
-        num_classes=10,
-        pixels=Pixels(scale=16.0, mean=(0.305,), std=(0.376,), augment=False),
-    )
+    digits = Split(np.asarray(flat, np.uint8).reshape(-1, 8, 8, 1), np.asarray(target, np.int32))
+    is_test = np.zeros(digits.size, bool)
+    is_test[np.concatenate([np.flatnonzero(digits.labels == c)[::5] for c in range(10)])] = True
+    pixels = Pixels(scale=16.0, mean=(0.305,), std=(0.376,), augment=False)
+    return Dataset(digits.take(~is_test), digits.take(is_test), 10, pixels)

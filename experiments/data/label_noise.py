@@ -23,14 +23,9 @@ def alter(dataset: data.Dataset, rate: float, kind: str, seed: int) -> data.Data
     alone; for the first two, a higher rate alters those of a lower rate and more. Called after `data.subset`, it leaves
     the validation labels true. Test labels stay.
 
-    Args:
-      dataset: the data.
-      rate: share of the images, in [0, 1].
-      kind: "symmetric", "uniform" or "asymmetric".
-      seed: of the draw; a non-negative integer.
-
     Raises:
-      ValueError: a rate outside [0, 1] (called `label_noise`) or an unknown kind (called `label_noise_kind`).
+      ValueError: a rate outside [0, 1] (called `label_noise`), an unknown kind (called `label_noise_kind`), or
+        "asymmetric" of a stream.
 
     >>> noisy = alter(data.load("digits"), 0.8, "symmetric", seed=0)
     >>> int((noisy.train.labels != noisy.true_labels).sum()), noisy.train.size

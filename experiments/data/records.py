@@ -5,19 +5,21 @@ Small ones are decoded once and cached as plain arrays, large ones are streams.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.data.catalog import DATASETS, Prepared
+from experiments.data.catalog import DATASETS
 from experiments.data.streams import Split, Stream
 from experiments.storage import files
 from hero_jax import errors
@@ -37,33 +39,32 @@ def folder(data_dir: Path | None) -> Path:
 
 
 def find(name: str, data_dir: Path | None) -> Any:
-    """The tensorflow-datasets builder of a data set of `DATASETS` that is there and whole.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is in another format, damaged or only a part; says what.
-    """
+    """The tensorflow-datasets builder of a data set of `DATASETS` that is there and whole; raises as `data.load`."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.file_adapters import FileFormat
 
     root, about = folder(data_dir), DATASETS[name]
     builder_name, _, config = about.name.partition("/")
-    try:
+    with _damage(name, f"dataset_info.json in {root / about.name} cannot be read"):
         builder = tfds.builder_cls(builder_name)(data_dir=root, config=config or None)
         path = Path(builder.data_path)
         is_there = path.exists()
-    except Exception as error:  # whatever tensorflow-datasets raises on a description that is damaged
-        raise _damaged(name, f"dataset_info.json in {root / about.name} cannot be read ({one_line(error)})") from error
+    must = f"`data_dir` must hold {name} prepared as array_record;"
+    command = f"With a network and TensorFlow, `python -m experiments.prepare {name} --data-dir"
     if not is_there:
-        raise FileNotFoundError(
-            f"`data_dir` must hold {name} prepared as array_record; nothing is at {path}. With a network and"
-            f" TensorFlow, `python -m experiments.prepare {name} --data-dir {root}` prepares it."
-        )
-    missing = {*about.splits} - {*builder.info.splits}
+        raise FileNotFoundError(f"{must} nothing is at {path}. {command} {root}` prepares it.")
+    info: Any = builder.info
+    missing = {*about.splits} - {*info.splits}
     if missing:
-        raise ValueError(
-            f"`data_dir` holds only a part of {name}, in {path}: no split {min(missing)!r} is known there."
-        )
-    _take_array_record(name, builder)
+        split = min(missing)
+        raise ValueError(f"`data_dir` holds only a part of {name}, in {path}: no split {split!r} is known there.")
+    # A builder of known code has those beside the first in its proto alone.
+    formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
+    if FileFormat.ARRAY_RECORD.value not in formats:
+        found = f"by its dataset_info.json, what is in {path} is {' and '.join(sorted(formats))}"
+        raise ValueError(f"{must} {found}. {command} ANOTHER_FOLDER` prepares it.")
+    if info.file_format != FileFormat.ARRAY_RECORD:
+        info.set_file_format(FileFormat.ARRAY_RECORD, override=True, override_if_initialized=True)
     _check_features(name, path / "features.json")
     for split in about.splits:
         _check_files(name, builder, split)
@@ -80,37 +81,26 @@ def _damaged(name: str, what: str) -> ValueError:
     return ValueError(f"`data_dir` holds a damaged {name}: {what}.")
 
 
-def _take_array_record(name: str, builder: Any) -> None:
-    """Makes a builder read array_record, which may be one of several formats in its folder; raises if it is none."""
-    from tensorflow_datasets.core.file_adapters import FileFormat
-
-    info = builder.info
-    # A builder of known code has those beside the first in its proto alone.
-    formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
-    if FileFormat.ARRAY_RECORD.value not in formats:
-        raise ValueError(
-            f"`data_dir` must hold {name} prepared as array_record; by its dataset_info.json, what is in"
-            f" {builder.data_path} is {' and '.join(sorted(formats))}. With a network and"
-            f" TensorFlow, `python -m experiments.prepare {name} --data-dir ANOTHER_FOLDER` prepares it."
-        )
-    if info.file_format != FileFormat.ARRAY_RECORD:
-        info.set_file_format(FileFormat.ARRAY_RECORD, override=True, override_if_initialized=True)
+@contextlib.contextmanager
+def _damage(name: str, what: str) -> Iterator[None]:
+    """Makes of whatever damaged files raise the error that says `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise _damaged(name, f"{what} ({one_line(error)})") from error
 
 
 def _check_features(name: str, path: Path) -> None:
     """Raises where features.json is damaged or tells of other classes; tensorflow-datasets goes by its own code."""
     if not path.exists():
         return
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(name, f"{path} cannot be read ({one_line(error)})") from error
-    try:
-        classes = int(found["featuresDict"]["features"]["label"]["classLabel"]["numClasses"])
-    except (KeyError, TypeError, ValueError):  # older versions of tensorflow-datasets wrote it in another form
-        return
-    if classes != DATASETS[name].num_classes:
-        raise _damaged(name, f"{path} tells of {classes} classes, not of {DATASETS[name].num_classes}")
+    with _damage(name, f"{path} cannot be read"):
+        content = json.loads(path.read_bytes())
+    known = told = DATASETS[name].num_classes
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # older versions wrote it in another form
+        told = int(content["featuresDict"]["features"]["label"]["classLabel"]["numClasses"])
+    if told != known:
+        raise _damaged(name, f"{path} tells of {told} classes, not of {known}")
 
 
 def _check_files(name: str, builder: Any, split: str) -> None:
@@ -119,14 +109,12 @@ def _check_files(name: str, builder: Any, split: str) -> None:
 
     info = builder.info.splits[split]
     description = f"dataset_info.json in {builder.data_path}"
-    try:
-        files = list(zip(info.filepaths, info.shard_lengths, strict=True))
-    except Exception as error:  # a template of the files' names that tensorflow-datasets cannot fill in
-        raise _damaged(name, f"{description} names no files of split {split!r} ({one_line(error)})") from error
+    with _damage(name, f"{description} names no files of split {split!r}"):
+        sizes = list(zip(info.filepaths, info.shard_lengths, strict=True))
     if min(info.shard_lengths, default=0) < 1:
         lengths = f"its shardLengths are {info.shard_lengths}"
         raise _damaged(name, f"{description} must give split {split!r} files with images; {lengths}")
-    for file, size in files:
+    for file, size in sizes:
         # The reader finds no images in a file that is cut off, and in none.
         found = ArrayRecordReader(str(file)).num_records() if file.exists() else 0
         if found != size:
@@ -136,23 +124,9 @@ def _check_files(name: str, builder: Any, split: str) -> None:
 def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split | Stream, Split | Stream]:
     """The images for training and for testing of a data set of `DATASETS`; arguments and errors are `data.load`'s."""
     about, builder = DATASETS[name], find(name, data_dir)
-    if about.is_large:
-        train, test = (_stream(builder, about, split) for split in about.splits)
-    else:
-        train, test = (_decoded(name, builder, split, report) for split in about.splits)
+    read = _streamed if about.is_large else functools.partial(_decoded, report=report)
+    train, test = (read(name, builder, split) for split in about.splits)
     return train, test
-
-
-def similar(name: str) -> tuple[int, ...] | None:
-    """What asymmetric label noise takes for what (`data.Dataset`): from the table, or the next within a superclass."""
-    about = DATASETS[name]
-    return about.similar if about.superclasses is None else _next_within(about.superclasses)
-
-
-def _next_within(superclasses: tuple[int, ...]) -> tuple[int, ...]:
-    """For each class the next one of its superclass, the first after the last."""
-    of = {s: [c for c, other in enumerate(superclasses) if other == s] for s in set(superclasses)}
-    return tuple(of[s][(of[s].index(c) + 1) % len(of[s])] for c, s in enumerate(superclasses))
 
 
 class _Rows:
@@ -178,22 +152,18 @@ class _Rows:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row i.
+        """Row i; raises ValueError where it is not what it must be, and says what."""
+        return self._row(self._records[i])
 
-        Raises:
-          ValueError: it is not what it must be; says what.
-        """
-        return self.parsed(self._records[i])
-
-    def records(self, indices: range) -> list[bytes] | None:
-        """The bytes of these rows, faster than one by one; None where one of them cannot be read."""
+    def __getitems__(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """These rows, whose bytes are read at once, which is faster, or one by one where some cannot be read."""
         try:
-            return self._records.__getitems__(list(indices))
+            records = self._records.__getitems__(list(indices))
         except Exception:  # whatever the reader raises, without telling which
-            return None
+            records = map(self._records.__getitem__, indices)
+        return map(self._row, records)
 
-    def parsed(self, record: bytes) -> dict[str, Any]:
-        """The row of these bytes; errors are those of `rows[i]`."""
+    def _row(self, record: bytes) -> dict[str, Any]:
         features = self._parse(record).features.feature
         image, label = _only(features, "image", "bytes_list"), _only(features, "label", "int64_list")
         if not 0 <= label < self._num_classes:
@@ -222,21 +192,21 @@ def _pixels(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     except UnidentifiedImageError:
         raise ValueError("its image is of no known format") from None
     with image:
-        if (image.height, image.width, image.mode) != (*shape[:2], mode):
-            raise ValueError(
-                f"its image is {image.height} x {image.width} of mode {image.mode}, not {shape[0]} x {shape[1]} of"
-                f" mode {mode}"
-            )
+        found, wanted = (image.height, image.width, image.mode), (*shape[:2], mode)
+        if found != wanted:
+            form = "{} x {} of mode {}"
+            raise ValueError(f"its image is {form.format(*found)}, not {form.format(*wanted)}")
         # Pillow makes 8 bits of any number of them; a PNG file tells it in byte 24.
         if image.format == "PNG" and encoded[24] != 8:
             raise ValueError(f"its image has {encoded[24]} bits a channel, not 8")
         return np.asarray(image).reshape(shape)
 
 
-def _stream(builder: Any, about: Prepared, split: str) -> Stream:
-    rows = _Rows(builder, split, about.num_classes)
+def _streamed(name: str, builder: Any, split: str) -> Stream:
+    num_classes = DATASETS[name].num_classes
+    rows = _Rows(builder, split, num_classes)
     indices, shift = np.arange(len(rows)), np.zeros(len(rows), np.int32)
-    return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
+    return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, num_classes)
 
 
 def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Split:
@@ -251,27 +221,26 @@ def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Spli
     decoded = Split(np.empty((len(rows), *shape), np.uint8), np.empty(len(rows), np.int32))
     for start in range(0, len(rows), CHUNK):
         indices = range(start, min(start + CHUNK, len(rows)))
-        records = rows.records(indices)
+        chunk = rows.__getitems__(indices)
         for i in indices:
-            try:
-                row = rows[i] if records is None else rows.parsed(records[i - start])
+            with _damage(name, f"record {i} of split {split!r} in {builder.data_path} cannot be read"):
+                row = next(chunk)
                 decoded.images[i], decoded.labels[i] = _pixels(row["image"], shape), row["label"]
-            except Exception as error:  # whatever a damaged record or image raises
-                place = f"record {i} of split {split!r} in {builder.data_path}"
-                raise _damaged(name, f"{place} cannot be read ({one_line(error)})") from error
         if report is not None:
             report(indices.stop, len(rows))
     if _content(paths) != content:
         raise _damaged(name, f"split {split!r} in {builder.data_path} changed while it was read")
-    _write_cache(cache, decoded)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic(cache) as file:
+            np.savez(file, images=decoded.images, labels=decoded.labels)
+    except (OSError, files.Failed) as error:
+        warnings.warn(f"Could not cache the decoded images at {cache} ({error}).", stacklevel=2)
     return decoded
 
 
 def _content(paths: Iterable[Any]) -> str:
-    """Tells files apart by what is in them: sizes and times would take a copy that kept its times for the same.
-
-    It takes a hundredth of the time of decoding them.
-    """
+    """Tells files apart by what is in them, in a hundredth of the time of decoding; a copy may keep size and times."""
     digest = hashlib.sha256()
     for path in paths:
         with Path(path).open("rb") as file:
@@ -294,13 +263,3 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> Split | None:
         warnings.warn(f"The cached images at {path} are damaged ({error}); decoding them again.", stacklevel=2)
         return None
     return split
-
-
-def _write_cache(path: Path, split: Split) -> None:
-    """Writes whole or not at all; a cache that cannot be written is no reason to stop."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic(path) as file:
-            np.savez(file, images=split.images, labels=split.labels)
-    except OSError as error:
-        warnings.warn(f"Could not cache the decoded images at {path} ({error}).", stacklevel=2)

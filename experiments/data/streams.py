@@ -1,8 +1,7 @@
 """The images of a split, all in memory or decoded when they are asked for, their pixels, and reading ahead.
 
-`Split` and `Stream` have in common what callers need not tell apart: `size`, `shape`, `first`, `take`, `relabeled` and
-`parts`. A stream is read by explicit indices, so that the order of the data, and where a run continues in it, is the
-caller's; this is why no data loader is used, whose iterators bring an order and a state of their own.
+A stream is read by explicit indices, so that the order of the data, and where a run continues in it, is the caller's;
+this is why no data loader is used, whose iterators bring an order and a state of their own.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Split(NamedTuple):
         return self.images.shape[1:]
 
     def first(self, n: int | None) -> Split:
-        """The first n images, or all where there are fewer and for None."""
+        """The first n images, or all where there are fewer and for None, in memory."""
         return Split(self.images[:n], self.labels[:n])
 
     def take(self, indices: np.ndarray) -> Split:
@@ -69,7 +68,7 @@ class Split(NamedTuple):
         return self._replace(labels=(self.labels + shift) % num_classes)
 
     def parts(self, batch_size: int) -> Iterator[Split]:
-        """All images in order, in parts that fit in memory: here one."""
+        """All images in order, in parts that fit in memory: here one, of a stream of `batch_size`, read ahead."""
         yield self
 
 
@@ -83,12 +82,13 @@ class Stream:
     interpolation over all pixels of the crop. A crop depends on seed, epoch and the index in the prepared split alone,
     so that it is the same in a continued run, in a subset and in any number of processes.
 
+    `size`, `shape`, `first`, `take`, `relabeled` and `parts` are those of `Split`, with images as in evaluation.
+
     source: gives the row of an index, {"image": an encoded image, "label": int}, to several threads at a time.
     name: of the split, for messages.
     side: height and width of the images read.
     indices: of the images in the source.
     shift: what is added to each label, mod `num_classes`.
-    num_classes: number of classes.
 
     Source of the random crop: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
     """
@@ -102,39 +102,29 @@ class Stream:
 
     @property
     def size(self) -> int:
-        """The number of images."""
         return len(self.indices)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape (H, W, C) of an image."""
         return self.side, self.side, 3
 
     def first(self, n: int | None) -> Split:
-        """The first n images, or all where there are fewer and for None, in memory and as in evaluation."""
         return self.rows(np.arange(self.size)[:n])
 
     def take(self, indices: np.ndarray) -> Stream:
-        """A stream of the images of these indices, in their order."""
         return dataclasses.replace(self, indices=self.indices[indices], shift=self.shift[indices])
 
     def relabeled(self, shift: np.ndarray, num_classes: int) -> Stream:
-        """These images with the labels (label + shift) mod num_classes."""
         return dataclasses.replace(self, shift=self.shift + shift, num_classes=num_classes)
 
     def parts(self, batch_size: int) -> Iterator[Split]:
-        """All images in order and as in evaluation, `batch_size` at a time, reading ahead."""
         return prefetch(self.rows, (np.arange(self.size)[i : i + batch_size] for i in range(0, self.size, batch_size)))
 
     def rows(self, indices: np.ndarray, augment: tuple[int, int] | None = None) -> Split:
         """The images of these indices, decoded by several threads (decoding holds no lock).
 
-        Args:
-          indices: which, of 0..size - 1.
-          augment: (seed, epoch) of the random crops; None for those of evaluation.
-
-        Raises:
-          files.Failed: an image that cannot be read; says which.
+        `augment` is (seed, epoch) of the random crops, or None for those of evaluation. Raises files.Failed at an image
+        that cannot be read, and says which.
         """
         split = Split(np.empty((len(indices), *self.shape), np.uint8), np.empty(len(indices), np.int32))
 
@@ -180,9 +170,9 @@ def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[floa
 
 
 def prefetch(load: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Generator[R]:
-    """`load(item)` of each item in order, with the next `ahead` under way in a thread of their own.
+    """`load(item)` of each item, or what it raises, in order, with the next `ahead` under way in a thread of their own.
 
-    What `load` raises is raised here, in its turn. Closing the iterator ends the thread, after the item it is at.
+    Closing the iterator ends the thread, after the item it is at.
     """
     thread = ThreadPoolExecutor(1)
     pending: deque[Future[R]] = deque()

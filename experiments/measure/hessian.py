@@ -48,14 +48,9 @@ class HessianConfig:
 
 
 def measure(
-    config: HessianConfig,
-    operator: curvature.Operator,
-    report: Callable[[str, int, int], None],
+    config: HessianConfig, operator: curvature.Operator, report: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """All quantities of one operator, as JSON values.
-
-    `report(what, done, total)` is called after every product.
-    """
+    """All quantities of one operator, as JSON values; `report(what, done, total)` is called after every product."""
     keys = jax.random.split(jax.random.key(config.seed), 3)
 
     def watched(what: str, total: int) -> curvature.HostOperator:
@@ -70,48 +65,39 @@ def measure(
 
         return curvature.HostOperator(product, operator.like)
 
-    number = min(config.eigenvalues, sum(x.size for x in jax.tree.leaves(operator.like)))
+    sizes, products = [x.size for x in jax.tree.leaves(operator.like)], config.max_products
     pairs = spectrum.top_eigenpairs(
-        watched("eigenvalues", config.max_products),
+        watched("eigenvalues", products),
         keys[0],
-        k=number,
+        k=min(config.eigenvalues, sum(sizes)),
         rtol=config.rtol,
-        max_matvecs=config.max_products,
+        max_matvecs=products,
     )
-    report("eigenvalues", config.max_products, config.max_products)
+    report("eigenvalues", products, products)
     moments = spectrum.moments(watched("trace and norm", config.probes), keys[1], num_probes=config.probes)
+    steps = config.density_probes * config.density_steps
     density = spectrum.spectral_density(
-        watched("density", config.density_probes * config.density_steps),
-        keys[2],
-        num_probes=config.density_probes,
-        num_steps=config.density_steps,
+        watched("density", steps), keys[2], num_probes=config.density_probes, num_steps=config.density_steps
     )
-    report("density", config.density_probes * config.density_steps, config.density_probes * config.density_steps)
-    layers = jax.tree_util.tree_leaves_with_path(moments.layer_traces.mean)
-    sems = jax.tree.leaves(moments.layer_traces.sem)
-    sizes = [x.size for x in jax.tree.leaves(operator.like)]
+    report("density", steps, steps)
+    traces, names = moments.layer_traces, ("grid", "density", "sem", "bandwidth", "nodes", "weights")
+    parts = zip(jax.tree.leaves_with_path(traces.mean), jax.tree.leaves(traces.sem), sizes, strict=True)
     return {
-        "eigenvalues": np.asarray(pairs.eigenvalues).tolist(),
-        "residuals": np.asarray(pairs.residuals).tolist(),
-        "converged": np.asarray(pairs.converged).tolist(),
+        **{name: np.asarray(getattr(pairs, name)).tolist() for name in ("eigenvalues", "residuals", "converged")},
         "products": int(pairs.num_matvecs),
         "asymmetry": float(pairs.asymmetry),
         "trace": _estimate(moments.trace),
         "hessian_norm": _estimate(moments.frobenius_norm),
         "layer_traces": [
-            {
-                "layer": jax.tree_util.keystr(path[1:], simple=True, separator="/"),
-                "size": n,
-                "mean": float(x),
-                "sem": float(s),
-            }
-            for (path, x), s, n in zip(layers, sems, sizes, strict=True)
+            {"layer": _name(path), "size": size, "mean": float(mean), "sem": float(sem)}
+            for (path, mean), sem, size in parts
         ],
-        "density": {
-            name: np.asarray(getattr(density, name)).tolist()
-            for name in ("grid", "density", "sem", "bandwidth", "nodes", "weights")
-        },
+        "density": {name: np.asarray(getattr(density, name)).tolist() for name in names},
     }
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path[1:], simple=True, separator="/")
 
 
 def _estimate(estimate: spectrum.Estimate) -> dict[str, float]:

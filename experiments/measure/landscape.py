@@ -6,28 +6,125 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NotRequired
 
 import jax
 import numpy as np
+from typing_extensions import TypedDict
 
-from experiments import data
-from experiments.config import TrainConfig
 from experiments.config.fields import Count, Positive, Several, Whole, check
-from experiments.training import compiled
+from experiments.measure import saved
+from experiments.measure.saved import Saved
+from experiments.storage import environment, records
 from hero_jax import landscape
 from hero_jax.errors import ArgumentError, integer
 from hero_jax.evaluate import Spread
-from hero_jax.quantize import linen
 
 PyTree = Any
 Report = Callable[[str, int, int], None]
 # From a quarter before the first network to a quarter after the second, in sixteenths: both are among them.
 BETWEEN = np.arange(-4, 21) / 16
 SPLITS = ("train", "test")
-STATISTICS_BATCH = 128
 # Steps across the radius, to which values are interpolated to measure a basin.
 FINE = 200
+
+
+Values = list[float | None]
+
+
+@records.schema
+class Line(TypedDict):
+    """The part of a line that is in the basin, over several of them."""
+
+    mean: float
+    std: float | None
+    n: NotRequired[int]
+
+
+@records.schema
+class Basin(TypedDict):
+    """The size of the basin in lines and plane."""
+
+    line: Line
+    plane: float
+
+
+@records.schema
+class Center(TypedDict):
+    """What a run has at its weights."""
+
+    loss: float | None
+    accuracy: float
+
+
+@records.schema
+class Surface(TypedDict):
+    """What is around one run: `around`."""
+
+    center: Center
+    basin: Basin
+    steps: NotRequired[list[float]]
+    lines: NotRequired[list[Values]]
+    plane: NotRequired[dict[str, list[Values]]]
+    not_finite: NotRequired[int]
+
+
+@records.schema
+class Barrier(TypedDict):
+    """How far loss and error, a fraction, rise between two runs."""
+
+    loss: float | None
+    error: float | None
+
+
+@records.schema
+class Barriers(TypedDict):
+    """Those on each split."""
+
+    train: Barrier
+    test: Barrier
+
+
+@records.schema
+class Segment(TypedDict):
+    """What is between two runs: `between`."""
+
+    barriers: Barriers
+    steps: NotRequired[list[float]]
+    train: NotRequired[dict[str, Values]]
+    test: NotRequired[dict[str, Values]]
+
+
+@records.schema
+class Segments(TypedDict):
+    """What is between the first run and others."""
+
+    first: str
+    to: dict[str, Segment]
+
+
+@records.schema
+class Drawn(TypedDict):
+    """What was drawn: `LandscapeConfig`."""
+
+    radius: float
+    rise: float
+    directions: int
+    images: NotRequired[int]
+    points: NotRequired[int]
+    levels: NotRequired[list[float]]
+    seed: NotRequired[int]
+
+
+@records.schema
+class LandscapeRecord(TypedDict):
+    """landscape.json."""
+
+    config: Drawn
+    environment: environment.Part
+    runs: dict[str, Surface]
+    images: NotRequired[dict[str, int]]
+    between: NotRequired[Segments]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,33 +152,11 @@ class LandscapeConfig:
             raise ArgumentError(f"`levels` must be at least one number, in ascending order; got {self.levels}.")
 
 
-class Network(NamedTuple):
-    """A saved run, and what evaluates it."""
-
-    config: TrainConfig
-    trainer: compiled.Trainer
-    variables: PyTree
-    train: data.Split
-    test: data.Split
-
-
-def load(folders: Sequence[Path], data_dir: Path | None, report: Report, images: int) -> dict[str, Network]:
-    """Run folders as `Network`s by name, with their first images; those of one model share what is compiled.
-
-    Raises ValueError where a run is given twice, or where their data sets differ.
-    """
+def load(folders: Sequence[Path], data_dir: Path | None, report: Report, images: int) -> dict[str, Saved]:
+    """Runs by name, with their first images; those of one model share what evaluates them."""
     names = _names(folders)
-    loaded: dict[str, Network] = {}
-    shared: dict[str, compiled.Trainer] = {}
-    for name, folder in zip(names, folders, strict=True):
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
-        # Its evaluation depends on the model and the data set only.
-        trainer = shared.setdefault(config.task.model, trainer)
-        loaded[name] = Network(config, trainer, variables, dataset.train.first(images), dataset.test.first(images))
-    datasets = {network.config.task.dataset for network in loaded.values()}
-    if len(datasets) > 1:
-        raise ArgumentError(f"`folders` must be of one data set; got {', '.join(sorted(datasets))}.")
-    return loaded
+    runs = saved.load(folders, data_dir, report, images, lambda config: config.task.model).values()
+    return {name: run._replace(test=run.test.first(images)) for name, run in zip(names, runs, strict=True)}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -93,7 +168,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
-def around(config: LandscapeConfig, network: Network, report: Report) -> dict[str, Any]:
+def around(config: LandscapeConfig, network: Saved, report: Report) -> dict[str, Any]:
     """The lines and the plane through the weights of one run, and the size of the basin in them, as JSON values.
 
     BatchNorm normalises by the running statistics of the run at every point.
@@ -107,12 +182,13 @@ def around(config: LandscapeConfig, network: Network, report: Report) -> dict[st
     directions = [landscape.filter_normalized(params, jax.random.fold_in(key, i)) for i in range(config.directions)]
     steps = np.linspace(-config.radius, config.radius, config.points)
     center = loss_fn(params)
-    lines = []
-    for i, direction in enumerate(directions):
-        line_report = functools.partial(report, f"line {i + 1}")
-        lines.append(landscape.line(loss_fn, params, direction, steps, report=line_report).values["loss"])
-    plane_report = functools.partial(report, "plane")
-    plane = landscape.plane(loss_fn, params, tuple(directions[:2]), steps, steps, report=plane_report).values
+    lines = [
+        landscape.line(loss_fn, params, direction, steps, report=functools.partial(report, f"line {i}")).values["loss"]
+        for i, direction in enumerate(directions, 1)
+    ]
+    first, second = directions[:2]
+    in_plane = functools.partial(report, "plane")
+    plane = landscape.plane(loss_fn, params, (first, second), steps, steps, report=in_plane).values
     limit = center["loss"] + config.rise
     widths = [fraction_below(steps, line, limit) for line in lines]
     return {
@@ -141,24 +217,16 @@ def fraction_below(steps: np.ndarray, losses: np.ndarray, limit: float) -> float
     return float(np.mean((values < limit)[np.broadcast_to(is_inside, values.shape)]))
 
 
-def between(first: Network, second: Network, report: Callable[[int, int], None]) -> dict[str, Any]:
+def between(first: Saved, second: Saved, report: Callable[[int, int], None]) -> dict[str, Any]:
     """Loss and accuracy along the straight line from the first run to the second, and its barriers, as JSON values.
 
     The images are those of the first run, and the statistics of BatchNorm are estimated anew on its training images
     at every point, the two networks included.
     """
-    images = first.train.images
-    batches = [images[i : i + STATISTICS_BATCH] for i in range(0, len(images), STATISTICS_BATCH)]
+    batches = saved.batched(first.train.images)
 
     def loss_fn(params: PyTree) -> dict[str, dict[str, float]]:
-        variables = first.variables | {"params": params}
-        if jax.tree.leaves(first.variables["batch_stats"]):
-            stats = linen.reestimate_batch_stats(
-                lambda stats, images: first.trainer.statistics({"params": params, "batch_stats": stats}, images),
-                variables["batch_stats"],
-                batches,
-            )
-            variables = variables | {"batch_stats": stats}
+        variables = saved.with_statistics_of(batches, first.trainer, first.variables | {"params": params})
         return {split: first.trainer.evaluate(variables, getattr(first, split)) for split in SPLITS}
 
     params = first.variables["params"], second.variables["params"]

@@ -8,30 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from experiments.config import Budget, Grouped, Task, TrainConfig, resolve
-from experiments.config.fields import Count, Fraction, number
+from experiments.config.fields import Count, Fraction
 from experiments.config.groups import LabelNoise
 from experiments.measure import sweep
-from experiments.measure.search import SEARCHED, SearchConfig
-from experiments.storage import files
+from experiments.measure.search import SEARCHED, SearchConfig, SearchRecord
+from experiments.storage import records
 from experiments.training import methods
 from hero_jax import errors
 
-Settings = Mapping[str, Any]
-# Methods, and those with a setting that wants others of its own.
-SETTINGS: dict[str, Settings] = {
-    "sgd": {"method": "sgd"},
-    "nso": {"method": "nso"},
-    "msam": {"method": "msam"},
-    "sam": {"method": "sam"},
-    "sam-suppress": {"method": "sam", "suppress": 0.5},
-    "asam": {"method": "asam"},
-    "grad_l1": {"method": "grad_l1"},
-    "hero": {"method": "hero"},
-    "hero-eigenvalue": {"method": "hero", "penalty": "eigenvalue"},
-}
-# What is searched.
-TUNED = tuple(SETTINGS)
+Settings = dict[str, Any]
+# What makes a variant of the method that it is named after, where it wants other settings than the method.
+OWN: dict[str, Settings] = {"sam-suppress": {"suppress": 0.5}, "hero-eigenvalue": {"penalty": "eigenvalue"}}
 # Multiples of the preset that are tried, in every combination: fifteen trials of each. HERO without gamma is ASAM.
 _RHO = (0.5, 1.0, 2.0, 2.5, 3.0)
 _RATE = (0.5, 1.0, 2.0)
@@ -46,8 +36,8 @@ FACTORS: dict[str, dict[str, tuple[float, ...]]] = {
     "hero": {"rho": _RHO, "gamma": (0.1, 1.0, 10.0)},
     "hero-eigenvalue": {"rho": _RHO, "gamma": (1.0, 3.0, 10.0)},
 }
-# Of asymmetric noise half of a class or more would be the other class.
-MOST_ASYMMETRIC = 0.5
+# What is searched.
+TUNED = tuple(FACTORS)
 # Variants that are trained on altered labels.
 ON_NOISY = (
     *("sgd", "noise", "ema", "nso", "msam", "sam", "sam-suppress", "asam", "asam-noise", "grad_l1", "hero"),
@@ -56,7 +46,7 @@ ON_NOISY = (
 # Variants that are trained at equal cost.
 AT_EQUAL_COST = ("sgd", "msam", "nso", "sam", "sam-suppress", "asam", "grad_l1", "hero", "hero-late", "hero-part")
 # The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
-PUBLISHED = {"rho": 0.5, "gamma": 5.0}
+PUBLISHED: Settings = {"rho": 0.5, "gamma": 5.0}
 # SGD for so many times the epochs takes as many gradients as HERO with penalty "detached".
 LONGER = 4
 # What a command given again may change: it adds runs, and alters none that are there.
@@ -103,18 +93,14 @@ class ReproduceConfig(Grouped):
     @property
     def measuring(self) -> sweep.Measuring:
         """What is measured of each run."""
-        return sweep.Measuring(self.specs, curvature_size=number(self.curvature_size))
-
-    @property
-    def curvature_images(self) -> int:
-        """Training images for the Hessian and the landscape."""
-        return self.measuring.curvature_images(self.task.dataset)
+        size = sweep.curvature_size(self.curvature_size, self.task.dataset)
+        return sweep.Measuring(self.specs, curvature_size=size)
 
     @property
     def noise(self) -> list[tuple[str, float]]:
-        """Kinds and rates of noise, without asymmetric noise of half a class or more."""
+        """Kinds and rates of noise; of asymmetric noise half of a class or more would be the other class."""
         pairs = itertools.product(self.noise_kinds, self.noise_rates)
-        return [(kind, rate) for kind, rate in pairs if kind != "asymmetric" or rate < MOST_ASYMMETRIC]
+        return [(kind, rate) for kind, rate in pairs if kind != "asymmetric" or rate < 0.5]
 
     def run(self, settings: Settings, validation_size: int) -> TrainConfig:
         """The resolved configuration of a run with these settings."""
@@ -126,44 +112,43 @@ class ReproduceConfig(Grouped):
 
 
 def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dict[str, Settings]:
-    """Settings of every method and variant, by name, with those that were `found` for it or its method.
-
-    Those "published" have the published ones. SGD "longer" has the cost of HERO. The penalty of GRAD L1 is on
-    throughout, or in the last quarter alone as its authors have it towards the end of training. The perturbation of
-    SAM, ASAM and HERO with noise is taken around noisy weights. "Late" is SGD in the first three quarters of training,
-    "part" takes perturbation and penalty on a quarter of each batch.
-    """
+    """Settings of every method and variant (docs/experiments.md), by name, with those `found` for it or its method."""
     part = _fraction_of(batch_size)
-    changed: dict[str, tuple[str, Settings]] = {
-        "noise": ("sgd", {"method": "noise"}),
-        "ema": ("sgd", {"method": "ema"}),
-        "nso-bits": ("nso", {"sigma": None, "noise_bits": 3}),
-        "grad_l1-late": ("grad_l1", {"gamma_warmup": epochs * 3 // 4}),
-        "sam-noise": ("sam", {"noise_bits": 3}),
-        "asam-noise": ("asam", {"noise_bits": 3}),
-        "hero-noise": ("hero", {"noise_bits": 3}),
-        **{f"hero-{name}": ("hero", {"penalty": name}) for name in ("difference", "hvp")},
-        "hero-by_difference": ("hero", {"product": "difference"}),
-        "hero-suppress": ("hero", {"suppress": 0.5}),
-        "hero-momentum": ("hero", {"ascent_decay": 0.9}),
-        "sam-late": ("sam", {"perturb_from": 0.75}),
-        "hero-late": ("hero", {"perturb_from": 0.75}),
-        "sam-part": ("sam", {"ascent_batch_size": part}),
-        "hero-part": ("hero", {"ascent_batch_size": part}),
-        "asam-published": ("asam", {"rho": PUBLISHED["rho"]}),
-        "hero-published": ("hero", PUBLISHED),
-        "sgd-longer": ("sgd", {"epochs": LONGER * epochs}),
+    changed: dict[str, Settings] = {
+        "noise": {},
+        "ema": {},
+        "nso-bits": {"sigma": None, "noise_bits": 3},
+        "grad_l1-late": {"gamma_warmup": epochs * 3 // 4},
+        "sam-noise": {"noise_bits": 3},
+        "asam-noise": {"noise_bits": 3},
+        "hero-noise": {"noise_bits": 3},
+        "hero-difference": {"penalty": "difference"},
+        "hero-hvp": {"penalty": "hvp"},
+        "hero-by_difference": {"product": "difference"},
+        "hero-suppress": {"suppress": 0.5},
+        "hero-momentum": {"ascent_decay": 0.9},
+        "sam-late": {"perturb_from": 0.75},
+        "hero-late": {"perturb_from": 0.75},
+        "sam-part": {"ascent_batch_size": part},
+        "hero-part": {"ascent_batch_size": part},
+        "asam-published": {"rho": PUBLISHED["rho"]},
+        "hero-published": PUBLISHED,
+        "sgd-longer": {"epochs": LONGER * epochs},
     }
-    tuned: dict[str, Settings] = {name: {**settings, **_found(found, name)} for name, settings in SETTINGS.items()}
-    return tuned | {name: {**tuned[base], **settings} for name, (base, settings) in changed.items()}
+    # The gamma of HERO is for a mean square; the rest of what was found for it is for the eigenvalue penalty too.
+    of_hero = {name: value for name, value in found.get("hero", {}).items() if name != "gamma"}
+    found = {**found, "hero-eigenvalue": of_hero | found.get("hero-eigenvalue", {})}
+    made = {name: _own(name) | found.get(name, {}) for name in FACTORS}
+    for name, settings in changed.items():
+        own = _own(name)
+        # Weight noise and EMA are SGD with a setting.
+        made[name] = made.get(own["method"], made["sgd"]) | own | settings
+    return made
 
 
-def _found(found: Mapping[str, Settings], name: str) -> Settings:
-    """What was found for one of `TUNED`; the eigenvalue penalty has the other settings of HERO where it has none."""
-    if name == "hero-eigenvalue":
-        # The gamma that was found is for a mean square.
-        return {k: v for k, v in found.get("hero", {}).items() if k != "gamma"} | dict(found.get(name, {}))
-    return found.get(name, {})
+def _own(name: str) -> Settings:
+    """The method that a variant is named after, and what makes it a variant."""
+    return {"method": name.partition("-")[0], **OWN.get(name, {})}
 
 
 def ablations(rho: float, gamma: float, batch_size: int, eigenvalue_gamma: float | None) -> dict[str, Settings]:
@@ -204,18 +189,15 @@ def searches(config: ReproduceConfig, held_out: int) -> dict[str, SearchConfig]:
     """
     labels = {"clean": ("symmetric", 0.0)}
     if config.noise:
-        first = config.noise[0][0]
-        labels["noisy"] = max((kind, rate) for kind, rate in config.noise if kind == first)
+        labels["noisy"] = max(pair for pair in config.noise if pair[0] == config.noise[0][0])
     made = {}
     for (label, (kind, rate)), name in itertools.product(labels.items(), TUNED):
-        preset = config.run(SETTINGS[name], held_out).flat()
-        tried = {field: tuple(_times(preset[field], f) for f in factors) for field, factors in FACTORS[name].items()}
+        preset = config.run(_own(name), held_out).flat()
+        tried: Settings = {k: tuple(_times(preset[k], factor) for factor in x) for k, x in FACTORS[name].items()}
         if config.search_trials != "grid":
-            tried = {field: (min(values), max(values)) for field, values in tried.items()}
-        settings: dict[str, Any] = {**SETTINGS[name], **tried}
+            tried = {k: (min(values), max(values)) for k, values in tried.items()}
         made[f"{label}-{name}"] = SearchConfig.resolve(
-            **config.shared(),
-            **settings,
+            **config.shared() | _own(name) | tried,
             trials=config.search_trials,
             seeds=config.search_seeds,
             validation_size=held_out,
@@ -230,93 +212,77 @@ def _times(value: float, factor: float) -> float:
     return float(f"{value * factor:.6g}")
 
 
-def found_in(config: ReproduceConfig, out: Path, label: str) -> dict[str, Settings]:
-    """What the search found for each of `TUNED` on "clean" or "noisy" labels; empty where there was none.
+def found_in(config: ReproduceConfig, out: Path) -> dict[str, dict[str, Settings]]:
+    """What the searches on "clean" and on "noisy" labels found for each of `TUNED`; empty where there were none.
 
     Raises ValueError for a search that is not of what its folder is named after, or of another data set or network.
     """
-    found = {}
+    found: dict[str, dict[str, Settings]] = {"clean": {}, "noisy": {}}
     for file in sorted((out / "search").glob("*/search.json")):
-        prefix, _, name = file.parent.name.partition("-")
-        if prefix not in ("clean", "noisy") or name not in TUNED:
+        label, _, name = file.parent.name.partition("-")
+        if label not in found or name not in TUNED:
             wanted = f"clean-NAME or noisy-NAME, with NAME one of {', '.join(TUNED)}"
             raise ValueError(f"`out` must have its searches in folders {wanted}; got {file.parent}.")
-        record = files.read_json(file)
-        if prefix != label or not record.get("best"):
-            continue
-        wanted, searched = _what_is_searched(config, prefix, name), _what_was_searched(record["config"])
-        if searched != wanted:
-            raise ValueError(f"`out` must have a search of {wanted} in {file.parent}; got one of {searched}.")
-        best = record["best"]
-        found[name] = {field: best[field] for field in SEARCHED if best.get(field) is not None}
+        record = records.read(file, SearchRecord)
+        if best := record.get("best"):
+            wanted = _in_words(config.shared() | _own(name) | {"label_noise": label == "noisy"})
+            try:
+                searched = _in_words(record.get("config", {}))
+            except (TypeError, ValueError) as error:
+                raise records.Damaged(file, f"`config`: {error}") from None
+            if searched != wanted:
+                raise ValueError(f"`out` must have a search of {wanted} in {file.parent}; got one of {searched}.")
+            found[label][name] = {field: value for field in SEARCHED if (value := best.get(field)) is not None}
     return found
 
 
-def _what_is_searched(config: ReproduceConfig, prefix: str, name: str) -> str:
-    """What a search in the folder PREFIX-NAME is of, in words."""
-    run = config.run(SETTINGS[name], 0)
-    return _task(run, prefix == "noisy", bool(run.method.suppress))
-
-
-def _what_was_searched(saved: Mapping[str, Any]) -> str:
-    """The same of the saved configuration of a search."""
-    named = {
-        name: saved[name] for name in ("method", "dataset", "model", "penalty") if saved.get(name, "preset") != "preset"
-    }
-    return _task(resolve(**named), bool(saved.get("label_noise")), any(saved.get("suppress", ())))
-
-
-def _task(run: TrainConfig, is_noisy: bool, suppresses: bool) -> str:
-    method, task = run.method, run.task
-    penalty = "" if method.penalty == "none" else f" with penalty {method.penalty}"
-    penalty += " with suppression" if suppresses else ""
-    return f"{method.name}{penalty} on {'noisy' if is_noisy else 'clean'} labels of {task.dataset} by {task.model}"
+def _in_words(search: Settings) -> str:
+    """What a search with these settings, or one that was saved with them, is of."""
+    named = ("method", "dataset", "model", "penalty")
+    run = resolve(**{name: search[name] for name in named if search.get(name, "preset") != "preset"})
+    method = run.method.name
+    method += "" if run.method.penalty == "none" else f" with penalty {run.method.penalty}"
+    method += " with suppression" if np.any(search.get("suppress", 0)) else ""
+    labels = "noisy" if search.get("label_noise") else "clean"
+    return f"{method} on {labels} labels of {run.task.dataset} by {run.task.model}"
 
 
 def plan(config: ReproduceConfig, part: str, held_out: int, out: Path) -> dict[str, TrainConfig]:
     """The resolved configurations of a part that trains, by name; raises ValueError for a search that is misplaced."""
-    budget = config.budget
-    on_clean, on_noisy = (found_in(config, out, label) for label in ("clean", "noisy"))
-    clean, noisy = (variants(found, budget.epochs, budget.batch_size) for found in (on_clean, on_clean | on_noisy))
+    budget, found = config.budget, found_in(config, out)
+    on_labels = (found["clean"], found["clean"] | found["noisy"])
+    clean, noisy = (variants(each, budget.epochs, budget.batch_size) for each in on_labels)
+
+    def runs(planned: Mapping[str, Settings], chosen: Sequence[str] = ()) -> dict[str, TrainConfig]:
+        """The chosen ones, or all, each under the first name it has: rho may be found to be the published."""
+        named = {name: config.run(each, held_out) for name, each in planned.items()}
+        first: dict[TrainConfig, str] = {}
+        for name, run in named.items():
+            first.setdefault(run, name)
+        return {first[run]: run for name, run in named.items() if name in (chosen or named)}
+
     made: dict[str, TrainConfig] = {}
     if part == "accuracy":
-        named = {name: _along(config, config.run(each, held_out)) for name, each in clean.items()}
-        made = _each_once(named, config.variants or tuple(named))
+        made = runs(clean, config.variants)
+    elif part == "ablations":
+        hero = config.run(clean["hero"], held_out).method
+        of_eigenvalue = found["clean"].get("hero-eigenvalue", {}).get("gamma")
+        made = runs(ablations(hero.rho, hero.gamma, budget.batch_size, of_eigenvalue))
     elif part == "noise":
-        named = {name: config.run(each, held_out) for name, each in noisy.items()}
         # Methods one after the other: what is compiled serves all rates.
-        chosen = _each_once(named, config.variants or ON_NOISY)
+        chosen = runs(noisy, config.variants or ON_NOISY)
         for (name, run), (kind, rate) in itertools.product(chosen.items(), config.noise):
             made[f"{name}-{kind}_{rate!r}"] = run.replace(label_noise=rate, label_noise_kind=kind)
     elif part == "cost":
-        chosen = [name for name in AT_EQUAL_COST if not config.variants or name in config.variants]
-        on_altered = [(kind, rate) for kind, rate in config.noise if kind == config.noise_kinds[0]]
-        for name, (kind, rate) in itertools.product(chosen, [("symmetric", 0.0), *on_altered]):
-            run = config.run((noisy if rate else clean)[name], held_out)
-            run = run.replace(label_noise=rate, label_noise_kind=kind, epochs=_for_cost_of_hero(run))
-            made[f"{name}-{kind}_{rate!r}" if rate else name] = run
-    elif part == "ablations":
-        hero = config.run(clean["hero"], held_out).flat()
-        found = on_clean.get("hero-eigenvalue", {}).get("gamma")
-        changed = ablations(hero["rho"], hero["gamma"], budget.batch_size, found)
-        named = {name: _along(config, config.run(each, held_out)) for name, each in changed.items()}
-        made = _each_once(named, tuple(named))
+        of_first = [(kind, rate) for kind, rate in config.noise if kind == config.noise_kinds[0]]
+        for name, (kind, rate) in itertools.product(AT_EQUAL_COST, [("symmetric", 0.0), *of_first]):
+            if name in (config.variants or AT_EQUAL_COST):
+                run = config.run((noisy if rate else clean)[name], held_out)
+                epochs = round(run.budget.epochs * LONGER / methods.gradients(run))
+                run = run.replace(label_noise=rate, label_noise_kind=kind, epochs=epochs)
+                made[f"{name}-{kind}_{rate!r}" if rate else name] = run
+    if part in ("accuracy", "ablations"):
+        size = config.measuring.curvature_size
+        # Curvature is measured four times along training.
+        made = {n: run.replace(every=max(1, run.budget.epochs // 4), curvature_size=size) for n, run in made.items()}
     return made
-
-
-def _for_cost_of_hero(run: TrainConfig) -> int:
-    """The epochs of a run that take the gradients of HERO with the released penalty for those that it has."""
-    return round(run.budget.epochs * LONGER / methods.gradients(run))
-
-
-def _along(config: ReproduceConfig, run: TrainConfig) -> TrainConfig:
-    """A run whose curvature is measured four times along training."""
-    return run.replace(every=max(1, run.budget.epochs // 4), curvature_size=config.curvature_images)
-
-
-def _each_once(named: Mapping[str, TrainConfig], chosen: Sequence[str]) -> dict[str, TrainConfig]:
-    """The chosen configurations, each under the first name it has among all: rho may be found to be the published."""
-    first: dict[TrainConfig, str] = {}
-    for name, run in named.items():
-        first.setdefault(run, name)
-    return {first[named[name]]: named[name] for name in named if name in chosen}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
-import numpy as np
 
-from experiments import data
-from experiments.config import TrainConfig
-from experiments.config.fields import Bits, Count, Several, Whole, check, number
+from experiments.config.fields import Bits, Count, Several, Whole, check, check_once, number
+from experiments.measure import saved
+from experiments.measure.saved import Saved
 from experiments.training import compiled
 from hero_jax import curvature, quantize, spectrum
 from hero_jax.errors import ArgumentError, one_of
@@ -23,11 +21,8 @@ from hero_jax.quantize import allocation, linen, rounding, sensitivity
 
 PyTree = Any
 logger = logging.getLogger(__name__)
-# Specification, step, network.
-Key = tuple[str, str, str]
 # In the order in which they are applied.
 STEPS = ("fold", "rounding", "bias", "batch-norm", "activations")
-CALIBRATION_BATCH = 128
 ALLOCATION_BITS = (2, 3, 4, 5, 6, 8)
 # Compiled once for each specification and architecture.
 _optimized = jax.jit(rounding.optimized, static_argnames="spec")
@@ -63,38 +58,19 @@ class QuantizeConfig:
         for step in self.steps:
             for part in step.split("+") if step != "nearest" else ():
                 one_of("steps", part, STEPS)
-            _check_once("steps", step.split("+"))
-        _check_once("specs", [quantize.named(name).name for name in self.specs])
-        _check_once("bits", self.bits)
-        _check_once("steps", self.steps)
-
-
-def _check_once(argument: str, values: Sequence[Any]) -> None:
-    """Raises ValueError where a value comes twice: it would count twice."""
-    for value in values:
-        if list(values).count(value) > 1:
-            raise ArgumentError(f"`{argument}` must name each once; got {value!r} twice.")
-
-
-class Network(NamedTuple):
-    """A saved run, ready to be quantized."""
-
-    trainer: compiled.Trainer
-    variables: PyTree
-    dataset: data.Dataset
-    calibration: list[np.ndarray]
-    # Compiled once for every specification and step that leaves the activations alone.
-    classify: Callable[..., dict[str, Any]]
+            check_once("steps", step.split("+"))
+        check_once("specs", [quantize.named(name).name for name in self.specs])
+        check_once("bits", self.bits)
+        check_once("steps", self.steps)
 
 
 def evaluate(
-    config: QuantizeConfig, network: Network, spec: quantize.QuantSpec, step: str, report: Callable[[int, int], None]
+    config: QuantizeConfig, run: Saved, spec: quantize.QuantSpec, step: str, report: Callable[[int, int], None]
 ) -> list[quantize.QuantizedScore]:
     """The rows of one network, specification and step; the row of full precision has the step too."""
     parts = () if step == "nearest" else step.split("+")
-    trainer, batches = network.trainer, network.calibration
-    variables = network.variables
-    forward = trainer.forward
+    variables, forward, classify, quantizer = run.variables, run.trainer.forward, run.classify, None
+    batches = saved.batched(run.train.images)
     pairs = linen.batch_norm_pairs(forward, variables, batches[0]) if parts else linen.Calibration({}, {})
     if not pairs and not {"fold", "batch-norm"}.isdisjoint(parts):
         raise ArgumentError(f"`steps` has {step!r}, but the network has no BatchNorm after a layer.")
@@ -102,7 +78,6 @@ def evaluate(
     if "fold" in parts:
         left_out |= pairs.left_out
         variables = linen.fold_batch_norm(variables, pairs)
-    quantizer, classify = None, network.classify
     if "rounding" in parts:
         grams = linen.input_grams(forward, variables, batches)
         left_out |= grams.left_out
@@ -116,18 +91,12 @@ def evaluate(
         classify = classifier(forward, batch_size=compiled.EVAL_BATCH)
     for path, why in left_out.items():
         logger.info("%s, %s: %s stays as it is: %s.", spec.name, step, path, why)
-    test = network.dataset.test.first(number(config.images))
+    test = run.test.first(number(config.images))
 
     def eval_fn(params: PyTree) -> dict[str, Any]:
         current = variables | {"params": params} if correct is None else correct(params)
         if "batch-norm" in parts:
-            params, stats = current["params"], current["batch_stats"]
-            stats = linen.reestimate_batch_stats(
-                lambda stats, images: trainer.statistics({"params": params, "batch_stats": stats}, images),
-                stats,
-                batches,
-            )
-            current = current | {"batch_stats": stats}
+            current = saved.with_statistics_of(batches, run.trainer, current)
         return classify(current, *test)
 
     return quantize.quantize_and_evaluate(
@@ -136,28 +105,26 @@ def evaluate(
 
 
 def measure_layers(
-    config: QuantizeConfig, network: Network, spec: quantize.QuantSpec, report: Callable[[str, int, int], None]
+    config: QuantizeConfig, run: Saved, spec: quantize.QuantSpec, report: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Each layer quantized alone against its trace, and bits allocated to layers by the traces; training loss."""
     assert config.sensitivity != "none"
-    trainer, variables = network.trainer, network.variables
-    images = network.dataset.train.first(config.calibration)
-    operator = trainer.hessian(variables, images)
+    trainer, variables, params = run.trainer, run.variables, run.variables["params"]
+    operator = trainer.hessian(variables, run.train)
 
     def product(vector: PyTree) -> PyTree:
         # The operator works on trees with the batch statistics left out.
         return operator({**operator.like, "params": vector})["params"]
 
-    def mean_loss(params: PyTree) -> float:
-        return trainer.evaluate(variables | {"params": params}, images)["loss"]
+    def evaluate_on(split: Any, params: PyTree) -> dict[str, float]:
+        return trainer.evaluate(variables | {"params": params}, split)
 
-    params = variables["params"]
     report("layer traces", 0, 1)
     found = spectrum.layer_traces(operator, jax.random.key(config.seed), num_probes=config.probes)
-    traces = found.mean["params"]
     report("layer traces", 1, 1)
+    traces = found.mean["params"]
     layers = sensitivity.sensitivities(
-        mean_loss,
+        lambda params: evaluate_on(run.train, params)["loss"],
         params,
         config.sensitivity,
         traces,
@@ -165,43 +132,22 @@ def measure_layers(
         spec=spec,
         report=functools.partial(report, "layers alone"),
     )
-    by_trace, by_hessian = ([getattr(layer, name) for layer in layers] for name in ("by_trace", "by_hessian"))
-    increases = [layer.increase for layer in layers]
+    numbers = {name: [getattr(layer, name) for layer in layers] for name in ("by_trace", "by_hessian", "increase")}
     costs = sensitivity.predicted_costs(params, traces, ALLOCATION_BITS, spec=spec)
-    sizes = {layer.layer: layer.size for layer in layers}
-    chosen = allocation.allocate_bits(costs, sizes, mean_bits=float(config.sensitivity))
-    tree = allocation.bits_tree(params, chosen.bits)
-    test = network.dataset.test.first(number(config.images))
-    rows = quantize.quantize_and_evaluate(
-        lambda p: trainer.evaluate(variables | {"params": p}, test), params, (config.sensitivity, tree), spec
+    chosen = allocation.allocate_bits(
+        costs, {layer.layer: layer.size for layer in layers}, mean_bits=float(config.sensitivity)
     )
+    bits = config.sensitivity, allocation.bits_tree(params, chosen.bits)
+    test = run.test.first(number(config.images))
+    rows = quantize.quantize_and_evaluate(functools.partial(evaluate_on, test), params, bits, spec)
     return {
-        "images": len(images.labels),
+        "images": run.train.size,
         "layers": [layer._asdict() for layer in layers],
         "trace_sem": jax.tree.map(float, found.sem["params"]),
         "correlation": {
-            "trace": sensitivity.correlation(by_trace, increases)._asdict(),
-            "hessian": sensitivity.correlation(by_hessian, increases)._asdict(),
+            kind: sensitivity.correlation(numbers[f"by_{kind}"], numbers["increase"])._asdict()
+            for kind in ("trace", "hessian")
         },
         "allocation": chosen._asdict(),
-        "accuracy": {"full": rows[0], "uniform": rows[1], "allocated": rows[2]},
+        "accuracy": dict(zip(("full", "uniform", "allocated"), rows, strict=True)),
     }
-
-
-def load(
-    folders: Iterable[Path], data_dir: Path | None, report: compiled.Report, calibration: int
-) -> dict[Path, tuple[TrainConfig, Network]]:
-    """Run folders as `Network`s; those that differ in their seed only share data and what is compiled."""
-    loaded = {}
-    shared: dict[TrainConfig, Network] = {}
-    for folder in folders:
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
-        images = dataset.train.first(calibration).images
-        batches = [images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)]
-        classify = classifier(trainer.forward, batch_size=compiled.EVAL_BATCH)
-        network = Network(trainer, variables, dataset, batches, classify)
-        network = shared.setdefault(config.replace(seed=0), network)
-        # Labels that were altered are those of each seed; else the data are there once.
-        own = {"dataset": dataset} if config.labels.label_noise else {}
-        loaded[folder] = config, network._replace(variables=variables, **own)
-    return loaded

@@ -1,41 +1,83 @@
 """Searches of settings: what is tried, and how it is judged, which is by accuracy on images held out of train.
 
 A grid is every combination of the values given. Trials are points of a scrambled Sobol sequence with a fixed seed,
-drawn by Optuna between the least and the greatest value of each setting on a logarithmic scale. What is tried does not
-depend on what was found, so that methods with as many trials are searched alike, and the same search tries the same
-settings on any number of workers; more trials are added to those that are there. OUT/optuna.journal has the trials
-from the start, and the accuracy of each, over the seeds that it had then, once all have ended.
+between the least and the greatest value of each setting on a logarithmic scale. What is tried does not depend on what
+was found, so that methods with as many trials are searched alike, and the same search tries the same settings on any
+number of workers; more trials are added to those that are there. OUT/optuna.journal has the trials from the start, and
+the accuracy of each, over the seeds that it had then, once all have ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
+import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.storages import journal
 from optuna.trial import FrozenTrial, TrialState
+from typing_extensions import TypedDict
 
 from experiments import data
 from experiments.config import Budget, Grouped, Labels, Task, TrainConfig, resolve
-from experiments.config.fields import Count, NonNegative, number
+from experiments.config.fields import Count, NonNegative, check_once, number
 from experiments.config.methods import Name, Penalty, refuse_others
 from experiments.measure import sweep
-from experiments.measure.engine import Engine
-from experiments.storage import files
+from experiments.measure.workers import Engine
+from experiments.storage import claims, environment, files, records
 from hero_jax.evaluate import Spread
 
 # Those that every method has come last: a combination is named after the others, and after these where they are tried.
 SEARCHED = ("rho", "gamma", "sigma", "suppress", "learning_rate", "weight_decay")
 Values = tuple[NonNegative, ...]
+
+
+@records.schema
+class Setting(TypedDict, total=False):
+    """The settings of a combination or trial; null is one that its method has not."""
+
+    rho: float | None
+    gamma: float | None
+    sigma: float | None
+    suppress: float | None
+    learning_rate: float | None
+    weight_decay: float | None
+
+
+@records.schema
+class Tried(Setting):
+    """A combination or trial, and its validation accuracy (a fraction): mean and deviation over n seeds."""
+
+    method: Name
+    n: int
+    validation_accuracy: float | None
+    std: float | None
+
+
+@records.schema
+class Best(Setting):
+    """That of them which was chosen."""
+
+    method: NotRequired[Name]
+    n: NotRequired[int]
+    validation_accuracy: NotRequired[float | None]
+    std: NotRequired[float | None]
+
+
+@records.schema
+class SearchRecord(TypedDict, total=False):
+    """search.json: what was tried, and the best of it, None where all diverged."""
+
+    config: dict[str, Any]
+    grid: list[Tried]
+    best: Best | None
+    environment: environment.Part
 
 
 class AllDiverged(files.Failed):
@@ -79,15 +121,13 @@ class SearchConfig(Grouped):
         tried = {name: getattr(self, name) for name in SEARCHED if getattr(self, name)}
         refuse_others(self.method, tried)
         for name, values in tried.items():
-            for value in values:
-                if values.count(value) > 1:
-                    raise ValueError(f"`{name}` must name each once; got {value!r} twice.")
+            check_once(name, values)
+        varied = {name: values for name, values in tried.items() if len(values) > 1}
         if self.trials != "grid":
-            if not any(len(getattr(self, name)) > 1 for name in SEARCHED):
+            if not varied:
                 raise ValueError(f"`trials` must have two values of a setting to draw between; got {self.trials}.")
-            for name in SEARCHED:
-                values = getattr(self, name)
-                if len(values) > 1 and not (len(values) == 2 and 0 < values[0] < values[1]):
+            for name, values in varied.items():
+                if not (len(values) == 2 and 0 < values[0] < values[1]):
                     raise ValueError(f"`{name}` must be two rising values above 0 with trials; got {values!r}.")
         if len(self.runs()) < (number(self.trials) or 1):
             raise ValueError(f"`trials` must be fewer in ranges as narrow as these; got {self.trials}.")
@@ -95,10 +135,8 @@ class SearchConfig(Grouped):
     @property
     def space(self) -> dict[str, FloatDistribution]:
         """What trials are drawn from; a setting with one value has that."""
-        ranges = {
-            name: getattr(self, name) for name in SEARCHED if self.trials != "grid" and len(getattr(self, name)) > 1
-        }
-        return {name: FloatDistribution(*values, log=True) for name, values in ranges.items()}
+        names = [name for name in SEARCHED if self.trials != "grid" and len(getattr(self, name)) > 1]
+        return {name: FloatDistribution(*getattr(self, name), log=True) for name in names}
 
     def may_differ(self, there: Mapping[str, Any]) -> tuple[str, ...]:
         """What the search that a folder holds may have less of."""
@@ -107,52 +145,50 @@ class SearchConfig(Grouped):
         return ("seeds", *(SEARCHED if self.trials == "grid" else ["trials"]))
 
     def runs(self, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, TrainConfig]:
-        """The resolved configuration of each combination or trial, by name; `trials` where they are drawn already."""
+        """The resolved configuration of each combination or trial, by name; `trials` where they are drawn already.
+
+        Named after the method, its rho and gamma, and the other settings that are tried.
+        """
         fixed = {name: x for name, x in self.flat().items() if name not in (*SEARCHED, "seeds", "trials")}
         fixed |= {"penalty": None} if self.penalty == "preset" else {}
         space = self.space
         grids = [[(k, value) for value in getattr(self, k)] or [(k, None)] for k in SEARCHED if k not in space]
         drawn = trials or ([{}] if self.trials == "grid" else draw(space, self.trials))
-        pairs = itertools.product(drawn, itertools.product(*grids))
-        made = (resolve(**fixed | dict(trial) | dict(chosen)) for trial, chosen in pairs)
-        return {self._name(run): run for run in made}
-
-    def _name(self, run: TrainConfig) -> str:
-        """The method with its rho and gamma, those it has, and the other settings that are tried."""
         named = [name for name in SEARCHED if name in ("rho", "gamma") or getattr(self, name)]
-        settings = ((name, run.flat().get(name)) for name in named)
-        return run.method.name + "".join(f"-{name}{value!r}" for name, value in settings if value is not None)
+        made = {}
+        for trial, chosen in itertools.product(drawn, itertools.product(*grids)):
+            run = resolve(**fixed | dict(trial) | dict(chosen))
+            settings = run.flat()
+            values = (f"{name}{settings[name]!r}" for name in named if settings.get(name) is not None)
+            made["-".join([self.method, *values])] = run
+        return made
 
 
 def draw(space: Mapping[str, FloatDistribution], trials: int) -> list[dict[str, float]]:
     """The first points of a scrambled Sobol sequence in a space, to four digits."""
-    return [dict(point) for point in _points(tuple(space.items()), trials)]
+    from scipy.stats import qmc  # it takes a second
 
+    def rounded(value: float, each: FloatDistribution) -> float:
+        return min(max(float(f"{value:.4g}"), each.low), each.high)
 
-@functools.lru_cache(maxsize=64)
-def _points(space_items: tuple[tuple[str, FloatDistribution], ...], trials: int) -> list[dict[str, float]]:
-    """`draw`, once for each space: a study takes a moment, and a search asks several times."""
-    space = dict(space_items)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.QMCSampler(scramble=True, seed=0)
-    study = _study(sampler=sampler)
-    # The sampler takes its space from a trial that is there.
-    least = {name: distribution.low for name, distribution in space.items()}
-    study.add_trial(optuna.create_trial(params=least, distributions={**space}, value=0.0))
-
-    def rounded(name: str, value: float) -> float:
-        return min(max(float(f"{value:.4g}"), space[name].low), space[name].high)
-
-    points = [study.ask({**space}).params for _ in range(trials)]
-    return [{name: rounded(name, value) for name, value in point.items()} for point in points]
+    low, high = np.log([(each.low, each.high) for each in space.values()]).T
+    # By `rng=0` it would be another sequence than that of the searches so far.
+    sobol = qmc.Sobol(len(space), scramble=True, seed=0)  # pyright: ignore[reportCallIssue]
+    points = np.exp(low + sobol.random_base2((trials - 1).bit_length())[:trials] * (high - low))
+    return [dict(zip(space, map(rounded, point, space.values()), strict=True)) for point in points]
 
 
 def run(
     config: SearchConfig, dataset: data.Dataset, out: Path, begin: sweep.Begin, engine: Engine = Engine()
 ) -> list[dict[str, Any]]:
     """Trains what is left of a search in its folder, which is there; returns what each combination or trial gave."""
-    trials = [] if config.trials == "grid" else stored(config, out, config.trials)
+    trials: list[FrozenTrial] = []
+    if config.trials != "grid":
+        with _study_in(out) as study:
+            for settings in draw(config.space, config.trials)[len(study.trials) :]:
+                trial = optuna.create_trial(state=TrialState.RUNNING, params=settings, distributions={**config.space})
+                study.add_trial(trial)
+            trials = study.trials[: config.trials]
     configs = config.runs([trial.params for trial in trials])
     grid = summarize(configs, sweep.run_all(configs, range(config.seeds), dataset, out, begin, engine=engine))
     if trials:
@@ -163,44 +199,45 @@ def run(
     return grid
 
 
-def stored(config: SearchConfig, out: Path, wanted: int) -> list[FrozenTrial]:
-    """The first trials in the folder of a search, after those that it lacks were added."""
-    with _study_in(out) as study:
-        for settings in draw(config.space, wanted)[len(study.trials) :]:
-            trial = optuna.create_trial(state=TrialState.RUNNING, params=settings, distributions={**config.space})
-            study.add_trial(trial)
-        return study.trials[:wanted]
+class _Journal(journal.BaseJournalBackend):
+    """A journal of Optuna as a file of lines; who uses it holds the lock of the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        yield from records.read_lines(self.path)[log_number_from:] if self.path.exists() else ()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        records.append(self.path, *logs)
 
 
 @contextlib.contextmanager
 def _study_in(out: Path) -> Iterator[optuna.Study]:
-    """The study of a folder, for one process at a time."""
-    with files.locked(out, wait=True):
-        storage = journal.JournalStorage(journal.JournalFileBackend(str(out / "optuna.journal")))
-        yield _study(study_name="search", storage=storage, direction="maximize", load_if_exists=True)
-
-
-def _study(**options: Any) -> optuna.Study:
+    """The study of a folder, for one process at a time; raises Damaged where its journal is none of a search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(**options)
+    path = out / "optuna.journal"
+    with claims.locked(out, wait=True):
+        try:
+            storage = journal.JournalStorage(_Journal(path))
+            study = optuna.create_study(study_name="search", storage=storage, direction="maximize", load_if_exists=True)
+        except files.Failed:
+            raise
+        except Exception as error:  # whatever Optuna makes of lines that are not its own
+            raise records.Damaged(path, f"{type(error).__name__}: {error}") from None
+        yield study
 
 
 def summarize(configs: dict[str, TrainConfig], found: Sequence[sweep.Run]) -> list[dict[str, Any]]:
     """The validation accuracy of each combination (fraction, mean and deviation over n seeds; n = 0: all diverged)."""
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for label, run in configs.items():
-            accuracies = [r.history[-1]["validation_accuracy"] for r in found if r.name == label]
-            spread = Spread.of(accuracies) if accuracies else Spread(math.nan, math.nan, 0)
-            yield {
-                "method": run.method.name,
-                **{name: run.flat().get(name) for name in SEARCHED},
-                "n": spread.n,
-                "validation_accuracy": spread.mean,
-                "std": spread.std,
-            }
-
-    return list(rows())
+    grid = []
+    for name, run in configs.items():
+        accuracies = [each.history[-1]["validation_accuracy"] for each in found if each.name == name]
+        spread = Spread.of(accuracies) if accuracies else Spread(math.nan, math.nan, 0)
+        settings = run.flat()
+        row = {setting: settings.get(setting) for setting in ("method", *SEARCHED)}
+        grid.append(row | {"n": spread.n, "validation_accuracy": spread.mean, "std": spread.std})
+    return grid
 
 
 def best_of(grid: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

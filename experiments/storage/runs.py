@@ -1,7 +1,7 @@
 """Run folders: what a run was, what it measured, its weights, and what it is continued from.
 
 config.json        the resolved configuration
-environment.json   versions, device, commit, command; those of later parts of the run under "continued"
+environment.json   versions, device, commit, command, and the configuration again; of later parts under "continued"
 metrics.jsonl      one JSON line an evaluation
 status.json        running, done, diverged, interrupted or failed; with a message
 checkpoint/STEP/   orbax: params, batch_stats and whatever else the run saves of itself (the last two)
@@ -13,92 +13,89 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
-import sys
+import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from typing_extensions import TypedDict
 
-from experiments.config import Grouped
-from experiments.storage import environment, files
-from experiments.storage.files import Failed, read_json, write_json
+from experiments.config import TrainConfig
+from experiments.storage import claims, environment, files, records
+from experiments.storage.checkpoints import Checkpoints
+from experiments.storage.files import Failed
 
 PyTree = Any
+# Where a run stands.
+State = Literal["running", "done", "diverged", "interrupted", "failed"]
 
 
-class RunFolder:
+@records.schema
+class Status(TypedDict):
+    """status.json."""
+
+    status: State
+    message: NotRequired[str]
+
+
+@records.schema
+class Environment(environment.Part, total=False):
+    """environment.json; the configuration is that of config.json, which people write too."""
+
+    config: dict[str, Any]
+    continued: list[environment.Part]
+
+
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """Writes the folder of one run. Use as a context manager: leaving it settles the checkpoints and the status.
 
     A folder that already holds a part of the same run is continued: `restore` gives what its last checkpoint holds.
     """
 
-    def __init__(self, path: Path, config: Grouped, may_differ: Collection[str] = ()) -> None:
-        """Makes the folder, or opens that of the same run.
+    def __init__(self, path: Path, config: TrainConfig, may_differ: Collection[str] = ()) -> None:
+        """Makes the folder, or opens that of the same run, whose parts may differ in the settings `may_differ`.
 
-        Args:
-          path: where; new, empty, or the folder of this run.
-          config: the run.
-          may_differ: settings of `config` in which parts of one run may differ.
-
-        Raises:
-          FileExistsError: the folder holds something else, or another run.
-          Busy: another process is writing it.
-          Failed: it cannot be written.
+        Raises FileExistsError where it holds something else or another run, Busy where another process is writing it,
+        Failed where it cannot be written.
         """
-        self.path = path
+        self.path, self._config = path, config
         self._kept: tuple[int, PyTree] | None = None
         with files.on_disk(path), contextlib.ExitStack() as undo:
             file = path / "config.json"
-            files.claim_unless(file, besides=("lock",))
-            undo.enter_context(files.locked(path))
+            claims.claim(path, besides=("lock",), unless=file.name)
+            undo.enter_context(claims.locked(path))
             if not file.exists():
-                write_json(file, files.to_json(config))
-            files.check_same(path, config, may_differ)
-            self._is_done = read_json(path / "status.json").get("status") == "done"
+                records.write_settings(file, claims.to_json(config))
+            check_same(path, config, may_differ)
+            self._is_done = status(path) == "done"
             if not self._is_done:
                 self._begin()
-            # One process writes; the others do not take part.
-            writer = jax.process_index()
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=2,
-                create=False,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
-            )
-            (path / "checkpoint").mkdir(exist_ok=True)
-            self._checkpoints = _checkpoints(path, options)
+            if not _has_checkpoints(path):
+                (path / "checkpoint").mkdir()
+            self._checkpoints = Checkpoints(path, keep=2)
             self._exit = undo.pop_all()
 
-    def __enter__(self) -> RunFolder:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        with self._exit, contextlib.closing(self._checkpoints):
+        with self._exit, self._checkpoints:
             try:
                 if error is not None and self._kept is not None:
                     self.save(*self._kept)
             finally:
                 if isinstance(error, KeyboardInterrupt) and not self._is_done:
                     self.status("interrupted")
-                elif read_json(self.path / "status.json").get("status") == "running":
-                    self.status(*(("done",) if error is None else ("failed", str(error))))
+                elif status(self.path) == "running":
+                    self.status("done" if error is None else "failed", "" if error is None else str(error))
 
-    def status(self, status: str, message: str = "") -> None:
+    def status(self, status: State, message: str = "") -> None:
         """Records where the run stands."""
-        with files.on_disk(self.path):
-            write_json(self.path / "status.json", {"status": status, "message": message})
+        records.write(self.path / "status.json", {"status": status, "message": message})
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one evaluation to metrics.jsonl."""
-        with files.on_disk(self.path), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(files.finite(row), allow_nan=False) + "\n")
+        records.append(self.path / "metrics.jsonl", row)
 
     def keep(self, step: int, state: PyTree) -> None:
         """Names the state, a tree of host arrays, to save if the run ends early: interrupted, diverged or failed."""
@@ -106,120 +103,119 @@ class RunFolder:
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint of `state`, a dict of trees of arrays, unless a later one is saved already."""
-        if step <= max(self._checkpoints.all_steps(), default=-1):
-            return
-        try:
-            with _quiet_callbacks():
-                self._checkpoints.save(step, args=ocp.args.StandardSave(state))
-        except (OSError, ValueError) as error:  # ValueError is what tensorstore makes of a full disk
-            raise files.unwritten(self.path, error) from error
+        self._checkpoints.save(step, state)
 
-    def restore(self, like: PyTree) -> PyTree | None:
+    def restore(self, like: PyTree, steps_per_epoch: int) -> PyTree | None:
         """The state of the last checkpoint that can be read, a tree shaped as `like`; None where there is none at all.
 
         Damaged ones after it are moved aside, with a warning, and the evaluations after it dropped: both will be made
-        again.
-
-        Raises:
-          Failed: there are checkpoints and none can be read, or the run is done and has none.
+        again. Raises Failed where there are checkpoints and none can be read, the run is done and has none, an
+        evaluation is damaged, or one that is due before the checkpoint is missing.
         """
-        if not self._checkpoints.all_steps():
+        if not self._checkpoints.steps():
             if self._is_done:
                 raise Failed(f"{self.path} is a run that is done, and its checkpoint is gone; remove what is left.")
-            self._forget_after(0)
+            self._forget_after(0, steps_per_epoch)
             return None
-        step, restored, damaged = _last_readable(self._checkpoints, self.path, like)
-        for later in damaged:
-            names = itertools.chain([f"damaged-{later}"], (f"damaged-{later}-{i}" for i in itertools.count(2)))
-            aside = next(self.path / name for name in names if not (self.path / name).exists())
-            (self.path / "checkpoint" / str(later)).rename(aside)
-        if damaged:
-            self._checkpoints.reload()
-            if self._is_done:
-                self._is_done = False
-                self._begin()
-        self._forget_after(step)
+        step, restored, damaged = self._checkpoints.load(like)
+        self._forget_after(step, steps_per_epoch)
+        self._checkpoints.set_aside(damaged)
         return restored
 
     def _begin(self) -> None:
         """Records that, and where, a part of the run takes place."""
-        now = environment.current()
-        first = read_json(self.path / "environment.json")
-        write_json(
-            self.path / "environment.json",
-            first | {"continued": [*first.get("continued", []), now]} if first else now,
-        )
+        file, now = self.path / "environment.json", cast(Environment, environment.current())
+        first = records.read(file, Environment, may_be_empty=True)
+        if first:
+            first["continued"] = [*first.get("continued", []), now]
+        else:
+            first = now
+            first["config"] = records.read(self.path / "config.json")
+        records.write(file, first)
         self.status("running")
 
-    def _forget_after(self, step: int) -> None:
-        """Drops the evaluations after a step; the file is written whole or not at all."""
+    def _forget_after(self, step: int, steps_per_epoch: int) -> None:
+        """Drops the evaluations after a step, where all that are due until then are there.
+
+        A run that was done and loses some is not done any more.
+        """
         file = self.path / "metrics.jsonl"
-        if file.exists():
-            text = file.read_text()
-            kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if json.loads(line)["step"] <= step)
-            if kept != text:
-                with files.on_disk(self.path):
-                    files.write(file, kept)
+        rows = read_metrics(self.path) if file.exists() else []
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        due = [epoch for epoch in self._config.evaluated_epochs() if epoch * steps_per_epoch <= step]
+        check_rows(self.path, kept, due)
+        if self._is_done and len(kept) < len(rows):
+            self._is_done = False
+            self._begin()
+        text = records.lines(kept)
+        if file.exists() and text.encode() != file.read_bytes():
+            files.write(file, text)
 
 
-def _checkpoints(path: Path, options: Any = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder; what a checkpoint is does not depend on what the last one looks like."""
-    handler = ocp.StandardCheckpointHandler()
-    return ocp.CheckpointManager((path / "checkpoint").absolute(), options=options, item_handlers=handler)
-
-
-def _last_readable(
-    manager: ocp.CheckpointManager, path: Path, like: PyTree | None = None
-) -> tuple[int, Any, list[int]]:
-    """(step, content, damaged later steps) of the last checkpoint that can be read; warns of each that cannot."""
-    reasons: dict[int, str] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            with _quiet_callbacks():
-                restored = manager.restore(step, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # whatever a damaged file raises
-            reasons[step] = str(error).split("\n")[0][:200]
-            continue
-        for later, reason in reasons.items():
-            warnings.warn(f"The checkpoint of step {later} in {path} is damaged ({reason}).", stacklevel=3)
-        return step, restored, list(reasons)
-    step, reason = next(iter(reasons.items()))
-    raise Failed(f"No checkpoint in {path} can be read (the last is that of step {step}: {reason}).")
-
-
-@contextlib.contextmanager
-def _quiet_callbacks() -> Iterator[None]:
-    """Drops what orbax's callbacks print after a failure: a page for each that finds the event loop closed."""
-    before = sys.unraisablehook
-
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    yield
-    # Not reached after a failure: callbacks come later than the error.
-    sys.unraisablehook = before
+def _has_checkpoints(path: Path) -> bool:
+    """Whether there is a folder of checkpoints; raises FileExistsError where something else has its name."""
+    folder = path / "checkpoint"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FileExistsError(f"`out` must be a run folder; {folder} is no folder.")
+    return folder.exists()
 
 
 def status(path: Path) -> str | None:
-    """Where a run stands: running, done, diverged, interrupted or failed; None where there is no run."""
-    return read_json(path / "status.json").get("status")
+    """Where a run stands; None where there is no run, or a crash of the machine has left the record empty."""
+    return records.read(path / "status.json", Status, may_be_empty=True).get("status")
+
+
+def config(path: Path) -> TrainConfig:
+    """The configuration of a run folder; where it is older than a setting, with the default.
+
+    Raises FileNotFoundError where there is none, Damaged where it is none of a run, or not the one it began with.
+    """
+    file = path / "config.json"
+    settings = records.read(file)
+    if not settings:
+        raise FileNotFoundError(f"`run` must be a run folder with a config.json; {path} has none.")
+    check_begun(path, settings)
+    try:
+        return TrainConfig.of_saved(settings)
+    except (ValueError, TypeError) as error:
+        raise records.Damaged(file, str(error)) from None
+
+
+def check_same(path: Path, config: TrainConfig, may_differ: Collection[str]) -> None:
+    """Raises FileExistsError at the folder of another run, by its configuration, Damaged where that was changed."""
+    claims.check_same(path, config, may_differ)
+    begun = records.read(path / "environment.json", Environment, may_be_empty=True).get("config")
+    found = begun and claims.difference(begun, config, may_differ)
+    if found:
+        name, theirs, ours = found
+        told = f"`{name}` is {ours!r}, but the run began with {theirs!r}"
+        raise records.Damaged(path / "config.json", told)
+
+
+def check_begun(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises Damaged where settings of a run are not those with which it began, which version 0.1 did not record."""
+    begun = records.read(path / "environment.json", Environment, may_be_empty=True).get("config", settings)
+    for name in sorted(settings.keys() | begun.keys()):
+        found, wanted = (repr(each[name]) if name in each else "missing" for each in (settings, begun))
+        if found != wanted:
+            raise records.Damaged(path / "config.json", f"`{name}` is {found}, but the run began with {wanted}")
 
 
 def load_variables(path: Path) -> PyTree:
     """The network's variables, {"params": ..., "batch_stats": ...}, of the last readable checkpoint in a run folder.
 
-    Raises:
-      FileNotFoundError: there is no checkpoint in it.
-      Failed: none can be read.
+    Warns where that is not the last one. Raises FileNotFoundError where there is no checkpoint in it, Failed where none
+    can be read.
     """
-    if not (path / "checkpoint").exists():
+    if not (path / "checkpoint").is_dir():
         raise FileNotFoundError(f"`run` must be a run folder with a checkpoint; got {path}.")
-    with _checkpoints(path) as manager:
-        if not manager.all_steps():
+    with Checkpoints(path) as checkpoints:
+        if not checkpoints.steps():
             raise FileNotFoundError(f"`run` must be a run folder with a checkpoint; {path} has none yet.")
-        _, restored, _ = _last_readable(manager, path)
+        step, restored, damaged = checkpoints.load()
+    rows = read_metrics(path) if status(path) == "done" and (path / "metrics.jsonl").exists() else []
+    if not damaged and any(row.get("step", step) > step for row in rows):
+        warnings.warn(f"The last checkpoint of {path} is gone; that of step {step} takes its place.", stacklevel=2)
     return evaluated(restored)
 
 
@@ -229,10 +225,31 @@ def evaluated(state: dict[str, PyTree]) -> PyTree:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, oldest first; a last line that a killed run left unfinished is dropped."""
-    lines = (path / "metrics.jsonl").read_text().split("\n")
-    rows = [json.loads(line) for line in lines[:-1]]
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    """The evaluations of a run, oldest first; a last line that a killed run left unfinished is dropped.
+
+    Raises Damaged where one is not what was written.
+    """
+    return [records.numbers(row) for row in records.read_lines(path / "metrics.jsonl", records.Numbers)]
+
+
+def history(path: Path, config: TrainConfig) -> list[dict[str, Any]]:
+    """The evaluations of a run that is done; raises Damaged where one that is due is not there."""
+    rows = read_metrics(path)
+    check_rows(path, rows, config.evaluated_epochs())
+    return rows
+
+
+def check_rows(path: Path, rows: Sequence[Mapping[str, Any]], due: Sequence[int]) -> None:
+    """Raises Damaged where the evaluations of a run are not those of the epochs that are due, in their order."""
+    for i, row in enumerate(rows, 1):
+        for name in ("epoch", "step", "accuracy"):
+            if name not in row:
+                raise records.Damaged(path / "metrics.jsonl", f"line {i} lacks `{name}`")
+    found = [row["epoch"] for row in rows]
+    for epoch, wanted in itertools.zip_longest(found, due):
+        if epoch != wanted:
+            told = f"it lacks the evaluation of epoch {wanted}" if wanted not in found else f"epoch {epoch} is not due"
+            raise records.Damaged(path / "metrics.jsonl", told)
 
 
 def snapshot(tree: PyTree) -> PyTree:

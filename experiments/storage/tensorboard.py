@@ -12,12 +12,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def events(run: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A reporter of the metrics of each epoch that writes them to RUN/tensorboard.
+    """A reporter of the metrics of each epoch that writes them to RUN/tensorboard; ValueError without the package.
 
     The first one tells TensorBoard to forget what an earlier part of the run wrote of that epoch and later ones.
-
-    Raises:
-      ValueError: the package is not there.
     """
     try:
         from tensorboard.compat.proto import event_pb2
@@ -33,11 +30,8 @@ def events(run: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             writers.append(EventFileWriter(str(run / "tensorboard")))
             start = protocol.SessionLog(status=protocol.SessionLog.START)
             writers[0].add_event(protocol.Event(**when, session_log=start))
-        values = [
-            {"tag": name, "simple_value": value}
-            for name, value in row.items()
-            if name not in ("epoch", "step") and math.isfinite(value)
-        ]
+        shown = {name: x for name, x in row.items() if name not in ("epoch", "step") and math.isfinite(x)}
+        values = [{"tag": name, "simple_value": x} for name, x in shown.items()]
         writers[0].add_event(protocol.Event(**when, summary={"value": values}))
         writers[0].flush()
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import microbatching
 
@@ -18,10 +16,10 @@ from experiments import data
 from experiments.config import TrainConfig
 from experiments.config.fields import number
 from experiments.data import label_noise
-from experiments.storage import runs
+from experiments.storage import files, runs
 from experiments.training import layouts, methods
 from experiments.training.layouts import TrainState
-from hero_jax import curvature, models
+from hero_jax import curvature, models, parallel
 from hero_jax.evaluate import classifier
 
 PyTree = Any
@@ -41,20 +39,18 @@ class Trainer(NamedTuple):
       and the indices of the whole batch on the host; `kind` is that of `methods.phases`. Of a stream:
       `(state, images, labels, kind=0)`, with those of the rows of this process (`layout.local_rows`), on the host.
     kind: the kind of a step, by its number.
-    steps: `(state, images, labels, order) -> (state, losses)`, several steps in one compiled call, with the indices
-      (steps, batch) of their batches; not of a stream.
-    evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`, running BatchNorm statistics.
-    forward: `(variables, images) -> logits` of raw images, running BatchNorm statistics.
-    statistics: `(variables, images) -> batch_stats` after a batch of raw images in training mode.
-    hessian: `(variables, split) -> operator`, the Hessian of the mean cross-entropy over a split, normalised by the
-      running BatchNorm statistics, without augmentation or weight decay; on trees without these statistics.
+    steps: `step` for the indices (steps, batch) of several batches, in one compiled call; not of a stream.
+    evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`.
+    forward: logits of raw images; as all that follow the step, without augmentation or weight decay.
+    statistics: those of BatchNorm after a batch of raw images in training mode; the others take the running ones.
+    hessian: that of the mean cross-entropy over a split, on trees without the statistics.
     """
 
     layout: layouts.One
     init: Callable[[int], TrainState]
-    step: Callable[..., tuple[TrainState, jax.Array]]
+    step: layouts.Step
     kind: Callable[[int], int]
-    steps: Callable[[TrainState, jax.Array, jax.Array, np.ndarray], tuple[TrainState, jax.Array]]
+    steps: layouts.Step
     evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
     forward: Callable[[PyTree, jax.Array], jax.Array]
     statistics: Callable[[PyTree, jax.Array], PyTree]
@@ -66,105 +62,109 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 
     The step sees the whole batch, or under a mapped axis the rows of one device, and averages over that axis.
     """
-    task, how = config.task, config.layout
-    size, is_streamed = dataset.train.size, isinstance(dataset.train, data.Stream)
-    if is_streamed and config.pace.steps_per_call > 1:
-        calls = config.pace.steps_per_call
+    how, batch_size, size = config.layout, config.budget.batch_size, dataset.train.size
+    is_streamed, calls = isinstance(dataset.train, data.Stream), config.pace.steps_per_call
+    if is_streamed and calls > 1:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {calls}.")
-    check_batch_size(config.budget.batch_size, size)
-    batch_size, steps_per_epoch = config.budget.batch_size, size // config.budget.batch_size
+    check_batch_size(batch_size, size)
     layout = layouts.layout(config)
-    rows = batch_size // layout.num_parts
+    axis_name, rows = layout.axis_name, batch_size // layout.num_parts
     if how.microbatch_size != "all" and rows % how.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {how.microbatch_size}.")
-    stride, ascent_stride = (
-        _stride(config, name, batch_size, rows) for name in ("penalty_batch_size", "ascent_batch_size")
-    )
+    penalty_stride, ascent_stride = (_stride(config, f"{part}_batch_size", rows) for part in ("penalty", "ascent"))
     # Else BatchNorm takes those of the rows it sees: all of them, or with sync=False those of the device.
-    shares_statistics = how.sync and layout.axis_name is not None
-    options: dict[str, Any] = {"axis_name": layout.axis_name} if shares_statistics else {}
-    model = models.create(task.model, dataset.num_classes, **options)
-    apply: Callable[..., Any] = model.apply
-    apply_in_training = apply
-    if how.dtype != "float32":
-        options["dtype"] = jnp.dtype(how.dtype)
-        apply_in_training = models.create(task.model, dataset.num_classes, **options).apply
-    tx = methods.optimizer(config, steps_per_epoch, layout.axis_name)
-    kinds, kind_of = methods.phases(config, steps_per_epoch)
+    shares_statistics = how.sync and axis_name is not None
+    options: dict[str, Any] = {"axis_name": axis_name} if shares_statistics else {}
+    model = models.create(config.task.model, dataset.num_classes, **options)
+    model_in_step = model if how.dtype == "float32" else model.clone(dtype=jnp.dtype(how.dtype))
+    apply_in_step: Callable[..., Any] = model_in_step.apply
+    tx = methods.optimizer(config, size // batch_size, axis_name)
+    kinds, kind_of = methods.phases(config, size // batch_size)
     pixels, shape = dataset.pixels, dataset.train.shape
-
     first_variables = jax.jit(model.init)
 
     def init(seed: int) -> TrainState:
         key_init, key_steps = jax.random.split(jax.random.key(seed))
         variables = first_variables(key_init, jnp.zeros((1, *shape)))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        key = jax.random.key_data(key_steps)
-        # Copies: what a step may overwrite must not be there twice.
-        evaluated = {"params": params, "batch_stats": batch_stats} if methods.has_evaluated(config) else {}
         opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_init, 1)))
-        return TrainState(
-            params, batch_stats, jax.tree.map(jnp.copy, evaluated), opt_state, jnp.zeros((), jnp.int32), key
-        )
+        step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key_steps)
+        variables = {"params": params, "batch_stats": batch_stats}
+        averaged = methods.evaluated(config, variables, variables, opt_state, step)
+        # A copy: what a step may overwrite must not be there twice.
+        return TrainState(params, batch_stats, jax.tree.map(jnp.copy, averaged), opt_state, step, key)
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, *, phase: methods.Phase):
-        return step_on(state, images[indices], labels[indices], phase=phase)
-
-    def step_on(state: TrainState, images: jax.Array, y: jax.Array, *, phase: methods.Phase):
+    def step(
+        state: TrainState, images: jax.Array, y: jax.Array, indices: jax.Array | None = None, *, phase: methods.Phase
+    ) -> tuple[TrainState, jax.Array]:
+        if indices is not None:
+            images, y = images[indices], y[indices]
         x = data.normalize(images, pixels)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         # Of the numbers folded into a key, those below 2 are what a split makes: crop and flip.
         noise = methods.noise(config, jax.random.fold_in(key, 2), state.params)
         if pixels.augment:
-            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=layout.first_row(len(y)))
+            first_row = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
+            x = data.crop_and_flip(key, x, batch_size=batch_size, first_row=first_row)
 
         def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
             noisy = params if noise is None else optax.tree.add(params, noise)
             variables = {"params": layout.whole(noisy), "batch_stats": state.batch_stats}
-            logits, mutated = apply_in_training(variables, x, train=True, mutable=["batch_stats"])
+            logits, mutated = apply_in_step(variables, x, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits.astype(jnp.float32), y), mutated.get("batch_stats", {})
 
         if how.remat:
             loss_fn = jax.checkpoint(loss_fn, policy=jax.checkpoint_policies.dots_saveable)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if how.microbatch_size != "all":
-            value_and_grad = microbatching.microbatch(
-                value_and_grad, (1, 2), how.microbatch_size, microbatching.AccumulationType.MEAN
-            )
+            mean = microbatching.AccumulationType.MEAN
+            value_and_grad = microbatching.microbatch(value_and_grad, (1, 2), how.microbatch_size, mean)
 
         def at(params: PyTree, every: int) -> tuple[tuple[jax.Array, PyTree], PyTree]:
             part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
-            (loss, batch_stats), grads = value_and_grad(params, *part)
-            return (loss, batch_stats), layout.split(grads)
+            loss_and_statistics, grads = value_and_grad(params, *part)
+            return loss_and_statistics, layout.split(grads)
 
-        def grad_fn(params: PyTree, every: int = 1) -> PyTree:
+        def grad_fn(every: int) -> Callable[[PyTree], PyTree]:
             # Perturbed passes normalise with batch statistics, and theirs are dropped: those of the clean pass stay.
-            return at(params, every)[1]
+            return lambda params: at(params, every)[1]
 
         # Without the perturbation the gradient is the direction, which is that of the whole batch.
         every = ascent_stride if phase.perturb else 1
         (loss, batch_stats), grads = at(state.params, every)
-        updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            grad_fn=grad_fn,
-            penalty_grad_fn=None if stride == 1 else functools.partial(grad_fn, every=stride),
-            part_grad_fn=None if every == 1 else functools.partial(grad_fn, every=every),
-            **phase._asdict(),
-        )
+        of_part = {"penalty_grad_fn": penalty_stride, "part_grad_fn": every}
+        grad_fns = {name: None if stride == 1 else grad_fn(stride) for name, stride in of_part.items()}
+        given = {"grad_fn": grad_fn(1), **grad_fns, **phase._asdict()}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **given)
         params = optax.apply_updates(state.params, updates)
-        batch_stats = batch_stats if shares_statistics else layout.mean(batch_stats)
+        batch_stats = batch_stats if shares_statistics else parallel.mean(batch_stats, axis_name)
         variables = {"params": params, "batch_stats": batch_stats}
-        evaluated = methods.evaluated(config, state.averaged, variables, opt_state, state.step)
-        return TrainState(params, batch_stats, evaluated, opt_state, state.step + 1, state.key), layout.mean(loss)
+        averaged = methods.evaluated(config, state.averaged, variables, opt_state, state.step)
+        state = TrainState(params, batch_stats, averaged, opt_state, state.step + 1, state.key)
+        return state, parallel.mean(loss, axis_name)
 
-    def steps(state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array):
+    of_kind = [functools.partial(step, phase=phase) for phase in kinds]
+
+    def steps(
+        state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
         def one(state: TrainState, indices: jax.Array) -> tuple[TrainState, jax.Array]:
-            of_kind = [functools.partial(step, phase=phase) for phase in kinds]
             return jax.lax.switch(kind_of(state.step), of_kind, state, images, labels, indices)
 
         return jax.lax.scan(one, state, order)
+
+    compiled = [layout.compile(step_of_kind, streamed=is_streamed) for step_of_kind in of_kind]
+
+    def compiled_step(*arguments: Any, kind: int = 0) -> tuple[TrainState, jax.Array]:
+        return compiled[kind](*arguments)
+
+    init = functools.partial(layout.init, init)
+    measures = _measures(model.apply, pixels, layout)
+    return Trainer(layout, init, compiled_step, kind_of, layout.compile(steps), *measures)
+
+
+def _measures(apply: Callable[..., Any], pixels: data.Pixels, layout: layouts.One) -> tuple[Callable[..., Any], ...]:
+    """`evaluate`, `forward`, `statistics` and `hessian` of a `Trainer`."""
 
     def forward(variables: PyTree, images: jax.Array) -> jax.Array:
         return apply(variables, data.normalize(images, pixels))
@@ -190,30 +190,22 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
         found = [(part.size / split.size, classify(variables, *part)) for part in split.parts(EVAL_BATCH)]
         return {name: sum(share * of_part[name] for share, of_part in found) for name in ("accuracy", "loss")}
 
-    batch_step = step_on if is_streamed else step
-    compiled = [layout.compile(functools.partial(batch_step, phase=phase), streamed=is_streamed) for phase in kinds]
-
-    def compiled_step(*arguments: Any, kind: int = 0) -> tuple[TrainState, jax.Array]:
-        return compiled[kind](*arguments)
-
-    init = functools.partial(layout.init, init)
-    return Trainer(layout, init, compiled_step, kind_of, layout.compile(steps), evaluate, forward, statistics, hessian)
+    return evaluate, forward, statistics, hessian
 
 
-def _stride(config: TrainConfig, name: str, batch_size: int, rows: int) -> int:
+def _stride(config: TrainConfig, name: str, rows: int) -> int:
     """Every how many images of a batch one is of the part that a field names; 1 where it is the whole batch.
 
     Raises ValueError where the part is not evenly spread over the `rows` that are taken together.
     """
+    batch_size, microbatch_size = config.budget.batch_size, config.layout.microbatch_size
     size = number(getattr(config.method, name)) or batch_size
     stride = batch_size // size
     if batch_size % size or rows % stride:
         raise ValueError(f"`{name}` must be {batch_size} / k where k divides the {rows} images of a part; got {size}.")
-    if config.layout.microbatch_size != "all" and rows // stride % config.layout.microbatch_size:
-        raise ValueError(
-            f"`microbatch_size` must divide the {rows // stride} images of a part that `{name}` takes; got"
-            f" {config.layout.microbatch_size}."
-        )
+    if microbatch_size != "all" and rows // stride % microbatch_size:
+        part = f"the {rows // stride} images of a part that `{name}` takes"
+        raise ValueError(f"`microbatch_size` must divide {part}; got {microbatch_size}.")
     return stride
 
 
@@ -224,12 +216,19 @@ def load(
 
     `report(what, done, total)` is called while a data set is decoded for the first time.
     """
-    variables = runs.load_variables(run)
-    config = TrainConfig.of_saved(json.loads((run / "config.json").read_text())).on_one_device()
+    saved = runs.load_variables(run)
+    config = runs.config(run).on_one_device()
     name = config.task.dataset
     dataset = data.load(name, data_dir, None if report is None else functools.partial(report, f"decoding {name}"))
     dataset = with_label_noise(config, subset(config, dataset))
-    return config, build(config, dataset), jax.tree.map(jnp.asarray, variables), dataset
+    trainer = build(config, dataset)
+    made = jax.eval_shape(functools.partial(trainer.init, config.seed))
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (saved, runs.evaluated(made._asdict()))]
+    if shapes[0] != shapes[1]:
+        raise files.Failed(
+            f"{run} has a checkpoint of another network than the {config.task.model} of its config.json."
+        )
+    return config, trainer, jax.tree.map(jnp.asarray, saved), dataset
 
 
 def check_batch_size(batch_size: int, train_size: int) -> None:
@@ -240,17 +239,18 @@ def check_batch_size(batch_size: int, train_size: int) -> None:
 
 def subset(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The images that a run has for training, validation and testing, before its label noise."""
-    pixels = dataset.pixels._replace(augment=dataset.pixels.augment and config.task.augment)
     task = config.task
-    train_size, test_size = number(task.train_size), number(task.test_size)
-    return data.subset(dataset._replace(pixels=pixels), train_size, config.validation_size, test_size)
+    pixels = dataset.pixels._replace(augment=dataset.pixels.augment and task.augment)
+    sizes = number(task.train_size), config.validation_size, number(task.test_size)
+    return data.subset(dataset._replace(pixels=pixels), *sizes)
 
 
 def with_label_noise(config: TrainConfig, dataset: data.Dataset) -> data.Dataset:
     """The data that a run is trained on: with the labels that its seed alters."""
-    if config.labels.label_noise == 0:
+    labels = config.labels
+    if labels.label_noise == 0:
         return dataset
-    return label_noise.alter(dataset, config.labels.label_noise, config.labels.label_noise_kind, config.seed)
+    return label_noise.alter(dataset, labels.label_noise, labels.label_noise_kind, config.seed)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

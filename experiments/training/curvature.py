@@ -17,7 +17,7 @@ NORM_PROBES = 10
 def measure(
     operator: Operator, keys: tuple[jax.Array, jax.Array], max_products: int, *, k: int = 1, v0: PyTree = None
 ) -> tuple[dict[str, Any], PyTree]:
-    """The eigenvalue of largest magnitude and the Frobenius norm, each with its error, as JSON values.
+    """The eigenvalue of largest magnitude and the Frobenius norm, with their errors, as JSON values; the eigenvectors.
 
     Args:
       operator: the Hessian.
@@ -25,9 +25,6 @@ def measure(
       max_products: most products to spend on the eigenvalue.
       k: eigenvectors to follow: with a second one its overtaking the first is seen.
       v0: start vectors, along a new first axis; None: random ones.
-
-    Returns:
-      The record, and the eigenvectors.
     """
     pairs = spectrum.top_eigenpairs(operator, keys[0], k=k, v0=v0, max_matvecs=max_products)
     norm = spectrum.frobenius_norm(operator, keys[1], num_probes=NORM_PROBES)

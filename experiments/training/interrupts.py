@@ -1,4 +1,4 @@
-"""The first Ctrl-C, SIGTERM or SIGHUP as a request; the second at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: in training the first as a request, the second at once; before and after it at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Takes the first Ctrl-C, SIGTERM or SIGHUP as a request that the block asks for; a second one ends it at once.
-
-    Only the main thread gets signals: in another one nothing is ever requested.
-    """
+    """Gives what says whether a signal has come since; outside the main thread, which alone gets signals, none has."""
     requests: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -26,15 +23,25 @@ def deferred() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(OSError):
             os.write(2, b"\nending soon, with a checkpoint; once more ends at once\n")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in ending()}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in ending()} if is_main else {}
     try:
         yield lambda: bool(requests)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_at_once() -> None:
+    """Makes a signal end the process with one line: while modules are imported, and after all, no work is lost."""
+    for number in ending():
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def ending() -> list[signal.Signals]:

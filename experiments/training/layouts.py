@@ -1,18 +1,17 @@
 """How a run lies on devices: on one, on several by pmap or by jit over a mesh, in one process or in several.
 
 A step is written once, `(state, images, labels, indices) -> (state, loss)`, for one device that has the whole batch,
-and so is a call that takes several, whose indices have an axis of steps before that of the batch. A layout says where
-the state, the data set and the batch lie, wraps the step for that, and brings the state to the host and back. The data
-set is copied whole to every device and the rows of a batch are gathered there, so that a step moves indices only; a
-process sends those of its own rows. Where the data set is streamed the step is `(state, images, labels) -> (state,
-loss)` and a process reads and sends the images of its own rows.
+and so is a call that takes several, whose indices have an axis of steps before that of the batch. The data set is
+copied whole to every device and the rows of a batch are gathered there, so that a step moves indices only; a process
+sends those of its own rows. Where the data set is streamed the step is `(state, images, labels) -> (state, loss)` and a
+process reads and sends the images of its own rows.
 
-                   state                           batch                        averages
-    One            on one device                   on one device                none
-    Groups         on one device                   `groups` parts, by vmap      the step, over the vmapped axis
-    Pmap           a copy on every device          a part on every device       the step, over the mapped axis
-    Mesh           a copy on every device, or      a part on every device       XLA, where the program of one
-                   split over them (FSDP)                                       device needs it
+                      state                           batch                     averages
+    One               on one device                   on one device             none
+    One, in groups    on one device                   `groups` parts, by vmap   the step, over the vmapped axis
+    Mesh, mapped      a copy on every device          a part on every device    the step, over the axis of pmap
+    Mesh              a copy on every device, or      a part on every device    XLA, where the program of one
+                      split over them (FSDP)                                    device needs it
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.config import TrainConfig
 from experiments.storage import files, runs
-from hero_jax import errors, parallel
+from hero_jax import errors
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -58,20 +57,23 @@ class TrainState(NamedTuple):
 
 
 Step = Callable[..., tuple[TrainState, jax.Array]]
-CompiledStep = Callable[..., tuple[TrainState, jax.Array]]
 
 
 class One:
-    """Everything on the default device: the definition that the other layouts agree with.
+    """Everything on the default device: the definition that `Mesh` agrees with.
 
     axis_name: the mapped axis inside the step; None where the step sees the whole batch.
-    num_parts: how many parts of the batch take a step of their own over that axis.
+    num_parts: how many equal parts of the batch take a step of their own over that axis.
     examples: sharding of the examples that are evaluated at a time; None on one device.
     """
 
-    axis_name: str | None = None
-    num_parts: int = 1
     examples: NamedSharding | None = None
+
+    def __init__(self, num_parts: int | None = None) -> None:
+        self.axis_name = None if num_parts is None else AXIS
+        self.num_parts = num_parts or 1
+        # The parts that lie on devices of this process, and how many there are.
+        self._local, self._all = slice(0, self.num_parts), self.num_parts
 
     def init(self, init: Callable[[int], TrainState], seed: int) -> TrainState:
         """The state of `init(seed)`, laid out."""
@@ -81,7 +83,28 @@ class One:
         """A tree of host arrays on every device of this layout."""
         return jax.tree.map(jax.numpy.asarray, tree)
 
-    def compile(self, step: Step, *, streamed: bool = False) -> CompiledStep:
+    def to_devices(self, state: TrainState) -> TrainState:
+        """A state from the host, laid out."""
+        return self.replicate(state)
+
+    def to_host(self, tree: PyTree) -> PyTree:
+        """A copy of (part of) a state on the host of every process; all processes must call it."""
+        return runs.snapshot(tree)
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that are on devices of this process."""
+        rows = batch_size // self._all
+        return slice(self._local.start * rows, self._local.stop * rows)
+
+    def whole(self, params: PyTree) -> PyTree:
+        """Inside the step: the parameters as the network needs them, whole on every device."""
+        return params
+
+    def split(self, grads: PyTree) -> PyTree:
+        """Inside the step: gradients, laid out as the parameters are between passes."""
+        return grads
+
+    def compile(self, step: Step, *, streamed: bool = False) -> Step:
         """The step, or several in one call, compiled for this layout.
 
         It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses. With `streamed`,
@@ -98,144 +121,61 @@ class One:
 
         return run
 
-    def local_rows(self, batch_size: int) -> slice:
-        """The rows of a global batch that are on devices of this process."""
-        return slice(0, batch_size)
-
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> Step:
         """The compiled step; of its arguments, those of axis 0 are parts of the batch, made by `_placed`."""
-        del in_axes
+        if self.axis_name is not None:
+            step = jax.vmap(step, in_axes=in_axes, out_axes=None, axis_name=AXIS)
         return jax.jit(step, donate_argnums=0)
 
     def _placed(self, x: np.ndarray, axis: int) -> Any:
-        """The rows of this process, along `axis`, as the program takes them."""
-        del axis
-        return x
-
-    def first_row(self, rows: int) -> jax.typing.ArrayLike:
-        """Inside the step, where it sees `rows` rows: the number in the global batch of the first of them."""
-        return 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name) * rows
-
-    def mean(self, tree: PyTree) -> PyTree:
-        """Inside the step: the mean over the parts of the batch."""
-        return parallel.mean(tree, self.axis_name)
-
-    def whole(self, params: PyTree) -> PyTree:
-        """Inside the step: the parameters as the network needs them, whole on every device."""
-        return params
-
-    def split(self, grads: PyTree) -> PyTree:
-        """Inside the step: gradients, laid out as the parameters are between passes."""
-        return grads
-
-    def to_host(self, tree: PyTree) -> PyTree:
-        """A copy of (part of) a state on the host of every process; all processes must call it."""
-        return runs.snapshot(tree)
-
-    def to_devices(self, state: TrainState) -> TrainState:
-        """A state from the host, laid out."""
-        return jax.tree.map(jax.numpy.asarray, state)
+        """The rows of this process, along `axis`, as the program takes them: (parts, ..., rows of a part, ...)."""
+        if self.axis_name is None:
+            return x
+        parts = self._local.stop - self._local.start
+        return np.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
 
 
-class Groups(One):
-    """One device; each of `groups` equal parts of the batch takes the step of a device."""
+class Mesh(One):
+    """A batch split over devices, by the program of one device, where XLA puts the averages in.
 
-    axis_name = AXIS
+    Args:
+      devices: the devices of the mesh.
+      mapped: by pmap instead: every device takes the step on its rows, and the step averages over `axis_name`.
+      shard_params: split parameters, optimizer state and gradients over the devices, each leaf along its largest axis
+        that the number of devices divides, or whole where there is none. The network gathers the parameters in every
+        pass.
+    """
 
-    def __init__(self, groups: int) -> None:
-        self.num_parts = groups
-
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
-        return jax.jit(jax.vmap(step, in_axes=in_axes, out_axes=None, axis_name=AXIS), donate_argnums=0)
-
-    def _placed(self, x: np.ndarray, axis: int) -> np.ndarray:
-        return _parts(x, self.num_parts, axis)
-
-
-class _Many(One):
-    """A copy of the state on every device, unless `shardings` says otherwise."""
-
-    def __init__(self, devices: Sequence[Any]) -> None:
-        self._devices = list(devices)
+    def __init__(self, devices: Sequence[Any], *, mapped: bool, shard_params: bool) -> None:
+        super().__init__(len(devices) if mapped else None)
+        self._devices, self._shard_params = list(devices), shard_params
         self._mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))  # Auto axes; make_mesh makes Explicit ones
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
-        local = [d for d in self._devices if d.process_index == jax.process_index()]
-        self._local = slice(self._devices.index(local[0]), self._devices.index(local[-1]) + 1)
-        self.examples = NamedSharding(jax.sharding.Mesh(np.array(local), (AXIS,)), PartitionSpec(AXIS))
+        local = [i for i, device in enumerate(self._devices) if device.process_index == jax.process_index()]
+        self._local, self._all = slice(local[0], local[-1] + 1), len(self._devices)
+        here = jax.sharding.Mesh(np.array(self._devices[self._local]), (AXIS,))
+        self.examples = NamedSharding(here, PartitionSpec(AXIS))
 
     def init(self, init: Callable[[int], TrainState], seed: int) -> TrainState:
         # Made where it lies, by a program without arguments, which may run on devices of other processes.
         def make() -> TrainState:
             return init(seed)
 
-        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make)))()
 
     def replicate(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: _laid_out(x, self._replicated), tree)
 
     def to_devices(self, state: TrainState) -> TrainState:
-        return jax.tree.map(_laid_out, state, self.shardings(state))
+        return jax.tree.map(_laid_out, state, self._shardings(state))
 
-    def local_rows(self, batch_size: int) -> slice:
-        rows = batch_size // len(self._devices)
-        return slice(self._local.start * rows, self._local.stop * rows)
+    def to_host(self, tree: PyTree) -> PyTree:
+        def gathered(x: jax.Array) -> jax.Array | np.ndarray:
+            # One leaf after the other: no device holds the whole state.
+            is_here = x.is_fully_addressable or x.is_fully_replicated
+            return x if is_here else multihost_utils.process_allgather(x, tiled=True)
 
-    def shardings(self, state: TrainState) -> TrainState:
-        """The sharding of each leaf of the state."""
-        return jax.tree.map(lambda _: self._replicated, state)
-
-
-class Pmap(_Many):
-    """Data parallelism: every device takes the step on its rows, and the step averages over `axis_name`."""
-
-    axis_name = AXIS
-
-    def __init__(self, devices: Sequence[Any]) -> None:
-        super().__init__(devices)
-        self.num_parts = len(self._devices)
-
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
-        # What every device has a copy of is not mapped, and so has no leading axis outside.
-        options: Any = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": None, "devices": self._devices}
-        return jax.pmap(step, donate_argnums=0, **options)
-
-    def _placed(self, x: np.ndarray, axis: int) -> np.ndarray:
-        return _parts(x, self._local.stop - self._local.start, axis)
-
-
-class Mesh(_Many):
-    """The program of one device on a batch split over a mesh; XLA puts the averages in.
-
-    Args:
-      devices: the devices of the mesh.
-      shard_params: split parameters, optimizer state and gradients over the devices, each leaf along its largest axis
-        that the number of devices divides, or whole where there is none. The network gathers the parameters in every
-        pass.
-    """
-
-    def __init__(self, devices: Sequence[Any], *, shard_params: bool) -> None:
-        super().__init__(devices)
-        self._shard_params = shard_params
-
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> CompiledStep:
-        del in_axes
-
-        def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
-            state, loss = step(*arguments)
-            return jax.lax.with_sharding_constraint(state, self.shardings(state)), loss
-
-        return jax.jit(laid_out, donate_argnums=0)
-
-    def _placed(self, x: np.ndarray, axis: int) -> jax.Array:
-        by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
-        return jax.make_array_from_process_local_data(by_rows, x)
-
-    def shardings(self, state: TrainState) -> TrainState:
-        whole = super().shardings(state)
-        if not self._shard_params:
-            return whole
-        split = {name: getattr(state, name) for name in ("params", "averaged", "opt_state")}
-        return whole._replace(**jax.tree.map(self._along_largest, split))
+        return runs.snapshot(jax.tree.map(gathered, tree))
 
     def whole(self, params: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(params, self._replicated) if self._shard_params else params
@@ -245,12 +185,31 @@ class Mesh(_Many):
             return grads
         return jax.lax.with_sharding_constraint(grads, jax.tree.map(self._along_largest, grads))
 
-    def to_host(self, tree: PyTree) -> PyTree:
-        def gathered(x: jax.Array) -> jax.Array | np.ndarray:
-            # One leaf after the other: no device holds the whole state.
-            return x if x.is_fully_addressable else np.array(jax.jit(_same, out_shardings=self._replicated)(x))
+    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> Step:
+        if self.axis_name is not None:
+            # What every device has a copy of is not mapped, and so has no leading axis outside.
+            options: Any = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": None, "devices": self._devices}
+            return jax.pmap(step, donate_argnums=0, **options)
 
-        return runs.snapshot(jax.tree.map(gathered, tree))
+        def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
+            state, loss = step(*arguments)
+            return jax.lax.with_sharding_constraint(state, self._shardings(state)), loss
+
+        return jax.jit(laid_out, donate_argnums=0)
+
+    def _placed(self, x: np.ndarray, axis: int) -> Any:
+        if self.axis_name is not None:
+            return super()._placed(x, axis)
+        by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
+        return jax.make_array_from_process_local_data(by_rows, x)
+
+    def _shardings(self, state: TrainState) -> TrainState:
+        """The sharding of each leaf of the state."""
+        whole = jax.tree.map(lambda _: self._replicated, state)
+        if not self._shard_params:
+            return whole
+        split = {name: getattr(state, name) for name in ("params", "averaged", "opt_state")}
+        return whole._replace(**jax.tree.map(self._along_largest, split))
 
     def _along_largest(self, leaf: jax.Array) -> NamedSharding:
         """Split along the largest axis that the devices divide, or a copy on each."""
@@ -261,50 +220,31 @@ class Mesh(_Many):
         return NamedSharding(self._mesh, PartitionSpec(*[None] * largest, AXIS))
 
 
-def _same(x: jax.Array) -> jax.Array:
-    return x
-
-
 def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on their devices; each brings what its own devices hold."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-def _parts(x: np.ndarray, num_parts: int, axis: int) -> np.ndarray:
-    """(..., rows, ...) with the rows along `axis`, as those of each part: (parts, ..., rows / parts, ...)."""
-    return np.moveaxis(x.reshape(*x.shape[:axis], num_parts, -1, *x.shape[axis + 1 :]), axis, 0)
-
-
 def layout(config: TrainConfig) -> One:
-    """The layout of a resolved configuration on the devices there are.
-
-    Raises:
-      ValueError: fewer devices than asked for, a batch that devices or groups do not divide, several processes that
-        would each do the same.
-    """
-    how = config.layout
-    if how.parallel == "none":
-        if jax.process_count() > 1:
-            raise ValueError(f"`parallel` must be 'pmap' or 'jit' with {jax.process_count()} processes; got 'none'.")
-        if how.groups == 1:
-            return One()
-        _check_divides(config.budget.batch_size, how.groups, "groups")
-        return Groups(how.groups)
+    """The layout of a resolved configuration on the devices there are; raises ValueError where it does not fit them."""
+    how, batch_size, processes = config.layout, config.budget.batch_size, jax.process_count()
     # Ordered by process, so that the rows of a process are neighbors.
     available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     wanted = len(available) if how.devices == "all" else how.devices
+    parts, name = (how.groups, "groups") if how.parallel == "none" else (wanted, "devices")
+    if how.parallel == "none" and processes > 1:
+        raise ValueError(f"`parallel` must be 'pmap' or 'jit' with {processes} processes; got 'none'.")
     if wanted > len(available):
         raise ValueError(f"`devices` must be at most {len(available)}, which is what there is; got {wanted}.")
-    if wanted < len(available) and jax.process_count() > 1:
-        raise ValueError(
-            f"`devices` must be all {len(available)} of the {jax.process_count()} processes; got {wanted}."
-        )
-    _check_divides(config.budget.batch_size, wanted, "devices")
+    if wanted < len(available) and processes > 1:
+        raise ValueError(f"`devices` must be all {len(available)} of the {processes} processes; got {wanted}.")
+    if batch_size % parts:
+        raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
+    if how.parallel == "none":
+        return One(how.groups if how.groups > 1 else None)
     if not how.sync and wanted == 1:
         raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
-    if how.parallel == "pmap":
-        return Pmap(available[:wanted])
-    return Mesh(available[:wanted], shard_params=how.shard_params)
+    return Mesh(available[:wanted], mapped=how.parallel == "pmap", shard_params=how.shard_params)
 
 
 def with_devices(config: TrainConfig) -> TrainConfig:
@@ -312,11 +252,6 @@ def with_devices(config: TrainConfig) -> TrainConfig:
     if config.layout.sync or config.layout.parallel == "none" or config.layout.devices != "all":
         return config
     return config.replace(devices=jax.device_count())
-
-
-def _check_divides(batch_size: int, parts: int, name: str) -> None:
-    if batch_size % parts:
-        raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
 
 
 def agreed(urgency: int, after: PyTree = None) -> int:
@@ -341,29 +276,21 @@ def from_first(tree: PyTree | None, like: PyTree) -> PyTree | None:
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None, distributed: bool = False) -> None:
     """Makes this one of several processes, before JAX has touched a device; with nothing given, does nothing.
 
-    Args:
-      coordinator: HOST:PORT of process 0.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
-      distributed: ask the cluster for these three, which JAX knows how to for Slurm, Open MPI, Kubernetes and TPU pods.
-
-    Raises:
-      ValueError: arguments that do not go together, or no cluster to ask.
-
-    Where not all are there within `JOIN_TIMEOUT` seconds, and where one is lost later, JAX ends the process itself.
+    `coordinator` is HOST:PORT of process 0, and `process_id` counts from 0. With `distributed` JAX asks the cluster for
+    all three. Where not all processes are there within `JOIN_TIMEOUT` seconds, and where one is lost later, JAX ends
+    the process itself.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
-    if distributed and len(missing) < 3:
-        name = next(name for name, value in given.items() if value is not None)
-        raise ValueError(f"`{name}` has no effect with `distributed`, which asks the cluster; got {given[name]!r}.")
-    if not distributed and len(missing) == 3:
+    if distributed:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` has no effect with `distributed`, which asks the cluster; got {value!r}.")
+    elif len(missing) == 3:
         return
-    if not distributed:
-        if missing:
-            raise ValueError(f"`coordinator`, `num_processes` and `process_id` go together; {missing[0]} is missing.")
-        assert coordinator is not None
-        assert num_processes is not None
+    elif coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(f"`coordinator`, `num_processes` and `process_id` go together; {missing[0]} is missing.")
+    else:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise ValueError(f"`coordinator` must be HOST:PORT; got {coordinator!r}.")
         errors.integer("num_processes", num_processes, low=1)
@@ -384,10 +311,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     except ValueError as error:
         if not distributed:
             raise
-        raise ValueError(
-            f"`distributed` needs a cluster that JAX knows; got none ({error}) Give `coordinator`, `num_processes` and"
-            " `process_id` instead."
-        ) from error
+        instead = "Give `coordinator`, `num_processes` and `process_id` instead."
+        raise ValueError(f"`distributed` needs a cluster that JAX knows; got none ({error}) {instead}") from error
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import contextlib
 import enum
 import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -17,6 +18,7 @@ import optax
 
 from experiments import data
 from experiments.config import TrainConfig
+from experiments.config.fields import number
 from experiments.data import streams
 from experiments.storage import files, runs
 from experiments.training import curvature, interrupts, layouts, methods
@@ -57,47 +59,53 @@ def train(
 
     Args:
       config: what to run.
-      dataset: the data, after `trainer.subset`; the labels that the seed alters are altered here.
+      dataset: the data, after `compiled.subset`; the labels that the seed alters are altered here.
       folder: where metrics and checkpoints go, and what is continued if it holds a checkpoint; None keeps all in
         memory.
       report: called with the metrics of each epoch.
-      trainer: a trainer built for the same configuration up to its seed, to share its compilation.
-
-    Returns:
-      The last evaluation and the variables.
+      trainer: one built for the same configuration up to its seed, to share its compilation.
 
     Raises:
       Diverged: the loss stopped being finite; the last good state is in the folder's checkpoint.
       KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the call of the step (with several processes, after at most
         `AGREE_EVERY` of them) and a checkpoint; a second one at once.
     """
-    run = _Run(config, dataset, trainer or build(config, dataset), folder, report)
-    last = config.budget.epochs * run.steps_per_epoch
-    with interrupts.deferred() as is_interrupted, contextlib.closing(run):
-        clock = _Clock(config, is_interrupted)
-        while run.step < last:
+    run = _Run(config, dataset, trainer or build(config, dataset), folder, report or (lambda row: None))
+    with interrupts.deferred() as is_interrupted, contextlib.closing(run.batches):
+        while run.step < run.last:
             run.advance()
             is_epoch_end = run.step % run.steps_per_epoch == 0
             if is_epoch_end:
                 run.end_epoch()
-            wanted = clock.wanted(is_epoch_end, run.state)
-            if wanted > _Wanted.NOTHING or run.step == last:
+            wanted = run.wanted(is_epoch_end, is_interrupted)
+            if wanted > _Wanted.NOTHING or run.step == run.last:
                 run.save()
             if wanted == _Wanted.INTERRUPTION:
                 raise KeyboardInterrupt
-            if wanted == _Wanted.END and run.step < last:
-                run.status("interrupted", f"max_minutes {config.pace.max_minutes} passed; step {run.step} of {last}.")
-                return Result(run.metrics, run.variables())
-    return Result(run.metrics or run.evaluate(), run.variables())
+            if wanted == _Wanted.END and run.step < run.last:
+                message = f"max_minutes {config.pace.max_minutes} passed; step {run.step} of {run.last}."
+                run.status("interrupted", message)
+                return Result(run.metrics, runs.evaluated(run.good))
+    return Result(run.metrics or run.measured(_variables(run.good)), runs.evaluated(run.good))
+
+
+class _Wanted(enum.IntEnum):
+    """What is to be done after a call, by urgency."""
+
+    NOTHING = 0
+    SAVE = 1
+    END = 2
+    INTERRUPTION = 3
 
 
 class _Run:
     """A run under way.
 
-    step: steps called so far.
+    step: steps called so far, of `last`; an epoch has `steps_per_epoch`.
     state: that after them, which the devices may still be making.
-    steps_per_epoch: how many an epoch has.
+    good: the last good state on the host, by name: what is saved, here or if the run ends early.
     metrics: the last evaluation that was made here; empty before the first.
+    batches: those of a stream, to be closed.
     """
 
     def __init__(
@@ -106,19 +114,19 @@ class _Run:
         dataset: data.Dataset,
         trainer: Trainer,
         folder: runs.RunFolder | None,
-        report: Report | None,
+        report: Report,
     ) -> None:
         self.config, self.trainer, self.folder, self.report = config, trainer, folder, report
-        dataset = with_label_noise(config, dataset)
-        train, batch_size = dataset.train, config.budget.batch_size
-        size = train.size
-        self.step, self.steps_per_epoch = 0, size // batch_size
+        self._dataset = with_label_noise(config, dataset)
+        train, batch_size = self._dataset.train, config.budget.batch_size
+        self._is_streamed = isinstance(train, data.Stream)
+        self.step, self.steps_per_epoch = 0, train.size // batch_size
+        self.last = config.budget.epochs * self.steps_per_epoch
         self.metrics: dict[str, float] = {}
-        self._dataset = dataset
-        self._altered = _altered(dataset)
+        self._evaluated = frozenset(config.evaluated_epochs())
         # A stream brings its batches itself.
-        self._train: Any = () if isinstance(train, data.Stream) else trainer.layout.replicate(train)
-        self._order = functools.lru_cache(1)(lambda epoch: data.epoch_order(config.seed, epoch, size, batch_size))
+        self._train: Any = () if self._is_streamed else trainer.layout.replicate(train)
+        self._order = functools.lru_cache(2)(lambda epoch: data.epoch_order(config.seed, epoch, train.size, batch_size))
         self.state = trainer.init(config.seed)
         # Of the epoch begun; the host waits for the device only where it looks at them.
         self._losses: list[Any] = []
@@ -126,7 +134,8 @@ class _Run:
         self._curvature = _Curvature(config, trainer, train, host.params)
         self._set_good(host)
         # Process 0 alone has the folder.
-        restored = layouts.from_first(None if folder is None else folder.restore(self._good), self._good)
+        restored = None if folder is None else folder.restore(self.good, self.steps_per_epoch)
+        restored = layouts.from_first(restored, self.good)
         if restored is not None:
             # Before its successor comes: the devices may not have room for both.
             del self.state
@@ -134,11 +143,11 @@ class _Run:
             self.step = int(restored["step"])
             self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
             self._curvature.eigenvectors = restored["eigenvectors"]
-            self._good = restored
-            is_over = self.step == config.budget.epochs * self.steps_per_epoch
-            logger.info("done already" if is_over else f"continuing after step {self.step}")
-        self._batches = self._read_ahead(train) if isinstance(train, data.Stream) else None
-        self._begun = self.step, time.monotonic()
+            self.good = restored
+            logger.info("done already" if self.step == self.last else f"continuing after step {self.step}")
+        self.batches = self._read_ahead()
+        self._calls, self._begun_at = 0, time.monotonic()
+        self._saved_at, self._epoch_begun = self._begun_at, (self.step, self._begun_at)
 
     def advance(self) -> None:
         """Makes one call: `steps_per_call` steps, or those that are left of the epoch."""
@@ -148,103 +157,108 @@ class _Run:
             images, labels = self._train
             self.state, losses = self.trainer.steps(self.state, images, labels, order)
         else:
-            batch = (order[0],) if self._batches is None else next(self._batches)
+            batch = next(self.batches) if self._is_streamed else (order[0],)
             self.state, losses = self.trainer.step(self.state, *self._train, *batch, kind=self.trainer.kind(self.step))
         self._losses.append(losses)
-        if self._batches is not None and len(self._losses) > streams.AHEAD:
+        if self._is_streamed and len(self._losses) > streams.AHEAD:
             # The device keeps the images of every step that it has not made.
             jax.block_until_ready(self._losses[-1 - streams.AHEAD])
         self.step += len(order)
 
+    def wanted(self, is_epoch_end: bool, is_interrupted: Callable[[], bool]) -> _Wanted:
+        """What is wanted after a call: of several processes at the end of an epoch and after `AGREE_EVERY` calls."""
+        self._calls += 1
+        if jax.process_count() > 1 and not is_epoch_end and self._calls % AGREE_EVERY:
+            return _Wanted.NOTHING
+        now, pace, wanted = time.monotonic(), self.config.pace, _Wanted.NOTHING
+        # Process 0 has the clock.
+        if jax.process_index() == 0 and now - self._saved_at > 60 * pace.save_minutes:
+            wanted = _Wanted.SAVE
+        if jax.process_index() == 0 and now - self._begun_at > 60 * (number(pace.max_minutes) or math.inf):
+            wanted = _Wanted.END
+        if is_interrupted():
+            wanted = _Wanted.INTERRUPTION
+        wanted = _Wanted(layouts.agreed(wanted, after=self.state))
+        if wanted > _Wanted.NOTHING:
+            self._saved_at = now
+        return wanted
+
     def end_epoch(self) -> None:
         """Evaluates where that is due, logs and reports."""
-        config, epoch, losses = self.config, self.step // self.steps_per_epoch, self._checked_losses()
-        first, started = self._begun
+        config, watch, epoch = self.config, self.config.watch, self.step // self.steps_per_epoch
+        losses, (first, started) = self._checked_losses(), self._epoch_begun
         speed = (self.step - first) * config.budget.batch_size / (time.monotonic() - started)
         row = {"epoch": epoch, "train_loss": float(losses.mean()), "images_per_second": speed}
-        is_last = epoch == config.budget.epochs
-        is_measured = config.watch.every != "never" and (is_last or epoch % config.watch.every == 0)
         self._losses = []
-        if is_last or is_measured or epoch % config.watch.eval_every == 0:
+        is_last = self.step == self.last
+        is_measured = watch.every != "never" and (is_last or epoch % watch.every == 0)
+        if epoch in self._evaluated:
             host = self.trainer.layout.to_host(self.state)
             variables = _variables(host._asdict())
-            self.metrics = self._measured(variables)
+            self.metrics = self.measured(variables)
             row |= {"step": self.step, **self.metrics, **methods.metrics(host.opt_state)}
             if is_measured:
                 row |= self._curvature(variables)
             if self.folder is not None:
                 self.folder.log(row)
             self._set_good(host)
-        if self.report is not None:
-            self.report(row)
-        self._begun = self.step, time.monotonic()
-
-    def close(self) -> None:
-        """Ends the reading ahead."""
-        if self._batches is not None:
-            self._batches.close()
+        self.report(row)
+        self._epoch_begun = self.step, time.monotonic()
 
     def save(self) -> None:
         """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
-        if int(self._good["step"]) != self.step:
+        if int(self.good["step"]) != self.step:
             losses = self._checked_losses()
             self._set_good(self.trainer.layout.to_host(self.state), losses)
         if self.folder is not None:
-            self.folder.save(self.step, self._good)
+            self.folder.save(self.step, self.good)
         layouts.agreed(0)
 
-    def status(self, status: str, message: str) -> None:
+    def status(self, status: runs.State, message: str) -> None:
         """Records where the run stands, if it has a folder."""
         if self.folder is not None:
             self.folder.status(status, message)
 
-    def variables(self) -> PyTree:
-        """The variables of the last good state that are evaluated, on the host."""
-        return runs.evaluated(self._good)
-
-    def evaluate(self) -> dict[str, float]:
-        """The evaluation of the last good state."""
-        return self._measured(_variables(self._good))
-
-    def _read_ahead(self, train: data.Stream) -> Generator[data.Split]:
-        """The rows of this process in the batches that are left."""
-        config = self.config
-        local, last = (
-            self.trainer.layout.local_rows(config.budget.batch_size),
-            config.budget.epochs * self.steps_per_epoch,
-        )
-
-        def wanted() -> Iterator[tuple[int, np.ndarray]]:
-            for step in range(self.step, last):
-                epoch, done = divmod(step, self.steps_per_epoch)
-                yield epoch, self._order(epoch)[done][local]
-
-        def read(rows: tuple[int, np.ndarray]) -> data.Split:
-            epoch, indices = rows
-            return train.rows(indices, augment=(config.seed, epoch) if config.task.augment else None)
-
-        return streams.prefetch(read, wanted())
-
-    def _measured(self, variables: PyTree) -> dict[str, float]:
-        """Accuracy and loss on the test images and on those held out; of altered training labels, what was learnt."""
-        found = self.trainer.evaluate(variables, self._dataset.test)
+    def measured(self, variables: PyTree) -> dict[str, float]:
+        """Accuracy and loss on the test images and those held out; of altered training labels, what was learnt."""
+        evaluate = functools.partial(self.trainer.evaluate, variables)
+        found = evaluate(self._dataset.test)
         if self._dataset.validation is not None:
-            validation = self.trainer.evaluate(variables, self._dataset.validation)
-            found |= {f"validation_{name}": value for name, value in validation.items()}
-        for name, split in self._altered.items():
-            found[name] = self.trainer.evaluate(variables, split)["accuracy"]
-        return found
+            found |= {f"validation_{name}": value for name, value in evaluate(self._dataset.validation).items()}
+        return found | {name: evaluate(split)["accuracy"] for name, split in self._altered.items()}
+
+    @functools.cached_property
+    def _altered(self) -> dict[str, data.Split]:
+        """Training images whose label was altered, with that label ("memorized") and the true one ("recovered")."""
+        train, true = self._dataset.train, self._dataset.true_labels
+        if true is None or isinstance(train, data.Stream):
+            return {}
+        which = np.flatnonzero(train.labels != true)[:MEMORIZED_SIZE]
+        altered = train.take(which)
+        return {"memorized": altered, "recovered": altered._replace(labels=true[which])} if len(which) else {}
+
+    def _read_ahead(self) -> Generator[data.Split]:
+        """The rows of this process in the batches that are left, of a stream; of images in memory none."""
+        config, train = self.config, self._dataset.train
+        local = self.trainer.layout.local_rows(config.budget.batch_size)
+
+        def read(step: int) -> data.Split:
+            assert isinstance(train, data.Stream)
+            epoch, done = divmod(step, self.steps_per_epoch)
+            return train.rows(self._order(epoch)[done][local], (config.seed, epoch) if config.task.augment else None)
+
+        return streams.prefetch(read, range(self.step, self.last) if self._is_streamed else ())
 
     def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
-        """Takes a state on the host as the last good one: what is saved, here or if the run ends early."""
+        """Takes a state on the host, and the losses of the epoch begun, as the last good ones."""
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(host.params)):
             self._fail(f"The weights of {self.config.method.name} stopped being finite by step {self.step}.")
         padded = np.zeros(self.steps_per_epoch, np.float32)
         if losses is not None:
             padded[: len(losses)] = losses
-        self._good = host._asdict() | {"losses": padded, "eigenvectors": self._curvature.eigenvectors}
+        self.good = host._asdict() | {"losses": padded, "eigenvectors": self._curvature.eigenvectors}
         if self.folder is not None:
-            self.folder.keep(int(host.step), self._good)
+            self.folder.keep(int(host.step), self.good)
 
     def _checked_losses(self) -> np.ndarray:
         """The losses of the epoch begun; raises Diverged where one is not finite."""
@@ -260,49 +274,10 @@ class _Run:
 
     def _fail(self, message: str) -> NoReturn:
         """Ends a run that has diverged."""
-        message += f" The last good state is that of step {int(self._good['step'])}."
+        message += f" The last good state is that of step {int(self.good['step'])}."
         message += " A smaller rho, gamma or learning_rate may help."
         self.status("diverged", message)
         raise Diverged(message)
-
-
-class _Wanted(enum.IntEnum):
-    """What is to be done after a call, by urgency."""
-
-    NOTHING = 0
-    SAVE = 1
-    END = 2
-    INTERRUPTION = 3
-
-
-class _Clock:
-    """Says what is wanted: a checkpoint (`save_minutes`), the end (`max_minutes`), an interruption.
-
-    Several processes agree on it, at the end of an epoch and after every `AGREE_EVERY` calls; process 0 has the clock.
-    """
-
-    def __init__(self, config: TrainConfig, is_interrupted: Callable[[], bool]) -> None:
-        self._config, self._is_interrupted = config, is_interrupted
-        self._begun_at = self._saved_at = time.monotonic()
-        self._calls = 0
-
-    def wanted(self, is_epoch_end: bool, state: TrainState) -> _Wanted:
-        """What is wanted after a call, which gives `state`; all processes must ask after the same calls."""
-        self._calls += 1
-        if jax.process_count() > 1 and not is_epoch_end and self._calls % AGREE_EVERY:
-            return _Wanted.NOTHING
-        now, config, wanted = time.monotonic(), self._config, _Wanted.NOTHING
-        if jax.process_index() == 0:
-            if now - self._saved_at > 60 * config.pace.save_minutes:
-                wanted = _Wanted.SAVE
-            if config.pace.max_minutes != "never" and now - self._begun_at > 60 * config.pace.max_minutes:
-                wanted = _Wanted.END
-        if self._is_interrupted():
-            wanted = _Wanted.INTERRUPTION
-        wanted = _Wanted(layouts.agreed(wanted, after=state))
-        if wanted > _Wanted.NOTHING:
-            self._saved_at = now
-        return wanted
 
 
 class _Curvature:
@@ -329,18 +304,6 @@ class _Curvature:
         found, vectors = curvature.measure(operator, self._keys, CURVATURE_PRODUCTS, k=2, v0=start)
         self.eigenvectors = runs.snapshot(vectors["params"])
         return found | {"curvature_images": self._images.size}
-
-
-def _altered(dataset: data.Dataset) -> dict[str, data.Split]:
-    """Training images whose label was altered, with that label ("memorized") and with the true one ("recovered")."""
-    train = dataset.train
-    if dataset.true_labels is None or isinstance(train, data.Stream):
-        return {}
-    which = np.flatnonzero(train.labels != dataset.true_labels)[:MEMORIZED_SIZE]
-    altered = train.take(which)
-    return (
-        {"memorized": altered, "recovered": altered._replace(labels=dataset.true_labels[which])} if len(which) else {}
-    )
 
 
 def _variables(state: dict[str, PyTree]) -> PyTree:

@@ -1,7 +1,7 @@
 """Where many runs are made: one after the other in this process, or at once by Ray, on one machine or on a cluster.
 
-Ray gives each run a core, and a GPU where there are any, starts a run again whose worker died, and hands nothing back:
-what a run gives is in its folder, which all machines must see under the same path.
+Ray gives each run a core, and a GPU where there are any, and starts a run again whose worker died. What a run gives is
+in its folder, which all machines must see under the same path.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ Job = TypeVar("Job")
 # Makes the jobs that it is called with, one after the other.
 Maker = Callable[[Any], None]
 logger = logging.getLogger(__name__)
-# How often a run whose worker died is started again.
-RETRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +50,20 @@ class Engine:
         return self.workers == 1 and self.ray_address is None
 
     def make(self, jobs: Sequence[Job], begin: Callable[..., Maker], shared: Any, done: Callable[[Job], None]) -> None:
-        """Gives `jobs` to workers of Ray, and each to `done` when it has ended or is given up.
+        """Gives `jobs`, values that can be pickled, to workers of Ray.
 
         Whatever ends this ends the jobs under way as Ctrl-C does, and waits until they have; a second Ctrl-C does not.
+        What a job raises is raised here.
 
         Args:
-          jobs: what is made, values that can be pickled.
-          begin: makes of `shared`, in each worker, what its jobs are given to; a function or class of a module.
+          jobs: what is made.
+          begin: makes of `shared`, in each worker, what its jobs are given to; a function of a module.
           shared: what all jobs need.
-          done: called here, in the order in which jobs end.
-
-        Raises:
-          What a job raised.
+          done: called here with each job when it has ended or is given up.
         """
         ray = self._connected()
         num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=RETRIES)(_make)
+        task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_make)
         # Compiled programs are of this machine.
         cache = jax.config.jax_compilation_cache_dir if self.ray_address is None else None  # pyright: ignore[reportAttributeAccessIssue]
         # In a list, Ray hands the reference on instead of what it refers to.

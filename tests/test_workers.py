@@ -16,8 +16,8 @@ import pytest
 from experiments import data
 from experiments.config import resolve
 from experiments.measure import sweep
-from experiments.measure.engine import Engine
-from experiments.storage import environment, files, runs
+from experiments.measure.workers import Engine
+from experiments.storage import claims, environment, files, records, runs
 from tests import problems
 
 ray = pytest.importorskip("ray")
@@ -110,7 +110,7 @@ def test_a_worker_that_is_killed(cluster, plain, digits, tmp_path):
     assert 2 <= killed[1] < 60
     assert numbers(again) == numbers(found)
     assert_same_weights(tmp_path, out)
-    continued = {path.name: files.read_json(path / "environment.json") for path in (tmp_path / "runs").iterdir()}
+    continued = {path.name: records.read(path / "environment.json") for path in (tmp_path / "runs").iterdir()}
     assert {name for name, record in continued.items() if "continued" in record} == {"hero-s1"}
     # A run says the command that it was made by, not that of the worker.
     assert continued["hero-s0"]["command"] == environment.current()["command"]
@@ -141,20 +141,19 @@ def test_a_run_of_another_process_is_left_to_it(cluster, plain, digits, tmp_path
     configs, _, _ = plain
     path = tmp_path / "runs" / "sgd-s0"
     path.mkdir(parents=True)
-    with files.locked(path), pytest.raises(files.Failed, match="1 of 2 runs are left, such as sgd-s0: another"):
+    with claims.locked(path), pytest.raises(files.Failed, match="1 of 2 runs are left, such as sgd-s0: another"):
         run_all({"sgd": configs["sgd"]}, digits, tmp_path, BY_RAY)
     assert runs.status(tmp_path / "runs" / "sgd-s1") == "done"
 
 
-def test_an_interruption_leaves_checkpoints(cluster, tmp_path):
+def test_an_interruption_leaves_checkpoints(cluster, tmp_path, called):
     """SIGTERM at the command, whose runs are on a cluster; given again without one it ends as if nothing had been."""
-    command = "-m experiments.search --method hero --rho 1 2 --seeds 1 --epochs 2000 --eval-every 20 --train-size 128"
-    command = [sys.executable, *command.split(), "--validation-size", "100", "--out"]
+    command = "experiments.search --method hero --rho 1 2 --seeds 1 --epochs 1000 --eval-every 20 --train-size 128"
+    command = [*command.split(), "--validation-size", "100", "--out"]
     out = tmp_path / "interrupted"
     folders = [out / "runs" / f"hero-rho{rho}-gamma100.0-s0" for rho in (1.0, 2.0)]
-    process = subprocess.Popen(
-        [*command, str(out), "--ray-address", cluster], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    started = [sys.executable, "-m", *command, str(out), "--ray-address", cluster]
+    process = subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not all((folder / "metrics.jsonl").exists() for folder in folders):
         time.sleep(0.05)
     process.terminate()
@@ -164,9 +163,9 @@ def test_an_interruption_leaves_checkpoints(cluster, tmp_path):
     for folder in folders:
         assert problems.last_step(folder) > 0
     for path in (out, tmp_path / "whole"):
-        done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
+        done = called(*command, path)
         assert done.returncode == 0, done.stderr
-    grids = [files.read_json(path / "search.json")["grid"] for path in (out, tmp_path / "whole")]
+    grids = [records.read(path / "search.json")["grid"] for path in (out, tmp_path / "whole")]
     assert grids[0] == grids[1]
     assert_same_weights(out, tmp_path / "whole")
 
