@@ -134,7 +134,8 @@ class ImageNetResNet(nn.Module):
         make_block = BottleneckBlock if self.bottleneck else ResidualBlock
         x = _layers.conv(self.dtype)(64, (7, 7), 2, padding=3, name="conv")(x)
         x = nn.relu(_layers.batch_norm(train, self.dtype, self.axis_name)(name="bn")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        # By name: jax2onnx takes them so.
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         widths = [64 * 2**stage for stage in range(len(self.blocks))]
         x = _layers.stages(make_block, widths, self.blocks, x, train=train, dtype=self.dtype, axis_name=self.axis_name)
         x = x.mean(axis=(1, 2))

@@ -46,7 +46,8 @@ class VGG(nn.Module):
                 place = f"{stage + 1}_{layer + 1}"
                 x = conv(width, (3, 3), padding=1, use_bias=True, name=f"conv{place}")(x)
                 x = nn.relu(norm(name=f"bn{place}")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
+            # By name: jax2onnx takes them so.
+            x = nn.max_pool(x, window_shape=(2, 2), strides=(2, 2), padding="SAME")
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
