@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from jax.core import Tracer
 
 from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
+from hero_jax.quantize import _disk
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 from hero_jax.quantize.weights import QuantizedArray
 
@@ -79,7 +78,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
     >>> spec.name
     'channel-narrow'
     """
-    safetensors = _import("save", "safetensors.numpy", '"hero_jax[files]"')
+    safetensors = _disk.import_extra("save", "safetensors.numpy", '"hero_jax[files]"')
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"`save(spec=...)` must be a QuantSpec; got {errors.brief(spec)}.")
     if not isinstance(tree, dict):
@@ -96,7 +95,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, spec: QuantSpec) -> None:
     fields = json.dumps(fields, default=lambda x: x.item())
     metadata = {"format": FORMAT, "version": VERSION, "spec": fields, "leaves": json.dumps(leaves)}
     metadata["sha256"] = _digest(tensors, metadata)
-    _write(Path(path), safetensors.save(tensors, metadata))
+    _disk.write(Path(path), safetensors.save(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[PyTree, QuantSpec]:
@@ -122,7 +121,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, QuantSpec]:
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.safetensors'
     """
-    safetensors = _import("load", "safetensors", '"hero_jax[files]"')
+    safetensors = _disk.import_extra("load", "safetensors", '"hero_jax[files]"')
     data = Path(path).read_bytes()
     # The second line is what malformed metadata under a right checksum may lead to.
     damage = (ValueError, safetensors.SafetensorError)
@@ -159,7 +158,7 @@ def to_qwix(tree: PyTree) -> PyTree:
     ('int3', Array([[ 1.        ,  4.        ],
            [-0.33333334,  2.6666667 ]], dtype=float32))
     """
-    qwix = _import("to_qwix", "qwix", "qwix")
+    qwix = _disk.import_extra("to_qwix", "qwix", "qwix")
 
     def leaf(where: str, q: QuantizedArray) -> Any:
         if q.bits > 8:
@@ -195,7 +194,7 @@ def from_qwix(tree: PyTree, dtype: Any = None) -> PyTree:
     Array([[ 3,  3],
            [-1,  2]], dtype=int8)
     """
-    qwix = _import("from_qwix", "qwix", "qwix")
+    qwix = _disk.import_extra("from_qwix", "qwix", "qwix")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`from_qwix(dtype=...)` must be a floating-point type; got {errors.brief(dtype)}.")
 
@@ -207,7 +206,7 @@ def from_qwix(tree: PyTree, dtype: Any = None) -> PyTree:
         name = jnp.dtype(q.scale.dtype if dtype is None else dtype).name
         scale = q.scale.astype(jnp.float32)
         made = QuantizedArray(q.qvalue.astype(jnp.int8), scale, zeros, int(qtype[3:]), name)
-        if fault := _fault(made, zeros is None):
+        if fault := contradiction(made, zeros is None):
             raise ArgumentError(
                 f"`from_qwix(tree=...)` must have scales by input channel; at {where!r} it has {fault}."
             )
@@ -237,7 +236,7 @@ def _encode(where: str, leaf: Any, spec: QuantSpec) -> tuple[dict[str, Any] | No
     errors.integer(f"save(tree=...)[{where!r}].bits", leaf.bits, low=MIN_BITS, high=MAX_BITS)
     parts = {"codes": leaf.codes, "scale": leaf.scale, "zero_point": leaf.zero_point}
     parts = {name: _numpy(where, x) for name, x in parts.items() if x is not None}
-    fault = _fault(leaf, spec.symmetric)
+    fault = contradiction(leaf, spec.symmetric)
     if not fault and np.any((parts["codes"].astype(np.int32) + 2 ** (leaf.bits - 1)) >> leaf.bits):
         fault = f"codes that need more than {leaf.bits} bits"
     if fault:
@@ -300,12 +299,12 @@ def _leaf(where: str, entry: dict[str, Any], tensors: dict[str, np.ndarray], spe
         raise ArgumentError(f"{where!r} has codes of {first.nbytes} bytes; {n} of {bits} bits are due")
     parts: Any = (_unpack(first, n, bits).reshape(shape), *rest, *([None] if spec.symmetric else []))
     q = QuantizedArray(*parts, bits=bits, dtype=entry["dtype"])
-    if fault := _fault(q, spec.symmetric):
+    if fault := contradiction(q, spec.symmetric):
         raise ArgumentError(f"{where!r} has {fault}")
     return q
 
 
-def _fault(q: QuantizedArray, is_symmetric: bool) -> str:
+def contradiction(q: QuantizedArray, is_symmetric: bool) -> str:
     """What of the types and shapes of a leaf contradicts the rest of it, or "". Its arrays may be traced."""
     shape, scale, zeros, whole = q.codes.shape, q.scale.shape, q.zero_point, "int8" if q.bits <= 8 else "int16"
     if (zeros is None) != is_symmetric:
@@ -362,19 +361,6 @@ def _numpy(where: str, x: Any) -> np.ndarray:
     return np.asarray(x, jnp.dtype(x.dtype.name), order="C")
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Puts a whole file in place, or leaves what is there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _map(function: Callable[[str, Any], Any], tree: PyTree, kind: type) -> PyTree:
     """A tree with function(path, node) for its nodes of one kind."""
 
@@ -382,10 +368,3 @@ def _map(function: Callable[[str, Any], Any], tree: PyTree, kind: type) -> PyTre
         return function(jax.tree_util.keystr(path, simple=True, separator="/"), x) if isinstance(x, kind) else x
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, kind))
-
-
-def _import(function: str, module: str, install: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"`{function}` needs {module}: pip install {install}") from error
