@@ -8,9 +8,10 @@ linen        activations, BatchNorm folding and re-estimation, bias correction (
 sensitivity  each layer quantized alone against what the Hessian predicts
 allocation   bit widths of layers under a budget
 files        save, load (safetensors), to_qwix, from_qwix
+onnx         save, tensors: files for other programs to run
 """
 
-from hero_jax.quantize import allocation, files, rounding, sensitivity
+from hero_jax.quantize import allocation, files, onnx, rounding, sensitivity
 from hero_jax.quantize.files import from_qwix, load, save, to_qwix
 from hero_jax.quantize.scores import QuantizedScore, quantize_and_evaluate
 from hero_jax.quantize.spec import (
@@ -42,6 +43,7 @@ __all__ = [
     "from_qwix",
     "load",
     "named",
+    "onnx",
     "quantize",
     "quantize_and_evaluate",
     "rounding",

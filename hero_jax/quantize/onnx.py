@@ -1,0 +1,396 @@
+"""Networks with quantized weights as ONNX files, which other programs run.
+
+`jax2onnx` turns the network into a graph in floating point; each quantized weight in it becomes
+
+    w_hat = (codes - zero_point) * scale          one `DequantizeLinear` node, and a `Cast` where it has 16 bits
+
+with codes of 2, 4, 8 or 16 bits in the file: exactly the weights of `dequantize`. Whoever runs the file decides whether
+they stay integers in memory. The metadata has the format and its version; as JSON the `QuantSpec` and what became of
+each leaf; and a SHA-256 of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from hero_jax import errors
+from hero_jax.errors import ArgumentError
+from hero_jax.quantize import _disk, _onnx, _plan, files
+from hero_jax.quantize.spec import QuantSpec
+from hero_jax.quantize.weights import QuantizedArray, quantize
+
+__all__ = ["Leaf", "Saved", "Tensor", "save", "tensors"]
+
+PyTree = Any
+
+FORMAT, VERSION = "hero_jax.onnx", "1"
+# Bits of the integers of ONNX, and the version of its operators that has them all; int2 came later.
+STORAGE, OPSET, OPSET_INT2 = (2, 4, 8, 16), 21, 25
+WEIGHTS = ("float32", "float16", "bfloat16")
+INSTALL = '"hero_jax[onnx]"'
+# As long as the digest that takes its place, and nothing that weights would be by chance.
+_NO_DIGEST = "SHA-256 of this file with these sixty-four characters in it.".ljust(64, ".")
+_CONVERTS = "a network that jax2onnx converts"
+
+
+class Leaf(NamedTuple):
+    """What became of a quantized leaf.
+
+    bits: its bit width.
+    type: of the codes in the file, such as "int4"; unsigned for an asymmetric grid.
+    num_scales: how many there are; some more than once where ONNX cannot express them otherwise, or where onnxruntime
+      would take the product by the leaf for another one.
+    num_bytes: codes, scales and zero points in the file.
+    """
+
+    bits: int
+    type: str
+    num_scales: int
+    num_bytes: int
+
+
+class Saved(NamedTuple):
+    """What `save` wrote.
+
+    num_bytes: size of the file.
+    opset: version of the operators that it needs: 21, or 25 with codes of 2 bits.
+    quantized: {path: Leaf}.
+    in_float: {path: bytes} of the other leaves of the tree that is quantized; the graph may have them merged.
+    """
+
+    num_bytes: int
+    opset: int
+    quantized: dict[str, Leaf]
+    in_float: dict[str, int]
+
+
+class Tensor(NamedTuple):
+    """A constant of a file: its name, type ("int4", "float32"), shape, and bytes in the file."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def save(
+    path: str | os.PathLike[str],
+    apply_fn: Callable[..., Any],
+    variables: PyTree,
+    example: Any,
+    *,
+    bits: PyTree | None,
+    spec: QuantSpec = QuantSpec(),
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    storage: Sequence[int] = STORAGE,
+) -> Saved:
+    """Writes a network with quantized weights to an ONNX file.
+
+    Its outputs are those of `apply_fn` with the weights of `fake_quantize(params, bits, spec)`, up to the rounding of
+    sums in another order. The first axis of inputs and outputs is the batch and has any length.
+
+    Args:
+      path: the file, which must not exist; its folder must.
+      apply_fn: `apply_fn(variables, inputs)`, in evaluation mode, gives an array or a tuple of arrays. Any function of
+        JAX whose operations jax2onnx knows: Linen, NNX, Equinox or plain.
+      variables: its first argument. What is quantized is `variables["params"]` where there is such an entry, else all
+        of it; `bits`, `mask` and the patterns of `spec` are of that tree.
+      example: inputs of one batch, of which shape and type matter: an array or `jax.ShapeDtypeStruct`, or a tuple of
+        them for `apply_fn(variables, *inputs)`.
+      bits: as in `quantize`. None: the tree has `QuantizedArray` leaves already, of `quantize` or
+        `rounding.quantized`, or none, for a file in floating point.
+      spec, mask: as in `quantize`; with `bits=None`, what that function was given.
+      storage: bit widths that integers of the file may have. A leaf takes the smallest that holds its codes: 3 bits
+        take 4. For a runtime without integers of 2 bits: `(4, 8, 16)`.
+
+    Returns:
+      `Saved`.
+
+    Raises:
+      ArgumentError: what `quantize` raises; a weight that does not appear in the graph (named), is not finite, or whose
+        codes no integer of `storage` holds; a network that jax2onnx cannot convert, with the operation and the layer.
+      TypeError: quantized weights of a type other than float32, float16 and bfloat16.
+      FileExistsError: something is at `path`. FileNotFoundError: its folder is not there.
+      ImportError: jax2onnx or onnx is not installed.
+
+    Cost: the first call in a process about ten seconds, since jax2onnx is imported, later ones a few; the file three
+    times in memory. ONNX has files of at most 2 GiB.
+
+    >>> import os, tempfile
+    >>> import onnxruntime
+    >>> params = {"kernel": jnp.array([[3.0, -1.5], [1.2, 0.4]]), "bias": jnp.ones(2)}
+    >>> apply_fn = lambda params, x: x @ params["kernel"] + params["bias"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "network.onnx")
+    ...     saved = save(file, apply_fn, params, jnp.ones((1, 2)), bits=3)
+    ...     session = onnxruntime.InferenceSession(file)
+    ...     session.run(None, {"input": np.eye(2, dtype=np.float32)})[0]
+    array([[ 4. , -0.5],
+           [ 2. ,  1.5]], dtype=float32)
+    >>> saved.quantized
+    {'kernel': Leaf(bits=3, type='int4', num_scales=2, num_bytes=10)}
+
+    Source: Open Neural Network Exchange, operators, `DequantizeLinear` (versions 21 and 25).
+    """
+    path = Path(path)
+    onnx = _disk.import_extra("save", "onnx", INSTALL)
+    jax2onnx = _disk.import_extra("save", "jax2onnx", INSTALL)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"`save(path=...)` must be a new file; there is something at {os.fspath(path)!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`save(path=...)` must be in a folder that exists; got {os.fspath(path)!r}.")
+    if not isinstance(storage, Sequence) or not storage or any(width not in STORAGE for width in storage):
+        raise ArgumentError(f"`save(storage=...)` must be some of {STORAGE}; got {errors.brief(storage)}.")
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"`save(spec=...)` must be a QuantSpec; got {errors.brief(spec)}.")
+    has_params = isinstance(variables, Mapping) and "params" in variables
+    params = variables["params"] if has_params else variables
+    if bits is not None:
+        params = quantize(params, bits, spec, mask=mask)
+    elif mask is not None:
+        raise ArgumentError("`save(mask=...)` must be left out with bits=None, where nothing is rounded.")
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_quantized)
+    names = [name or "weights" for name in _plan.paths_of(jax.tree.unflatten(structure, [0] * len(leaves)))]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ArgumentError(f"`save(variables=...)` must have leaves of different paths; two are {twice[0]!r}.")
+    weights = {name: q for name, q in zip(names, leaves, strict=True) if _is_quantized(q)}
+    kinds = {name: _kind(name, q, spec, storage) for name, q in weights.items()}
+    _check_finite(zip(names, leaves, strict=True))
+    others = {name: x for name, x in variables.items() if name != "params"} if has_params else {}
+    _check_finite(zip(_plan.paths_of(others), jax.tree.leaves(others), strict=True))
+
+    def apply(inputs: Sequence[Any], given: Sequence[Any]) -> Any:
+        its = iter(given)
+        tree = structure.unflatten([next(its) if _is_quantized(x) else x for x in leaves])
+        return apply_fn(type(variables)({**others, "params": tree}) if has_params else tree, *inputs)
+
+    inputs = example if isinstance(example, tuple) else (example,)
+    opset = OPSET_INT2 if any(kind.endswith("int2") for kind in kinds.values()) else OPSET
+    model = _converted(jax2onnx, apply, inputs, weights, opset)
+    quantized = _put(onnx, model, weights, kinds)
+    entries = {name: {"bits": q.bits, "type": kinds[name], "shape": q.codes.shape} for name, q in weights.items()}
+    fields = {"spec": dataclasses.asdict(spec) if weights else None, "leaves": entries}
+    data = _bytes(onnx, model, opset, {name: json.dumps(x, default=lambda x: x.item()) for name, x in fields.items()})
+    _disk.write(path, data)
+    in_float = {name: np.asarray(x).nbytes for name, x in zip(names, leaves, strict=True) if name not in weights}
+    return Saved(len(data), opset, quantized, in_float)
+
+
+def tensors(path: str | os.PathLike[str]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Lists the constants of a file of `save`, and what its metadata says.
+
+    Args:
+      path: the file.
+
+    Returns:
+      (tensors, metadata): in the order of the file; "spec", the name of the `QuantSpec`, and "leaves".
+
+    Raises:
+      ArgumentError: a file that is damaged, cut short, of something else, or of another version.
+      FileNotFoundError: no such file.
+      ImportError: onnx is not installed.
+    """
+    onnx = _disk.import_extra("tensors", "onnx", INSTALL)
+    data = Path(path).read_bytes()
+    try:
+        return _listed(onnx, data)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = _reason(error).removeprefix("ValueError: ")
+        raise ArgumentError(f"`tensors(path=...)` must be a file of `save`; {os.fspath(path)!r}: {reason}.") from None
+
+
+def _input(name: str) -> str:
+    """The input of the graph that a weight is at first."""
+    return f"{name}.weights"
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def _kind(name: str, q: QuantizedArray, spec: QuantSpec, storage: Sequence[int]) -> str:
+    """The type of a leaf's codes in the file; raises where the leaf has none, or contradicts itself."""
+    if not q.codes.size:
+        raise ArgumentError(f"`save(variables=...)` must have entries; {name!r} has none: leave it out by `mask`.")
+    if fault := files.contradiction(q, spec.symmetric):
+        raise ArgumentError(f"`save(spec=...)` must be what the leaves were made by; {name!r} has {fault}.")
+    if q.dtype not in WEIGHTS:
+        raise TypeError(f"`save(variables=...)` must have weights of {', '.join(WEIGHTS)}; {name!r} has {q.dtype}.")
+    fits = [width for width in sorted(storage) if width >= q.bits]
+    if not fits:
+        rule = "must have integers that hold the codes of every leaf"
+        raise ArgumentError(f"`save(storage=...)` {rule}; got {tuple(storage)} and {q.bits} bits at {name!r}.")
+    return f"{'' if spec.symmetric else 'u'}int{fits[0]}"
+
+
+def _check_finite(leaves: Iterable[tuple[str, Any]]) -> None:
+    for name, x in leaves:
+        values = np.asarray(x.scale if _is_quantized(x) else x)
+        if jnp.issubdtype(values.dtype, jnp.floating) and not np.isfinite(values.astype(np.float64)).all():
+            raise ArgumentError(f"`save(variables=...)` must be finite; {name!r} has a NaN or an infinity.")
+
+
+def _converted(
+    jax2onnx: Any, apply: Callable[..., Any], inputs: tuple[Any, ...], weights: dict[str, QuantizedArray], opset: int
+) -> Any:
+    """The network as an ONNX model whose inputs are its inputs and, by their paths, its quantized weights."""
+    shapes = [jax.ShapeDtypeStruct(q.codes.shape, q.dtype) for q in weights.values()]
+    for x in inputs:
+        if not getattr(x, "shape", ()):
+            raise ArgumentError(f"`save(example=...)` must have a first axis, the batch; got {errors.brief(x)}.")
+    like = [jax.ShapeDtypeStruct(x.shape, jnp.result_type(x.dtype)) for x in inputs]
+    # What is wrong without any conversion is raised as it is.
+    outputs = jax.tree.leaves(jax.eval_shape(apply, like, shapes))
+    symbolic = [jax.ShapeDtypeStruct(("batch", *x.shape[1:]), x.dtype) for x in like]
+
+    def flat(*args: Any) -> Any:
+        return tuple(jax.tree.leaves(apply(args[: len(inputs)], args[len(inputs) :])))
+
+    def named(kind: str, n: int) -> list[str]:
+        return [kind] if n == 1 else [f"{kind}_{i}" for i in range(n)]
+
+    try:
+        with _quiet():
+            return jax2onnx.to_onnx(
+                flat,
+                [*symbolic, *shapes],
+                model_name="hero_jax",
+                opset=opset,
+                input_names=[*named("input", len(inputs)), *map(_input, weights)],
+                output_names=named("output", len(outputs)),
+            )
+    except Exception as error:
+        reason = _reason(error)
+        unknown = re.search(r"No plugins registered for primitive '([^']+)'", reason)
+        if unknown:
+            layer = _layer(jax.make_jaxpr(apply)(like, shapes).jaxpr, unknown[1])
+            reason = f"jax2onnx has no {unknown[1]!r}" + (f", which {layer!r} calls" if layer else "")
+        raise ArgumentError(f"`save(apply_fn=...)` must be {_CONVERTS}; {reason}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {first}".removesuffix(".")
+
+
+def _layer(jaxpr: Any, primitive: str) -> str:
+    """The name of the first scope, such as a Linen module, in which an operation is called, or ""."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive and str(equation.source_info.name_stack):
+            return str(equation.source_info.name_stack)
+        for inner in core.jaxprs_in_params(equation.params):
+            if found := _layer(inner, primitive):
+                return found
+    return ""
+
+
+def _put(onnx: Any, model: Any, weights: dict[str, QuantizedArray], kinds: dict[str, str]) -> dict[str, Leaf]:
+    """Puts integers in the place of the weights among the inputs of a model, and says what they are."""
+    graph, made, head = model.graph, {}, []
+    # Shapes and axes, not weights.
+    whole = [x for x in graph.initializer if x.data_type == onnx.TensorProto.INT64]
+    constants = {x.name: onnx.numpy_helper.to_array(x) for x in whole}
+    for name, q in weights.items():
+        if not any(_input(name) in node.input for node in _onnx.nodes(graph)):
+            rule = "must use every quantized weight (or leave it out by `mask`)"
+            raise ArgumentError(f"`save(apply_fn=...)` {rule}; {name!r} has no place in the graph.")
+        codes, scale = np.asarray(q.codes, np.int32), np.asarray(q.scale)
+        zeros = None if q.zero_point is None else np.asarray(q.zero_point, np.int32)
+        if zeros is not None:
+            codes, zeros = (x + 2 ** (q.bits - 1) for x in (codes, zeros))
+        value, weight = _onnx.settle(graph, _input(name), _onnx.Weight.of(codes, scale, zeros), constants)
+        weight, is_turned, is_blocked = _onnx.place(graph, value, weight)
+        form, size, kind = _onnx.form(weight, is_blocked=is_blocked), 0, np.dtype(jnp.dtype(kinds[name]))
+        parts = {"codes": form.codes, "scale": form.scale}
+        parts |= {} if form.zero_point is None else {"zero_point": form.zero_point}
+        for part, x in parts.items():
+            stored = np.asarray(x).astype(np.float32 if part == "scale" else kind)
+            if part != "scale" and np.any(stored.astype(np.int32) != x):
+                rule = f"must have codes and zero points of {q.bits} bits"
+                raise ArgumentError(f"`save(variables=...)` {rule}; {name!r} has others.")
+            graph.initializer.append(onnx.numpy_helper.from_array(stored, f"{name}.{part}"))
+            size += len(graph.initializer[-1].raw_data)
+        options = {} if form.axis is None else {"axis": form.axis}
+        options |= {"block_size": form.block} if form.block else {}
+        steps = [("DequantizeLinear", options)]
+        steps += [] if q.dtype == "float32" else [("Cast", {"to": getattr(onnx.TensorProto, q.dtype.upper())})]
+        steps += [("Transpose", {"perm": (1, 0)})] if is_turned else []
+        inputs = [f"{name}.{part}" for part in parts]
+        for i, (operator, attributes) in enumerate(steps):
+            output = value if i == len(steps) - 1 else f"{name}.{operator}"
+            head.append(onnx.helper.make_node(operator, inputs, [output], f"{name}:{operator}", **attributes))
+            inputs = [output]
+        made[name] = Leaf(q.bits, kinds[name], form.scale.size, size)
+    for x in [x for x in graph.input if x.name in set(map(_input, weights))]:
+        graph.input.remove(x)
+    body = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*head, *body])
+    _onnx.prune(graph)
+    return made
+
+
+def _bytes(onnx: Any, model: Any, opset: int, metadata: dict[str, str]) -> bytes:
+    """The file of a model."""
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
+    model.producer_name = "hero_jax"
+    metadata = {"format": FORMAT, "version": VERSION, **metadata, "sha256": _NO_DIGEST}
+    onnx.helper.set_model_props(model, {f"hero_jax.{name}": x for name, x in metadata.items()})
+    try:
+        # The types of what jax2onnx made may contradict each other, in 16 bits above all.
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise ArgumentError(f"`save(apply_fn=...)` must be {_CONVERTS}; its graph: {_reason(error)}.") from error
+    data = model.SerializeToString()
+    return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _listed(onnx: Any, data: bytes) -> tuple[list[Tensor], dict[str, Any]]:
+    """What `tensors` gives, of a file's bytes; ValueError says what is wrong with them."""
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:
+        raise ValueError("it is damaged, or no ONNX file") from error
+    found = {x.key.removeprefix("hero_jax."): x.value for x in model.metadata_props}
+    if found.get("format") != FORMAT:
+        raise ValueError("it is of something else")
+    if found.get("version") != VERSION:
+        raise ValueError(f"it has version {found.get('version')!r}; this hero_jax reads {VERSION!r}")
+    digest = found.get("sha256", "")
+    if hashlib.sha256(data.replace(digest.encode(), _NO_DIGEST.encode(), 1)).hexdigest() != digest:
+        raise ValueError("its checksum does not match; it is damaged")
+    listed = [
+        Tensor(x.name, onnx.helper.tensor_dtype_to_np_dtype(x.data_type).name, tuple(x.dims), len(x.raw_data))
+        for x in model.graph.initializer
+    ]
+    return listed, {name: json.loads(found[name]) for name in ("spec", "leaves")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the shapes that onnx_ir says it leaves out, and the calls of jax2onnx that are deprecated."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
