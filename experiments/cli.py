@@ -75,7 +75,7 @@ def in_one_line(error: BaseException) -> tuple[str, int] | None:
         return "interrupted", 130
     if isinstance(error, files.Failed):
         return f"stopped: {error}", 1
-    if isinstance(error, ValueError | TypeError | OSError) and str(error).startswith("`"):
+    if isinstance(error, ValueError | TypeError | OSError | ImportError) and str(error).startswith("`"):
         return f"error: {error}", 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"stopped: {error.filename or 'a file'} could not be written ({error.strerror}).", 1

@@ -10,6 +10,7 @@ sections    tables and plots of accuracy, label noise, low bits and searches
 summary     those of every claim, a row a network, and their differences to chosen networks
 cost        gradients and time of every network, and accuracy at equal cost
 curvature   the Hessian, the size of the penalty and landscapes
+deployment  files for other programs: size, accuracy and time
 page        a page of sections as HTML and as Markdown
 """
 
@@ -24,7 +25,7 @@ import pandas as pd
 import tyro
 
 from experiments import cli
-from experiments.analysis import cost, curvature, page, sections, summary, tables, tidy
+from experiments.analysis import cost, curvature, deployment, page, sections, summary, tables, tidy
 from experiments.analysis.tables import Frame
 from experiments.storage import files
 
@@ -108,6 +109,7 @@ def main(
         "Accuracy": sections.accuracy(tasks[tasks["noise"] == 0], draw),
         "Label noise": sections.label_noise(tasks, draw),
         "Quantization": sections.quantization(every, draw),
+        "Deployment": deployment.section(found.exports),
         "Curvature": curvature.hessian(every, draw),
         "Size of the penalty": curvature.penalty(every, draw),
         "Landscapes": curvature.landscapes(found.landscapes, draw),

@@ -29,6 +29,7 @@ TRIES = {
     "hessian, no room": ("hessian", 0, ("RUN", "--images", "32", "--max-products", "5", "--probes", "2")),
     "hessian, one plot": ("hessian", 60, ("RUN", "--images", "32", "--max-products", "5", "--probes", "2")),
     "quantize": ("quantize", 12, ("RUN", "--bits", "4", "--specs", "channel-narrow")),
+    "export": ("export", 12, ("RUN", "--bits", "4", "--images", "32", "--repeats", "1")),
     "landscape": ("landscape", 16, ("RUN", "--images", "32", "--points", "3", "--directions", "2")),
     "report, no room": ("report", 0, ("RUN",)),
     "report, no page": ("report", 90, ("RUN",)),

@@ -21,11 +21,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, landscape, progress, search
-from experiments.analysis import curvature, sections, tidy
+from experiments import cli, export, landscape, progress, search
+from experiments.analysis import curvature, deployment, sections, tidy
 from experiments.config import resolve
 from experiments.data import load
 from experiments.measure import plan, sweep
+from experiments.measure.deployment import ExportConfig
 from experiments.measure.landscape import LandscapeConfig
 from experiments.measure.search import SearchConfig
 from experiments.measure.search import run as run_search
@@ -43,7 +44,7 @@ RUN, SEARCHED = Path("sweep", "runs", "hero-s0"), Path("search", "clean-asam")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run with two checkpoints that was measured, a search, a landscape and a quantized network, as they are left."""
+    """A run with two checkpoints that was measured, a search, a landscape, quantized networks, as they are left."""
     base = tmp_path_factory.mktemp("whole")
     with progress.bar() as display:
         begin = progress.lines(display)
@@ -53,6 +54,7 @@ def whole(tmp_path_factory):
     params = runs.load_variables(base / RUN)["params"]
     spec = quantize.named("channel-narrow")
     quantize.save(base / "network.safetensors", quantize.quantize(params, 4, spec), spec)
+    export.main(base / RUN, ExportConfig(bits=(4,), images=32, repeats=1), out=base / "export")
 
     def build(*_, **__):
         raise MadeAgain
@@ -132,6 +134,14 @@ def network(base):
     return comparable(tree), spec
 
 
+def exports(base):
+    return repr(list(deployment.section([base / "export"]))).replace(str(base), "")
+
+
+def exported(base):
+    return repr(quantize.onnx.inspect(base / "export" / "bits-4.onnx"))
+
+
 # By the path of the file in `whole`.
 READERS = {
     RUN / "config.json": (report, saved_run, continued_run, continued_sweep),
@@ -144,6 +154,8 @@ READERS = {
     SEARCHED / "optuna.journal": (continued_search,),
     Path("landscape", "landscape.json"): (landscapes,),
     Path("network.safetensors"): (network,),
+    Path("export", "export.json"): (exports,),
+    Path("export", "bits-4.onnx"): (exported,),
 }
 
 
@@ -531,7 +543,7 @@ def test_lines_are_added_after_whole_ones(tmp_path):
 
 
 def test_full_disks(tmp_path):
-    """Twelve commands without the room for all that they write: one line, nothing half written, and then they go on."""
+    """Commands without the room for all that they write: one line, nothing half written, and then they go on."""
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
     try:
         subprocess.run([*alone, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True, capture_output=True)
@@ -541,7 +553,7 @@ def test_full_disks(tmp_path):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     tries = json.loads(found.stdout.splitlines()[-1])
-    assert len(tries) == 12
+    assert len(tries) == 13
     for name, ended in tries.items():
         (line,) = ended["lines"]
         assert re.fullmatch(r"stopped: \S+ could not be written \(No space left on device.*", line), (name, line)

@@ -21,7 +21,7 @@ from hero_jax import models, quantize
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import QuantSpec, _onnx, allocation, named, rounding
 from hero_jax.quantize import linen as quantize_linen
-from hero_jax.quantize.onnx import save, tensors
+from hero_jax.quantize.onnx import inspect, save
 
 KEY = jax.random.key(3)
 NETWORKS = {
@@ -77,21 +77,18 @@ def trained(request, digits):
     tx = optax.adam(1e-2)
 
     @jax.jit
-    def step(carry, batch):
-        params, stats, state = carry
-        x, y = batch
-
+    def step(params, stats, state, x, y):
         def loss(params):
             logits, new = model.apply({"params": params, **stats}, x, train=True, mutable=list(stats))
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
 
         grads, stats = jax.grad(loss, has_aux=True)(params)
         updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), stats, state), None
+        return optax.apply_updates(params, updates), stats, state
 
-    order = np.tile(np.arange(1200), 4).reshape(80, 60)
-    carry = (params, stats, tx.init(params))
-    (params, stats, _), _ = jax.lax.scan(step, carry, (jnp.asarray(images[order]), jnp.asarray(labels[order])))
+    state = tx.init(params)
+    for chosen in np.tile(np.arange(1200), 4).reshape(80, 60):
+        params, stats, state = step(params, stats, state, images[chosen], labels[chosen])
     return jax.jit(model.apply), {"params": params, **stats}, (images[1200:], labels[1200:])
 
 
@@ -419,58 +416,57 @@ class TestForm:
         np.testing.assert_array_equal(moved, ReferenceEvaluator(node).run(None, {"x": x, **given})[0])
 
 
-class TestTensors:
+class TestInspect:
     @pytest.fixture
     def file(self, tmp_path):
         save(tmp_path / "a.onnx", linear, MATRIX, jnp.ones((1, 6)), bits=3, spec=named("asymmetric"))
         return tmp_path / "a.onnx"
 
-    def test_what_is_listed(self, file):
-        found, metadata = tensors(file)
-        by_name = {x.name: x for x in found}
-        assert by_name["kernel.codes"][1:] == ("uint4", (4, 6), 12)
-        assert by_name["kernel.scale"][1:] == ("float32", (4,), 16)
-        assert by_name["kernel.zero_point"][1:] == ("uint4", (4,), 2)
-        assert metadata["spec"]["symmetric"] is False
-        assert metadata["leaves"] == {"kernel": {"bits": 3, "type": "uint4", "shape": [6, 4]}}
+    def test_what_is_listed(self, tmp_path):
+        spec = QuantSpec("channel", "full", symmetric=False, overrides=(("kernel", 4),))
+        saved = save(tmp_path / "a.onnx", linear, MATRIX, jnp.ones((1, 6)), bits=3, spec=spec)
+        found = inspect(tmp_path / "a.onnx")
+        assert found.spec == spec
+        assert found.quantized == saved.quantized == {"kernel": (4, "uint4", 4, 12 + 16 + 2, (6, 4))}
+        assert ("float32", 16) in {(constant.type, constant.num_bytes) for constant in found.others.values()}
 
     def test_a_changed_byte_is_noticed_wherever_it_is(self, file):
         data = file.read_bytes()
         for i in range(len(data)):
             file.write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
-            with pytest.raises(ArgumentError, match=r"`tensors\(path=...\)` must be a file of `save`; .*a.onnx"):
-                tensors(file)
+            with pytest.raises(ArgumentError, match=r"`inspect\(path=...\)` must be a file of `save`; .*a.onnx"):
+                inspect(file)
 
     @pytest.mark.parametrize("n", [0, 1, 100])
     def test_a_file_cut_short(self, file, n):
         file.write_bytes(file.read_bytes()[:n])
         with pytest.raises(ArgumentError, match=r"it is of something else|it is damaged"):
-            tensors(file)
+            inspect(file)
 
     def test_a_file_of_something_else(self, file):
         model = onnx.load(file)
         del model.metadata_props[:]
         onnx.save(model, file)
         with pytest.raises(ArgumentError, match="it is of something else"):
-            tensors(file)
+            inspect(file)
 
     def test_another_version(self, file):
         model = onnx.load(file)
         next(x for x in model.metadata_props if x.key == "hero_jax.version").value = "9"
         onnx.save(model, file)
         with pytest.raises(ArgumentError, match="it has version '9'; this hero_jax reads '1'"):
-            tensors(file)
+            inspect(file)
 
     def test_the_digest_goes_to_its_place(self, tmp_path):
         """Codes of 48 are the character 0."""
         w = jnp.full((40, 40), 48.0).at[0, 0].set(127.0)
         save(tmp_path / "a.onnx", lambda w, x: x @ w, w, jnp.ones((1, 40)), bits=8, spec=named("tensor-narrow"))
         np.testing.assert_array_equal(run(tmp_path / "a.onnx", np.eye(40, dtype=np.float32)), w)
-        assert len(tensors(tmp_path / "a.onnx")[0]) >= 2
+        assert inspect(tmp_path / "a.onnx").quantized["weights"].num_bytes == 1600 + 4
 
     def test_without_quantized_weights(self, tmp_path):
         save(tmp_path / "a.onnx", linear, MATRIX, jnp.ones((1, 6)), bits=None)
-        assert tensors(tmp_path / "a.onnx")[1] == {"spec": None, "leaves": {}}
+        assert inspect(tmp_path / "a.onnx")[:2] == (None, {})
 
 
 class TestRefused:

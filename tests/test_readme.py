@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import compiled, curvature, precision, step_cost, throughput
 from benchmarks import quantize as sweep
-from experiments import cli, compare, hessian, landscape, prepare, quantize, report, reproduce, search, train
+from experiments import cli, compare, export, hessian, landscape, prepare, quantize, report, reproduce, search, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -17,6 +17,7 @@ TEXT = "\n".join(PAGES.values())
 MAINS = {
     "experiments.train": train.main,
     "experiments.compare": compare.main,
+    "experiments.export": export.main,
     "experiments.hessian": hessian.main,
     "experiments.landscape": landscape.main,
     "experiments.prepare": prepare.main,

@@ -50,13 +50,14 @@ class Found(NamedTuple):
       title of its task, clean (that on clean labels), altered (its label noise in words), rank of the network in its
       task, run (its row in `runs`), and section: main, cost (below folders named cost) or ablations (below folders
       named so, and beside each of them the networks in main of that task and method). Trials of searches are left out.
-    landscapes, searches: folders of landscape.json and of search.json, in the order of names.
+    landscapes, searches, exports: folders of landscape.json, search.json and export.json, in the order of names.
     """
 
     runs: Frame
     table: Frame
     landscapes: list[Path]
     searches: list[Path]
+    exports: list[Path]
 
 
 def read(folders: Iterable[Path]) -> Found:
@@ -76,11 +77,11 @@ def read(folders: Iterable[Path]) -> Found:
         named = ", ".join(map(str, folders)) or "none"
         raise ValueError(f"`folders` must hold run folders (config.json, metrics.jsonl); got none below {named}.")
     landscapes = [p for p in paths.values() if p.name.startswith("landscape") and (p / "landscape.json").exists()]
-    searches = [path for path in paths.values() if (path / "search.json").exists()]
+    searches, exports = ([p for p in paths.values() if (p / f"{name}.json").exists()] for name in ("search", "export"))
     records: Frame = pd.DataFrame(found, dtype=object)
     numbers = [(i, *row) for i, run in enumerate(found) for row in run["values"]]
     table = _placed(records, searches).merge(_frame(numbers, ["run", *COLUMNS]), on="run")
-    return Found(records, table, landscapes, searches)
+    return Found(records, table, landscapes, searches, exports)
 
 
 def _frame(rows: Any, columns: Sequence[str]) -> Frame:

@@ -8,7 +8,7 @@ linen        activations, BatchNorm folding and re-estimation, bias correction (
 sensitivity  each layer quantized alone against what the Hessian predicts
 allocation   bit widths of layers under a budget
 files        save, load (safetensors), to_qwix, from_qwix
-onnx         save, tensors: files for other programs to run
+onnx         save, inspect: files for other programs to run
 """
 
 from hero_jax.quantize import allocation, files, onnx, rounding, sensitivity

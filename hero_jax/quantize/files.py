@@ -31,7 +31,7 @@ from jax.core import Tracer
 from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _disk
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, from_fields
 from hero_jax.quantize.weights import QuantizedArray
 
 __all__ = ["from_qwix", "load", "save", "to_qwix"]
@@ -261,10 +261,7 @@ def _decode(data: bytes, safetensors: Any) -> tuple[PyTree, QuantSpec]:
     if jnp.result_type(float) != jnp.float64:
         for name in [n for n, x in tensors.items() if x.dtype.name in ("float64", "int64", "uint64")]:
             raise ArgumentError(f"{name!r} has {tensors[name].dtype}, which needs jax_enable_x64")
-    fields, leaves = json.loads(metadata["spec"]), json.loads(metadata["leaves"])
-    pairs = tuple((pattern, bits) for pattern, bits in fields["overrides"])
-    patterns = {name: tuple(fields.get(name, ())) for name in ("leaves", "stacked")}
-    spec = QuantSpec(**{**fields, **patterns, "overrides": pairs})
+    spec, leaves = from_fields(json.loads(metadata["spec"])), json.loads(metadata["leaves"])
     tree = {}
     for where, entry in leaves.items():
         *folders, last = where.split("/")

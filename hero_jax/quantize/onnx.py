@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import warnings
@@ -31,10 +32,10 @@ from jax.extend import core
 from hero_jax import errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _disk, _onnx, _plan, files
-from hero_jax.quantize.spec import QuantSpec
+from hero_jax.quantize.spec import QuantSpec, from_fields
 from hero_jax.quantize.weights import QuantizedArray, quantize
 
-__all__ = ["Leaf", "Saved", "Tensor", "save", "tensors"]
+__all__ = ["Constant", "Contents", "Leaf", "Saved", "inspect", "save"]
 
 PyTree = Any
 
@@ -56,12 +57,14 @@ class Leaf(NamedTuple):
     num_scales: how many there are; some more than once where ONNX cannot express them otherwise, or where onnxruntime
       would take the product by the leaf for another one.
     num_bytes: codes, scales and zero points in the file.
+    shape: that of the leaf in JAX.
     """
 
     bits: int
     type: str
     num_scales: int
     num_bytes: int
+    shape: tuple[int, ...]
 
 
 class Saved(NamedTuple):
@@ -79,13 +82,25 @@ class Saved(NamedTuple):
     in_float: dict[str, int]
 
 
-class Tensor(NamedTuple):
-    """A constant of a file: its name, type ("int4", "float32"), shape, and bytes in the file."""
+class Constant(NamedTuple):
+    """A constant of a file that is no part of a quantized leaf: its type ("float32"), shape, and bytes in the file."""
 
-    name: str
     type: str
     shape: tuple[int, ...]
     num_bytes: int
+
+
+class Contents(NamedTuple):
+    """What is in a file of `save`.
+
+    spec: the `QuantSpec`; None where nothing is quantized.
+    quantized: {path: Leaf}, as `save` gave them.
+    others: {name in the graph: Constant}.
+    """
+
+    spec: QuantSpec | None
+    quantized: dict[str, Leaf]
+    others: dict[str, Constant]
 
 
 def save(
@@ -143,7 +158,7 @@ def save(
     array([[ 4. , -0.5],
            [ 2. ,  1.5]], dtype=float32)
     >>> saved.quantized
-    {'kernel': Leaf(bits=3, type='int4', num_scales=2, num_bytes=10)}
+    {'kernel': Leaf(bits=3, type='int4', num_scales=2, num_bytes=10, shape=(2, 2))}
 
     Source: Open Neural Network Exchange, operators, `DequantizeLinear` (versions 21 and 25).
     """
@@ -174,16 +189,18 @@ def save(
     others = {name: x for name, x in variables.items() if name != "params"} if has_params else {}
     _check_finite(zip(_plan.paths_of(others), jax.tree.leaves(others), strict=True))
 
+    kind: Any = type(variables)
+
     def apply(inputs: Sequence[Any], given: Sequence[Any]) -> Any:
         its = iter(given)
         tree = structure.unflatten([next(its) if _is_quantized(x) else x for x in leaves])
-        return apply_fn(type(variables)({**others, "params": tree}) if has_params else tree, *inputs)
+        return apply_fn(kind({**others, "params": tree}) if has_params else tree, *inputs)
 
     inputs = example if isinstance(example, tuple) else (example,)
     opset = OPSET_INT2 if any(kind.endswith("int2") for kind in kinds.values()) else OPSET
     model = _converted(jax2onnx, apply, inputs, weights, opset)
     quantized = _put(onnx, model, weights, kinds)
-    entries = {name: {"bits": q.bits, "type": kinds[name], "shape": q.codes.shape} for name, q in weights.items()}
+    entries = {name: {"bits": q.bits, "shape": q.codes.shape} for name, q in weights.items()}
     fields = {"spec": dataclasses.asdict(spec) if weights else None, "leaves": entries}
     data = _bytes(onnx, model, opset, {name: json.dumps(x, default=lambda x: x.item()) for name, x in fields.items()})
     _disk.write(path, data)
@@ -191,27 +208,31 @@ def save(
     return Saved(len(data), opset, quantized, in_float)
 
 
-def tensors(path: str | os.PathLike[str]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Lists the constants of a file of `save`, and what its metadata says.
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """Lists what is in a file of `save`.
 
     Args:
       path: the file.
 
     Returns:
-      (tensors, metadata): in the order of the file; "spec", the name of the `QuantSpec`, and "leaves".
+      `Contents`.
 
     Raises:
       ArgumentError: a file that is damaged, cut short, of something else, or of another version.
       FileNotFoundError: no such file.
       ImportError: onnx is not installed.
+
+    >>> inspect("nowhere.onnx")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.onnx'
     """
-    onnx = _disk.import_extra("tensors", "onnx", INSTALL)
+    onnx = _disk.import_extra("inspect", "onnx", INSTALL)
     data = Path(path).read_bytes()
     try:
-        return _listed(onnx, data)
+        return _contents(onnx, data)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = _reason(error).removeprefix("ValueError: ")
-        raise ArgumentError(f"`tensors(path=...)` must be a file of `save`; {os.fspath(path)!r}: {reason}.") from None
+        raise ArgumentError(f"`inspect(path=...)` must be a file of `save`; {os.fspath(path)!r}: {reason}.") from None
 
 
 def _input(name: str) -> str:
@@ -336,7 +357,7 @@ def _put(onnx: Any, model: Any, weights: dict[str, QuantizedArray], kinds: dict[
             output = value if i == len(steps) - 1 else f"{name}.{operator}"
             head.append(onnx.helper.make_node(operator, inputs, [output], f"{name}:{operator}", **attributes))
             inputs = [output]
-        made[name] = Leaf(q.bits, kinds[name], form.scale.size, size)
+        made[name] = Leaf(q.bits, kinds[name], form.scale.size, size, q.codes.shape)
     for x in [x for x in graph.input if x.name in set(map(_input, weights))]:
         graph.input.remove(x)
     body = list(graph.node)
@@ -361,8 +382,8 @@ def _bytes(onnx: Any, model: Any, opset: int, metadata: dict[str, str]) -> bytes
     return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def _listed(onnx: Any, data: bytes) -> tuple[list[Tensor], dict[str, Any]]:
-    """What `tensors` gives, of a file's bytes; ValueError says what is wrong with them."""
+def _contents(onnx: Any, data: bytes) -> Contents:
+    """What `inspect` gives, of a file's bytes; ValueError says what is wrong with them."""
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:
@@ -375,11 +396,17 @@ def _listed(onnx: Any, data: bytes) -> tuple[list[Tensor], dict[str, Any]]:
     digest = found.get("sha256", "")
     if hashlib.sha256(data.replace(digest.encode(), _NO_DIGEST.encode(), 1)).hexdigest() != digest:
         raise ValueError("its checksum does not match; it is damaged")
-    listed = [
-        Tensor(x.name, onnx.helper.tensor_dtype_to_np_dtype(x.data_type).name, tuple(x.dims), len(x.raw_data))
+    constants = {
+        x.name: Constant(onnx.helper.tensor_dtype_to_np_dtype(x.data_type).name, tuple(x.dims), len(x.raw_data))
         for x in model.graph.initializer
-    ]
-    return listed, {name: json.loads(found[name]) for name in ("spec", "leaves")}
+    }
+    fields, quantized = json.loads(found["spec"]), {}
+    for name, entry in json.loads(found["leaves"]).items():
+        names = [f"{name}.{part}" for part in ("codes", "scale", "zero_point") if f"{name}.{part}" in constants]
+        codes, scale, *_ = parts = [constants.pop(each) for each in names]
+        size = sum(part.num_bytes for part in parts)
+        quantized[name] = Leaf(entry["bits"], codes.type, math.prod(scale.shape), size, tuple(entry["shape"]))
+    return Contents(None if fields is None else from_fields(fields), quantized, constants)
 
 
 @contextmanager

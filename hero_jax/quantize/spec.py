@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from hero_jax import errors
@@ -160,6 +161,13 @@ def named(name: str) -> QuantSpec:
         percentile=float(percentile) if percentile else None,
         group_size=int(size) if size else None,
     )
+
+
+def from_fields(fields: Mapping[str, Any]) -> QuantSpec:
+    """The specification whose fields these are, as JSON gives them: with lists, and without those it is older than."""
+    pairs = tuple((pattern, bits) for pattern, bits in fields["overrides"])
+    patterns = {name: tuple(fields.get(name, ())) for name in ("leaves", "stacked")}
+    return QuantSpec(**{**fields, **patterns, "overrides": pairs})
 
 
 def _goes_with(field: str, value: Any, other: str, kind: str, wanted: str | None = None) -> None:

@@ -1,0 +1,45 @@
+"""The section of a report on files for other programs: size, accuracy and time at each bit width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.analysis import page, sections
+from experiments.analysis.tidy import read_record
+from experiments.measure.deployment import Exported, ExportRecord
+
+HEADER = ["bits", "type", "KiB", "ideal KiB", "accuracy", "in JAX", "difference", "ms", "ms unpacked"]
+
+
+def cells(rows: Sequence[Exported]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of files."""
+    lines = []
+    for row in rows:
+        sizes = (f"{row[name] / 1024:,.1f}" for name in ("num_bytes", "ideal_bytes"))
+        shares = (f"{100 * row[name]:.2f}" for name in ("accuracy", "jax_accuracy"))
+        times = (f"{row[name]:.2f}" for name in ("ms", "ms_unpacked"))
+        bits = "full" if row["bits"] is None else str(row["bits"])
+        lines.append([bits, row["types"], *sizes, *shares, f"{row['difference']:.0e}", *times])
+    return HEADER, lines
+
+
+def told(record: ExportRecord) -> str:
+    """What the numbers of a table are."""
+    config, flipped = record["config"], sum(row["flipped"] for row in record["rows"])
+    return (
+        f"Accuracy in percent on {record['images']:,} images by onnxruntime {record['onnxruntime']}, and in JAX, with"
+        f" weights {config['spec']}, {config['step']}. Predictions that differ: {flipped}. Difference: the largest of"
+        " the logits, in units of the largest logit. Ideal: codes of exactly so many bits and the other weights as they"
+        f" are, without scales and graph. Milliseconds: median of {config['repeats']} calls with one image, threads:"
+        f" {config['threads']}; unpacked: weights are unpacked when the file is opened, not at every call."
+    )
+
+
+def section(folders: Sequence[Path]) -> sections.Parts:
+    """A table for each folder of files."""
+    for folder in folders:
+        record = read_record(folder / "export.json", ExportRecord)
+        header, lines = cells(record["rows"])
+        yield page.Heading(f"{record['run']}: {record['config']['spec']}, {record['config']['step']}")
+        yield page.Table(header, lines, told(record), left=2)

@@ -1,0 +1,225 @@
+"""A saved run as ONNX files: written at each bit width, run by onnxruntime, compared with the same weights in JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from typing_extensions import TypedDict
+
+from experiments.config.fields import Bits, Count, check, check_once, number
+from experiments.measure import saved
+from experiments.measure.saved import Saved
+from experiments.storage import environment, files, records
+from hero_jax import quantize
+from hero_jax.errors import ArgumentError
+from hero_jax.quantize import linen, rounding
+
+PyTree = Any
+# The option of onnxruntime to unpack weights once, when a file is opened, instead of at every call.
+UNPACKED = ("session.disable_quant_qdq", "1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What to write."""
+
+    bits: tuple[Bits, ...] = (8, 4, 2)
+    """Bit widths of the weights, a file each, beside one in floating point."""
+    spec: str = "channel-narrow"
+    """Name of a quantizer: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
+    step: Literal["nearest", "rounding"] = "nearest"
+    """Round to nearest, or so that the outputs of each layer change least."""
+    calibration: Count = 512
+    """Training images for the rounding."""
+    storage: tuple[Literal[2, 4, 8, 16], ...] = (2, 4, 8, 16)
+    """Widths that integers in the files may have; 4 8 16 for a runtime without int2."""
+    images: Count | Literal["all"] = "all"
+    """Compare on this many test images, the first ones."""
+    threads: Count = 1
+    """Threads of onnxruntime."""
+    repeats: Count = 50
+    """Timed calls of one image, in turn over all files."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("bits", "storage"):
+            if not getattr(self, name):
+                raise ArgumentError(f"`{name}` must name at least one.")
+            check_once(name, getattr(self, name))
+        quantize.named(self.spec)
+
+
+@records.schema
+class Exported(TypedDict):
+    """A file: sizes in bytes, accuracies as fractions, times in milliseconds.
+
+    bits: None in floating point; types: of the codes, such as "int4".
+    code_bytes: codes, scales and zero points; ideal_bytes: codes of exactly `bits` bits, other weights as they are.
+    difference: the largest between logits of onnxruntime and of JAX, in units of the largest logit.
+    flipped: images of which the two predict another class.
+    ms, ms_unpacked: median for one image, as files are opened by default and with weights unpacked then.
+    """
+
+    bits: int | None
+    file: str
+    types: str
+    num_bytes: int
+    code_bytes: int
+    ideal_bytes: float
+    accuracy: float
+    jax_accuracy: float
+    difference: float
+    flipped: int
+    ms: float
+    ms_unpacked: float
+
+
+@records.schema
+class ExportRecord(TypedDict):
+    """export.json."""
+
+    config: dict[str, Any]
+    run: str
+    images: int
+    onnxruntime: str
+    rows: list[Exported]
+    environment: environment.Part
+
+
+def runtime() -> Any:
+    """onnxruntime; raises ImportError that says how to get it."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise ImportError('`experiments.export` needs onnxruntime: pip install "hero_jax[onnx]"') from error
+
+
+def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, int, int], None]) -> list[Exported]:
+    """Writes a file in floating point and one a bit width into a folder, and measures each."""
+    test = run.test.first(number(config.images))
+    batches, forward = saved.batched(test.images), jax.jit(run.trainer.forward)
+    coded = _quantizer(config, run)
+    rows, sessions = [], []
+    for bits in (None, *config.bits):
+        path = out / ("float32.onnx" if bits is None else f"bits-{bits}.onnx")
+        line = functools.partial(report, path.name)
+        line(0, len(batches) + 1)
+        params = run.variables["params"] if bits is None else coded(bits)
+        with files.on_disk(path):
+            written = quantize.onnx.save(
+                path,
+                run.trainer.forward,
+                run.variables | {"params": params},
+                jax.ShapeDtypeStruct((1, *test.shape), test.images.dtype),
+                bits=None,
+                spec=quantize.named(config.spec),
+                storage=config.storage,
+            )
+        opened, given = _opened(path, config.threads), run.variables | {"params": quantize.dequantize(params)}
+        sessions += [opened, _opened(path, config.threads, UNPACKED)]
+        theirs, ours = [], []
+        for i, images in enumerate(batches):
+            theirs.append(opened.run(None, {"input": images})[0])
+            ours.append(np.asarray(forward(given, images)))
+            line(i + 2, len(batches) + 1)
+        measured = _compared(np.concatenate(theirs), np.concatenate(ours), test.labels)
+        rows.append({"bits": bits, "file": path.name, **_sizes(written), **measured})
+    times = _milliseconds(sessions, test.images[:1], config.repeats, report)
+    for row, ms, ms_unpacked in zip(rows, times[::2], times[1::2], strict=True):
+        row |= {"ms": ms, "ms_unpacked": ms_unpacked}
+    return rows
+
+
+def _quantizer(config: ExportConfig, run: Saved) -> Callable[[int], PyTree]:
+    """The codes of the network at a bit width."""
+    params, spec = run.variables["params"], quantize.named(config.spec)
+    if config.step == "nearest":
+        return lambda bits: quantize.quantize(params, bits, spec)
+    grams = linen.input_grams(run.trainer.forward, run.variables, saved.batched(run.train.images))
+    return lambda bits: rounding.quantized(params, bits, grams, spec)
+
+
+def _opened(path: Path, threads: int, *settings: tuple[str, str]) -> Any:
+    """A file, ready to run."""
+    options = runtime().SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    for setting in settings:
+        options.add_session_config_entry(*setting)
+    return runtime().InferenceSession(path, options)
+
+
+def _sizes(written: quantize.onnx.Saved) -> dict[str, Any]:
+    leaves = written.quantized.values()
+    return {
+        "types": ", ".join(sorted({leaf.type for leaf in leaves})) or "float32",
+        "num_bytes": written.num_bytes,
+        "code_bytes": sum(leaf.num_bytes for leaf in leaves),
+        "ideal_bytes": sum(written.in_float.values()) + sum(math.prod(x.shape) * x.bits / 8 for x in leaves),
+    }
+
+
+def _compared(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Logits of onnxruntime against those of JAX."""
+    found, expected = theirs.argmax(1), ours.argmax(1)
+    return {
+        "accuracy": float(np.mean(found == labels)),
+        "jax_accuracy": float(np.mean(expected == labels)),
+        "difference": float(np.abs(theirs - ours).max() / np.abs(ours).max()),
+        "flipped": int(np.sum(found != expected)),
+    }
+
+
+def _milliseconds(
+    sessions: Sequence[Any], image: np.ndarray, repeats: int, report: Callable[[str, int, int], None]
+) -> list[float]:
+    """The median time of a call of each file, in turn."""
+    times: list[list[float]] = [[] for _ in sessions]
+    for i in range(repeats + 1):
+        for session, own in zip(sessions, times, strict=True):
+            started = time.perf_counter()
+            session.run(None, {"input": image})
+            own.append(1000 * (time.perf_counter() - started))
+        report("timing", i + 1, repeats + 1)
+    # The first call of each allocates.
+    return [statistics.median(own[1:]) for own in times]
+
+
+def listed(path: Path) -> tuple[str, list[list[str]]]:
+    """What a file of `quantize.onnx.save` or `quantize.save` has: its specification, and a line for every tensor.
+
+    A line: leaf or constant, type, bits, shape, scales, bytes.
+    """
+    if path.suffix == ".safetensors":
+        tree, spec = quantize.load(path)
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, quantize.QuantizedArray))
+        return spec.name, [_line_of(jax.tree_util.keystr(at, simple=True, separator="/"), x) for at, x in leaves]
+    found = quantize.onnx.inspect(path)
+    lines = [
+        _line(name, leaf.type, str(leaf.bits), leaf.shape, f"{leaf.num_scales:,}", leaf.num_bytes)
+        for name, leaf in found.quantized.items()
+    ]
+    lines += [_line(name, x.type, "", x.shape, "", x.num_bytes) for name, x in found.others.items()]
+    return "floating point" if found.spec is None else found.spec.name, lines
+
+
+def _line_of(name: str, x: Any) -> list[str]:
+    """The line of a leaf of a safetensors file, whose codes take their bit width."""
+    if not isinstance(x, quantize.QuantizedArray):
+        return _line(name, x.dtype.name, "", x.shape, "", x.nbytes)
+    zeros = 0 if x.zero_point is None else x.zero_point.nbytes
+    num_bytes = -(-x.codes.size * x.bits // 8) + x.scale.nbytes + zeros
+    return _line(name, f"packed {x.bits} bit", str(x.bits), x.codes.shape, f"{x.scale.size:,}", num_bytes)
+
+
+def _line(name: str, kind: str, bits: str, shape: Sequence[int], scales: str, num_bytes: int) -> list[str]:
+    return [name, kind, bits, " x ".join(map(str, shape)), scales, f"{num_bytes:,}"]
