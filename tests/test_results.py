@@ -51,6 +51,29 @@ def test_shown_tables_are_those_of_the_records(name, pages, tmp_path):
         assert table_below(ROOT / shown, lines[0]) == lines, shown
 
 
+def test_shown_cheaper_methods_after_noise_are_those_of_the_records(tmp_path):
+    names = {
+        "SGD": "SGD",
+        "MSAM": "MSAM",
+        "SAM (suppress 0.5)": "SAM, suppression 0.5",
+        "NSO": "NSO",
+        "HERO (perturb_from 0.75)": "HERO late",
+        "HERO (ascent_batch_size 16)": "HERO on a quarter",
+        "HERO (product difference)": "HERO by differences",
+    }
+    rows = archived("cifar10-cheap", tmp_path)
+    labels = {"accuracy": "last epoch", "at_best_validation": "chosen epoch", "memorized": "memorized"}
+    columns, lines = ["n", *labels.values()], []
+    for rate in (0.4, 0.8):
+        end = sections.at_end(rows[rows["noise"] == rate], labels)
+        for network, line in zip(names, tables.lines(tables.means(end), names, columns), strict=True):
+            lines.append([f"{100 * rate:g} %", names[network], *line[1:]])
+    made = tables.markdown(["labels altered", "method", *columns], lines, left=2).splitlines()
+    assert [line[2] for line in lines] == ["3"] * 14
+    assert table_below(ROOT / "results" / "cifar10-cheap" / "README.md", made[0]) == made
+    (tmp_path / "made").write_text("\n".join(made))
+
+
 def test_shown_differences_are_those_of_the_records(tmp_path):
     command = "--against " + " ".join(f'"{name}"' if " " in name else name for name in AGAINST)
     assert command in (ROOT / "docs" / "results.md").read_text()
