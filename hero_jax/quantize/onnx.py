@@ -231,7 +231,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
     try:
         return _contents(onnx, data)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason = _reason(error).removeprefix("ValueError: ")
+        reason = _reason(error).removeprefix("ArgumentError: ")
         raise ArgumentError(f"`inspect(path=...)` must be a file of `save`; {os.fspath(path)!r}: {reason}.") from None
 
 
@@ -383,19 +383,19 @@ def _bytes(onnx: Any, model: Any, opset: int, metadata: dict[str, str]) -> bytes
 
 
 def _contents(onnx: Any, data: bytes) -> Contents:
-    """What `inspect` gives, of a file's bytes; ValueError says what is wrong with them."""
+    """What `inspect` gives, of a file's bytes; the error says what is wrong with them."""
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:
-        raise ValueError("it is damaged, or no ONNX file") from error
+        raise ArgumentError("it is damaged, or no ONNX file") from error
     found = {x.key.removeprefix("hero_jax."): x.value for x in model.metadata_props}
     if found.get("format") != FORMAT:
-        raise ValueError("it is of something else")
+        raise ArgumentError("it is of something else")
     if found.get("version") != VERSION:
-        raise ValueError(f"it has version {found.get('version')!r}; this hero_jax reads {VERSION!r}")
+        raise ArgumentError(f"it has version {found.get('version')!r}; this hero_jax reads {VERSION!r}")
     digest = found.get("sha256", "")
     if hashlib.sha256(data.replace(digest.encode(), _NO_DIGEST.encode(), 1)).hexdigest() != digest:
-        raise ValueError("its checksum does not match; it is damaged")
+        raise ArgumentError("its checksum does not match; it is damaged")
     constants = {
         x.name: Constant(onnx.helper.tensor_dtype_to_np_dtype(x.data_type).name, tuple(x.dims), len(x.raw_data))
         for x in model.graph.initializer
