@@ -37,6 +37,13 @@ logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tenso
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
+class _Manager(ocp.CheckpointManager):
+    """One that does not ask JAX's preemption service, which is off: signals are ours."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """Those of one run folder, to be read; with `keep` the last so many are kept, and this process writes them."""
 
@@ -53,7 +60,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
             )
         # What a checkpoint is does not depend on what the last one looks like.
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             (run / "checkpoint").absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
