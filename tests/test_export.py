@@ -1,5 +1,6 @@
 """`experiments.export`: a saved run as ONNX files, its table, its section of a report, what is in a file."""
 
+import io
 import json
 import shutil
 import sys
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import cli, export, report, train
+from experiments.analysis import tables
+from experiments.analysis.deployment import cells
 from experiments.config import resolve
 from experiments.measure import deployment
 from experiments.measure.deployment import ExportConfig
@@ -72,6 +75,13 @@ def test_the_table_has_the_rows(exported):
     assert f"| 2 | uint2 | {record['rows'][3]['num_bytes'] / 1024:,.1f} |" in text
     assert "Accuracy in percent on 364 images by onnxruntime" in text
     assert "channel-asymmetric, nearest" in text
+
+
+def test_the_table_fits_eighty_columns(exported):
+    output = io.StringIO()
+    cli.Console(width=80, file=output).print(tables.terminal(*cells(exported[1]["rows"]), "a run"))
+    assert "unpacked" in output.getvalue()
+    assert "\u2026" not in output.getvalue()
 
 
 def test_the_report_has_a_section(exported, run, tmp_path):

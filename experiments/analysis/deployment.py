@@ -9,7 +9,7 @@ from experiments.analysis import page, sections
 from experiments.analysis.tidy import read_record
 from experiments.measure.deployment import Exported, ExportRecord
 
-HEADER = ["bits", "type", "KiB", "ideal KiB", "accuracy", "in JAX", "difference", "ms", "ms unpacked"]
+HEADER = ["bits", "type", "KiB", "ideal", "accuracy", "JAX", "off by", "ms", "unpacked"]
 
 
 def cells(rows: Sequence[Exported]) -> tuple[list[str], list[list[str]]]:
@@ -29,10 +29,11 @@ def told(record: ExportRecord) -> str:
     config, flipped = record["config"], sum(row["flipped"] for row in record["rows"])
     return (
         f"Accuracy in percent on {record['images']:,} images by onnxruntime {record['onnxruntime']}, and in JAX, with"
-        f" weights {config['spec']}, {config['step']}. Predictions that differ: {flipped}. Difference: the largest of"
-        " the logits, in units of the largest logit. Ideal: codes of exactly so many bits and the other weights as they"
-        f" are, without scales and graph. Milliseconds: median of {config['repeats']} calls with one image, threads:"
-        f" {config['threads']}; unpacked: weights are unpacked when the file is opened, not at every call."
+        f" weights {config['spec']}, {config['step']}. Predictions that differ: {flipped}. Off by: the largest"
+        " difference of a logit, in units of the largest logit. Ideal: KiB with codes of exactly so many bits and the"
+        " other weights as they are, without scales and graph. ms: median of"
+        f" {config['repeats']} calls with one image, threads: {config['threads']}; unpacked: ms where weights are"
+        " unpacked when the file is opened, not at every call."
     )
 
 
