@@ -112,6 +112,48 @@ class TestActivations:
         logits = linen.quantized_activations(apply, {"head": ranges["head"]}, 4)(variables, x)
         assert jnp.abs(logits - exact).max() <= 0.5001 * (high - low) / 15
 
+    def test_inputs_and_batch_norms_against_the_formula(self):
+        """A Dense, its BatchNorm, a relu and another Dense, by hand."""
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = nn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(6, name="first")(x))
+                return nn.Dense(3, name="second")(inputs=nn.relu(x))
+
+        x = jax.random.normal(jax.random.key(0), (20, 4))
+        variables = jax.tree.map(lambda a: a + 0.3, Net().init(jax.random.key(1), x))
+        pairs = linen.batch_norm_pairs(Net().apply, variables, x)
+        ranges = linen.activation_ranges(Net().apply, variables, [x[:9], x[9:]], pairs=pairs, inputs=True)
+        assert set(ranges) == {"first:inputs", "norm", "second:inputs", "second"}
+        assert ranges.left_out == {}
+
+        first, second = (variables["params"][name] for name in ("first", "second"))
+        norm, stats = variables["params"]["norm"], variables["batch_stats"]["norm"]
+
+        def forward(x, rounded):
+            y = rounded("first:inputs", x) @ first["kernel"] + first["bias"]
+            y = (y - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * norm["scale"] + norm["bias"]
+            y = rounded("second:inputs", np.maximum(rounded("norm", y), 0))
+            return rounded("second", y @ second["kernel"] + second["bias"])
+
+        seen = {}
+        forward(x, lambda key, y: seen.setdefault(key, y))
+        for key, y in seen.items():
+            np.testing.assert_allclose(ranges[key], (min(0, y.min()), max(0, y.max())), rtol=1e-5)
+        given = {key: ranges[key] for key in ("first:inputs", "norm", "second:inputs")}
+
+        def nearest_level(key, y):
+            if key not in given:
+                return y
+            low, high = (float(end) for end in given[key])
+            step = (high - low) / 15
+            levels = (np.arange(16) - np.round(-low / step)) * step
+            return levels[np.abs(np.asarray(y)[..., None] - levels).argmin(-1)]
+
+        found = linen.quantized_activations(Net().apply, given, 4)(variables, x)
+        np.testing.assert_allclose(found, forward(x, nearest_level), rtol=1e-4, atol=1e-5)
+
     def test_errors(self, network):
         apply, variables, x = network
         with pytest.raises(ValueError, match="at least one batch"):

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -28,8 +28,8 @@ from jax.core import Tracer
 
 from hero_jax import _tree, errors
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize import _grid
-from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
+from hero_jax.quantize import _grid, _plan
+from hero_jax.quantize.spec import MAX_BITS, MIN_BITS
 
 __all__ = [
     "BatchNormPair",
@@ -48,7 +48,6 @@ PyTree = Any
 Apply = Callable[[PyTree, Any], Any]
 Interceptor = Callable[[nn.Module, str, Any, Any], Any]
 
-_ACTIVATIONS = QuantSpec("tensor", "full", symmetric=False)
 # Layers whose outputs are linear in their kernel, which they use as it is; a subclass may standardise it.
 _LINEAR = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 # Layers whose outputs are rounded.
@@ -111,7 +110,12 @@ class BiasCorrection:
 
 
 def activation_ranges(
-    apply_fn: Apply, variables: PyTree, batches: Iterable[Any]
+    apply_fn: Apply,
+    variables: PyTree,
+    batches: Iterable[Any],
+    *,
+    pairs: Mapping[str, BatchNormPair] | None = None,
+    inputs: bool = False,
 ) -> Calibration[tuple[jax.Array, jax.Array]]:
     """Measures the range of every layer's outputs over calibration batches.
 
@@ -120,6 +124,9 @@ def activation_ranges(
     Args:
       apply_fn, variables: the network; see the top of this module.
       batches: inputs, a few hundred examples in all.
+      pairs: what `batch_norm_pairs` returned, or some of it: instead of the outputs of these layers, those of the
+        BatchNorm after each, by path of the BatchNorm.
+      inputs: True: also the range of every layer's inputs, by path of the module and ":inputs".
 
     Returns:
       By path of the module, (lowest, highest) of its outputs, 0 included.
@@ -131,18 +138,24 @@ def activation_ranges(
 
     Source: Jacob et al., CVPR 2018, section 3 (static ranges from calibration data).
     """
+    pairs = {} if pairs is None else pairs
+    norms = {pair.path for pair in pairs.values()}
 
     @jax.jit
-    def measure(variables: PyTree, inputs: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def measure(variables: PyTree, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
         seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
-        def watch(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
-            low, high = seen.get(path, (jnp.zeros(()), jnp.zeros(())))
-            outputs_wide = _tree.wide(outputs)
-            seen[path] = jnp.minimum(low, outputs_wide.min()), jnp.maximum(high, outputs_wide.max())
-            return outputs
+        def note(key: str, values: jax.Array) -> jax.Array:
+            low, high = seen.get(key, (jnp.zeros(()), jnp.zeros(())))
+            wide = _tree.wide(values)
+            seen[key] = jnp.minimum(low, wide.min()), jnp.maximum(high, wide.max())
+            return values
 
-        _watched(apply_fn, watch, variables, inputs)
+        def watch(module: nn.Module, path: str, given: Any, outputs: Any) -> Any:
+            return outputs if path in pairs else note(path, outputs)
+
+        before = (lambda path, given: note(path + _plan.INPUTS, given)) if inputs else None
+        _watched(apply_fn, watch, variables, batch, norms=norms, before=before)
         return seen
 
     def merge(a: Any, b: Any) -> Any:
@@ -150,7 +163,8 @@ def activation_ranges(
 
     ranges = functools.reduce(merge, _over(batches, functools.partial(measure, variables)))
     params = _flat(variables.get("params", {}))
-    covered = {_join(path, name) for path in ranges for name in ("kernel", "bias")}
+    layers = {*ranges, *(path for path, pair in pairs.items() if pair.path in ranges)}
+    covered = {_join(path, name) for path in layers for name in ("kernel", "bias")}
     return Calibration(ranges, _left_out(params, covered, {}))
 
 
@@ -163,7 +177,8 @@ def quantized_activations(
 
     Args:
       apply_fn: the network.
-      ranges: what `activation_ranges` returned; modules that are not in it are left alone.
+      ranges: what `activation_ranges` returned, or some of it: outputs of layers and BatchNorms, and inputs of layers.
+        What is not in it is left alone.
       bits: integer in 2..16, may be traced.
 
     Returns:
@@ -173,15 +188,21 @@ def quantized_activations(
     """
     errors.integer("quantized_activations(bits=...)", bits, low=MIN_BITS, high=MAX_BITS)
 
-    def rounded(module: nn.Module, path: str, inputs: Any, outputs: Any) -> Any:
-        if path not in ranges:
-            return outputs
-        low, high = (jnp.asarray(x).reshape((1,) * outputs.ndim) for x in ranges[path])
-        scale, zero_point = _grid.affine(low, high, bits, _ACTIVATIONS)
-        codes = _grid.encode(outputs, scale, zero_point, bits, _ACTIVATIONS)
-        return _grid.decode(codes, scale, zero_point).astype(outputs.dtype)
+    def rounded(key: str, values: jax.Array) -> jax.Array:
+        if key not in ranges:
+            return values
+        low, high = (jnp.asarray(x).reshape((1,) * values.ndim) for x in ranges[key])
+        scale, zero_point = _grid.affine(low, high, bits, _grid.ACTIVATIONS)
+        codes = _grid.encode(values, scale, zero_point, bits, _grid.ACTIVATIONS)
+        return _grid.decode(codes, scale, zero_point).astype(values.dtype)
 
-    return lambda variables, inputs: _watched(apply_fn, rounded, variables, inputs)
+    def before(path: str, given: jax.Array) -> jax.Array:
+        return rounded(path + _plan.INPUTS, given)
+
+    def watch(module: nn.Module, path: str, given: Any, outputs: Any) -> Any:
+        return rounded(path, outputs)
+
+    return lambda variables, inputs: _watched(apply_fn, watch, variables, inputs, norms=ranges, before=before)
 
 
 def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> Calibration[BatchNormPair]:
@@ -631,19 +652,34 @@ def _linear(module: nn.Module, kernel: jax.Array, inputs: Any, **changes: Any) -
     return other.apply({"params": {"kernel": kernel}}, _tree.wide(inputs))
 
 
-def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any) -> Any:
-    """`apply_fn(variables, inputs)`, each layer giving `watch(module, path, inputs, outputs)` instead."""
+def _watched(
+    apply_fn: Apply,
+    watch: Interceptor,
+    variables: PyTree,
+    inputs: Any,
+    *,
+    norms: Container[str] = (),
+    before: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """`apply_fn(variables, inputs)`, each layer giving `watch(module, path, inputs, outputs)` instead.
+
+    So does each BatchNorm whose path is in `norms`. Layers are given `before(path, inputs)` in place of their inputs.
+    """
     _check_plain(apply_fn)
     seen, is_watching, trace = 0, False, tracers.current_trace()
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal seen, is_watching
         module, path = context.module, "/".join(context.module.path)
+        is_layer = isinstance(module, _LAYERS)
+        is_meant = is_layer or (isinstance(module, nn.BatchNorm) and path in norms)
         # What `watch` calls is not watched.
-        if context.method_name != "__call__" or not isinstance(module, _LAYERS) or is_watching:
+        if context.method_name != "__call__" or not is_meant or is_watching:
             return next_fun(*args, **kwargs)
         if tracers.current_trace() != trace:
             _refuse({path: _INSIDE})
+        if is_layer and before:
+            args, kwargs = _with_inputs(args, kwargs, before(path, _inputs(args, kwargs)))
         outputs = next_fun(*args, **kwargs)
         seen, is_watching = seen + 1, True
         try:
@@ -660,6 +696,13 @@ def _watched(apply_fn: Apply, watch: Interceptor, variables: PyTree, inputs: Any
 
 def _inputs(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["x" if "x" in kwargs else "inputs"]
+
+
+def _with_inputs(args: Any, kwargs: Any, inputs: Any) -> tuple[Any, Any]:
+    """The arguments of a call with other inputs."""
+    if args:
+        return (inputs, *args[1:]), kwargs
+    return args, {**kwargs, "x" if "x" in kwargs else "inputs": inputs}
 
 
 def _join(path: str, name: str) -> str:
