@@ -370,6 +370,133 @@ class TestProducts:
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-3 * np.abs(expected).max())
 
 
+@pytest.fixture(scope="module")
+def rounded(trained):
+    """A trained network with BatchNorm folded, and the ranges of inputs and outputs of its layers."""
+    apply_fn, variables, (images, labels) = trained
+    pairs = quantize_linen.batch_norm_pairs(apply_fn, variables, images)
+    variables = quantize_linen.fold_batch_norm(variables, pairs)
+    ranges = quantize_linen.activation_ranges(apply_fn, variables, [images[:300]], pairs=pairs, inputs=True)
+    return apply_fn, variables, ranges, images, labels
+
+
+class TestActivations:
+    """8 bits for inputs and outputs of layers, and what onnxruntime makes of the pairs."""
+
+    @pytest.mark.parametrize(("spec", "bits"), [("narrow", 3), ("asymmetric", 8)])
+    def test_logits_are_those_of_the_simulated_network(self, rounded, spec, bits, tmp_path):
+        apply_fn, variables, ranges, images, labels = rounded
+        saved = save(
+            tmp_path / "a.onnx", apply_fn, variables, images[:1], bits=bits, spec=named(spec), activations=ranges
+        )
+        assert {leaf.type for leaf in saved.quantized.values()} == {"uint8"}
+        params = quantize.fake_quantize(variables["params"], bits, named(spec))
+        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
+        expected = np.asarray(jax.jit(simulated)({**variables, "params": params}, images))
+        exact = np.asarray(jax.jit(apply_fn)({**variables, "params": params}, images))
+        size = np.abs(expected).max()
+
+        # As the file says. What differs is an image with a value in the middle between two levels.
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+        off = np.abs(session.run(None, {"input": images})[0] - expected).max(1) / size
+        assert np.mean(off < 3e-6) > 0.9
+        assert off.max() < 0.03
+
+        # With integers: sums are exact, their scales and biases rounded in other places.
+        logits = run(tmp_path / "a.onnx", images)
+        error, of_rounding = (np.sqrt(np.mean((x - expected) ** 2)) for x in (logits, exact))
+        assert 0 < error < of_rounding
+        assert np.abs(logits - expected).max() < 0.06 * size
+        assert np.mean(logits.argmax(1) == expected.argmax(1)) > 0.97
+        assert abs(np.mean(logits.argmax(1) == labels) - np.mean(expected.argmax(1) == labels)) < 0.01
+
+    def test_onnxruntime_computes_with_integers(self, rounded, tmp_path):
+        apply_fn, variables, ranges, images, _ = rounded
+        saved = save(tmp_path / "a.onnx", apply_fn, variables, images[:1], bits=8, activations=ranges)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = os.fspath(tmp_path / "optimized.onnx"), 3
+        onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+        made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        # All but the last layer, whose outputs are those of the network.
+        layers = [name for name in saved.quantized if name.endswith("kernel")]
+        assert made.count("QLinearConv") + made.count("QGemm") == len(layers) - 1
+        assert made.count("Gemm") == 1
+        assert not {"Conv", "FusedConv", "BatchNormalization"} & set(made)
+        assert "head" in ranges
+        assert "head" not in saved.activations
+        assert {key for key in ranges if key.endswith(":inputs")} <= set(saved.activations)
+
+    def test_outputs_alone(self, tmp_path):
+        """The ranges of `activation_ranges` as they are by default, of a network without relu."""
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dense(4, name="second")(jnp.tanh(nn.Dense(6, name="first")(x)))
+
+        x = jax.random.normal(KEY, (30, 5))
+        variables = Net().init(KEY, x)
+        ranges = quantize_linen.activation_ranges(Net().apply, variables, [x])
+        saved = save(tmp_path / "a.onnx", Net().apply, variables, x, bits=4, activations=ranges)
+        low, high = map(float, ranges["first"])
+        assert saved.activations == {"first": (low, high)}
+        assert inspect(tmp_path / "a.onnx").activations == saved.activations
+        params = quantize.fake_quantize(variables["params"], 4)
+        simulated = quantize_linen.quantized_activations(Net().apply, saved.activations, 8)
+        expected, found = simulated({"params": params}, x), run(tmp_path / "a.onnx", x)
+        assert np.mean(np.abs(found - expected).max(1) < 3e-6) > 0.9
+        assert np.abs(found - expected).max() < 0.02
+        assert np.abs(Net().apply({"params": params}, x) - expected).max() > 1e-4
+
+    def test_a_batch_norm_that_is_not_folded_stays(self, digits, tmp_path):
+        apply_fn, images = NETWORKS["resnet"].apply, digits[0][:300]
+        variables = jax.tree.map(lambda x: x + 0.1, jax.jit(NETWORKS["resnet"].init)(KEY, images[:1]))
+        pairs = quantize_linen.batch_norm_pairs(apply_fn, variables, images)
+        ranges = quantize_linen.activation_ranges(apply_fn, variables, [images], pairs=pairs, inputs=True)
+        saved = save(tmp_path / "a.onnx", apply_fn, variables, images, bits=8, activations=ranges)
+        made = [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
+        assert made.count("BatchNormalization") == len(pairs)
+        params = quantize.fake_quantize(variables["params"], 8)
+        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
+        expected = np.asarray(jax.jit(simulated)({**variables, "params": params}, images))
+        found = run(tmp_path / "a.onnx", images)
+        assert np.abs(found - expected).max() < 0.06 * np.abs(expected).max()
+
+    def test_attention(self, tmp_path):
+        """Kernels of three axes, biases of two: added behind a reshape."""
+        net, x = nn.MultiHeadDotProductAttention(2), jax.random.normal(KEY, (30, 5, 8))
+        apply_fn = lambda v, x: net.apply(v, x, x)  # noqa: E731
+        variables = jax.tree.map(lambda a: a + 0.1, net.init(KEY, x, x))
+        ranges = quantize_linen.activation_ranges(apply_fn, variables, [x], inputs=True)
+        mask = lambda tree: jax.tree.map(lambda a: a.ndim == 3, tree)  # noqa: E731
+        saved = save(tmp_path / "a.onnx", apply_fn, variables, x, bits=8, mask=mask, activations=ranges)
+        assert len(saved.activations) == 7
+        params = quantize.fake_quantize(variables["params"], 8, mask=mask)
+        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
+        expected = simulated({"params": params}, x)
+        found = run(tmp_path / "a.onnx", x)
+        assert np.sqrt(np.mean((found - expected) ** 2)) < 0.002 * np.abs(expected).max()
+
+    def test_refused(self, tmp_path):
+        net, x = nn.Dense(4), jnp.ones((2, 6))
+        variables = {"params": MATRIX}
+        for ranges, message in (
+            ({"layer": (0.0, 1.0)}, "must name layers of the graph; it has no 'layer'"),
+            ({":inputs": (0.0, jnp.nan)}, "must be finite ranges that hold 0 and more; got 0 to nan for ':inputs'"),
+            ({":inputs": (0.0, 0.0)}, "must be finite ranges that hold 0 and more; got 0 to 0"),
+            ({":inputs": (0.5, 1.0)}, "must be finite ranges that hold 0 and more; got 0.5 to 1"),
+        ):
+            with pytest.raises(ArgumentError, match=r"`save\(activations=...\)` " + message):
+                save(tmp_path / "a.onnx", net.apply, variables, x, bits=4, activations=ranges)
+        for bits, storage in ((9, (2, 4, 8, 16)), (4, (4, 16))):
+            with pytest.raises(ArgumentError, match="must have integers that hold the codes"):
+                save(tmp_path / "a.onnx", net.apply, variables, x, bits=bits, storage=storage,
+                     activations={":inputs": (0.0, 1.0)})  # fmt: skip
+        assert not list(tmp_path.iterdir())
+
+
 class TestForm:
     """One DequantizeLinear, by the reference evaluator of onnx, for scales in any layout."""
 

@@ -13,6 +13,7 @@ block of entries of an axis at every position of the others ("blocked").
 from __future__ import annotations
 
 import dataclasses
+import graphlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -169,9 +170,27 @@ def nodes(graph: Any) -> Iterator[Any]:
     """The nodes of a graph, and those of the graphs inside them."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from nodes(inner)
+        yield from _within(node)
+
+
+def _within(node: Any) -> Iterator[Any]:
+    """The nodes of the graphs inside a node."""
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            yield from nodes(inner)
+
+
+def sort(graph: Any) -> None:
+    """Puts every node behind those whose outputs it has, also in the graphs inside it."""
+    body = list(graph.node)
+    made = {name: i for i, node in enumerate(body) for name in node.output}
+    sorter = graphlib.TopologicalSorter[int]()
+    for i, node in enumerate(body):
+        read = {name for each in (node, *_within(node)) for name in each.input}
+        sorter.add(i, *sorted({made[name] for name in read if name in made} - {i}))
+    order = list(sorter.static_order())
+    del graph.node[:]
+    graph.node.extend(body[i] for i in order)
 
 
 def prune(graph: Any) -> None:

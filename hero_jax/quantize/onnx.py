@@ -31,7 +31,7 @@ from jax.extend import core
 
 from hero_jax import errors
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize import _disk, _onnx, _plan, files
+from hero_jax.quantize import _activations, _disk, _onnx, _plan, files
 from hero_jax.quantize.spec import QuantSpec, from_fields
 from hero_jax.quantize.weights import QuantizedArray, quantize
 
@@ -74,12 +74,14 @@ class Saved(NamedTuple):
     opset: version of the operators that it needs: 21, or 25 with codes of 2 bits.
     quantized: {path: Leaf}.
     in_float: {path: bytes} of the other leaves of the tree that is quantized; the graph may have them merged.
+    activations: the ranges of inputs and outputs that are rounded, by the keys of `linen.activation_ranges`.
     """
 
     num_bytes: int
     opset: int
     quantized: dict[str, Leaf]
     in_float: dict[str, int]
+    activations: dict[str, tuple[float, float]]
 
 
 class Constant(NamedTuple):
@@ -96,11 +98,13 @@ class Contents(NamedTuple):
     spec: the `QuantSpec`; None where nothing is quantized.
     quantized: {path: Leaf}, as `save` gave them.
     others: {name in the graph: Constant}.
+    activations: the ranges of inputs and outputs that are rounded to 8 bits, as `save` gave them.
     """
 
     spec: QuantSpec | None
     quantized: dict[str, Leaf]
     others: dict[str, Constant]
+    activations: dict[str, tuple[float, float]]
 
 
 def save(
@@ -113,11 +117,16 @@ def save(
     spec: QuantSpec = QuantSpec(),
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     storage: Sequence[int] = STORAGE,
+    activations: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Writes a network with quantized weights to an ONNX file.
 
     Its outputs are those of `apply_fn` with the weights of `fake_quantize(params, bits, spec)`, up to the rounding of
     sums in another order. The first axis of inputs and outputs is the batch and has any length.
+
+    With `activations` they are those of `linen.quantized_activations(apply_fn, saved.activations, 8)` with these
+    weights, but where such rounding moves a value over the middle between two levels, which makes it another level. For
+    a runtime to compute with integers, give the ranges of inputs and outputs, and fold BatchNorm first.
 
     Args:
       path: the file, which must not exist; its folder must.
@@ -132,13 +141,18 @@ def save(
       spec, mask: as in `quantize`; with `bits=None`, what that function was given.
       storage: bit widths that integers of the file may have. A leaf takes the smallest that holds its codes: 3 bits
         take 4. For a runtime without integers of 2 bits: `(4, 8, 16)`.
+      activations: what `linen.activation_ranges` returned, or some of it: these inputs and outputs are rounded to 8
+        bits. Codes of weights are then of 8 bits without a sign, for any `bits` up to 8 and any grid: with signed ones
+        x86 processors without VNNI instructions overflow. Outputs that go to rounded inputs alone, directly or through
+        relu and max pooling, are left as they are, and those of the network.
 
     Returns:
       `Saved`.
 
     Raises:
       ArgumentError: what `quantize` raises; a weight that does not appear in the graph (named), is not finite, or whose
-        codes no integer of `storage` holds; a network that jax2onnx cannot convert, with the operation and the layer.
+        codes no integer of `storage` holds; a network that jax2onnx cannot convert, with the operation and the layer;
+        a range that is not finite or of no layer in the graph.
       TypeError: quantized weights of a type other than float32, float16 and bfloat16.
       FileExistsError: something is at `path`. FileNotFoundError: its folder is not there.
       ImportError: jax2onnx or onnx is not installed.
@@ -184,28 +198,40 @@ def save(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ArgumentError(f"`save(variables=...)` must have leaves of different paths; two are {twice[0]!r}.")
     weights = {name: q for name, q in zip(names, leaves, strict=True) if _is_quantized(q)}
-    kinds = {name: _kind(name, q, spec, storage) for name, q in weights.items()}
-    _check_finite(zip(names, leaves, strict=True))
+    ranges = {} if activations is None else activations
+    kinds = {name: _kind(name, q, spec, storage, is_integer=bool(ranges)) for name, q in weights.items()}
+    grids = _activations.grids(ranges)
     others = {name: x for name, x in variables.items() if name != "params"} if has_params else {}
-    _check_finite(zip(_plan.paths_of(others), jax.tree.leaves(others), strict=True))
+    rest, rest_structure = jax.tree.flatten(others)
+    named = [*zip(names, leaves, strict=True), *zip(_plan.paths_of(others), rest, strict=True)]
+    _check_finite(named)
+    sought = _activations.leaves(ranges)
+    inner = weights | {name: x for name, x in named if name in sought and name not in weights}
 
     kind: Any = type(variables)
 
     def apply(inputs: Sequence[Any], given: Sequence[Any]) -> Any:
-        its = iter(given)
-        tree = structure.unflatten([next(its) if _is_quantized(x) else x for x in leaves])
-        return apply_fn(kind({**others, "params": tree}) if has_params else tree, *inputs)
+        its = dict(zip(inner, given, strict=True))
+        values = [its.get(name, x) for name, x in named]
+        tree = structure.unflatten(values[: len(leaves)])
+        stats = rest_structure.unflatten(values[len(leaves) :])
+        return apply_fn(kind({**stats, "params": tree}) if has_params else tree, *inputs)
 
     inputs = example if isinstance(example, tuple) else (example,)
     opset = OPSET_INT2 if any(kind.endswith("int2") for kind in kinds.values()) else OPSET
-    model = _converted(jax2onnx, apply, inputs, weights, opset)
-    quantized = _put(onnx, model, weights, kinds)
+    model = _converted(jax2onnx, apply, inputs, inner, opset)
+    quantized, values = _put(onnx, model.graph, weights, kinds, is_integer=bool(ranges))
+    values |= _keep(onnx, model.graph, {name: x for name, x in inner.items() if name not in weights})
+    rounded = _activations.place(onnx, model.graph, grids, values)
+    _onnx.sort(model.graph)
+    _onnx.prune(model.graph)
+    placed = {key: (float(ranges[key][0]), float(ranges[key][1])) for key in rounded}
     entries = {name: {"bits": q.bits, "shape": q.codes.shape} for name, q in weights.items()}
-    fields = {"spec": dataclasses.asdict(spec) if weights else None, "leaves": entries}
+    fields = {"spec": dataclasses.asdict(spec) if weights else None, "leaves": entries, "activations": placed}
     data = _bytes(onnx, model, opset, {name: json.dumps(x, default=lambda x: x.item()) for name, x in fields.items()})
     _disk.write(path, data)
     in_float = {name: np.asarray(x).nbytes for name, x in zip(names, leaves, strict=True) if name not in weights}
-    return Saved(len(data), opset, quantized, in_float)
+    return Saved(len(data), opset, quantized, in_float, placed)
 
 
 def inspect(path: str | os.PathLike[str]) -> Contents:
@@ -244,19 +270,22 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
-def _kind(name: str, q: QuantizedArray, spec: QuantSpec, storage: Sequence[int]) -> str:
-    """The type of a leaf's codes in the file; raises where the leaf has none, or contradicts itself."""
+def _kind(name: str, q: QuantizedArray, spec: QuantSpec, storage: Sequence[int], *, is_integer: bool) -> str:
+    """The type of a leaf's codes in the file; raises where the leaf has none, or contradicts itself.
+
+    is_integer: the layer is to be computed with integers.
+    """
     if not q.codes.size:
         raise ArgumentError(f"`save(variables=...)` must have entries; {name!r} has none: leave it out by `mask`.")
     if fault := files.contradiction(q, spec.symmetric):
         raise ArgumentError(f"`save(spec=...)` must be what the leaves were made by; {name!r} has {fault}.")
     if q.dtype not in WEIGHTS:
         raise TypeError(f"`save(variables=...)` must have weights of {', '.join(WEIGHTS)}; {name!r} has {q.dtype}.")
-    fits = [width for width in sorted(storage) if width >= q.bits]
+    fits = [width for width in sorted(storage) if width >= q.bits and (width == _activations.BITS or not is_integer)]
     if not fits:
         rule = "must have integers that hold the codes of every leaf"
         raise ArgumentError(f"`save(storage=...)` {rule}; got {tuple(storage)} and {q.bits} bits at {name!r}.")
-    return f"{'' if spec.symmetric else 'u'}int{fits[0]}"
+    return f"{'u' if is_integer or not spec.symmetric else ''}int{fits[0]}"
 
 
 def _check_finite(leaves: Iterable[tuple[str, Any]]) -> None:
@@ -267,10 +296,10 @@ def _check_finite(leaves: Iterable[tuple[str, Any]]) -> None:
 
 
 def _converted(
-    jax2onnx: Any, apply: Callable[..., Any], inputs: tuple[Any, ...], weights: dict[str, QuantizedArray], opset: int
+    jax2onnx: Any, apply: Callable[..., Any], inputs: tuple[Any, ...], inner: Mapping[str, Any], opset: int
 ) -> Any:
-    """The network as an ONNX model whose inputs are its inputs and, by their paths, its quantized weights."""
-    shapes = [jax.ShapeDtypeStruct(q.codes.shape, q.dtype) for q in weights.values()]
+    """The network as an ONNX model whose inputs are its inputs and, by their paths, some of its leaves."""
+    shapes = [jax.ShapeDtypeStruct((x.codes if _is_quantized(x) else x).shape, x.dtype) for x in inner.values()]
     for x in inputs:
         if not getattr(x, "shape", ()):
             raise ArgumentError(f"`save(example=...)` must have a first axis, the batch; got {errors.brief(x)}.")
@@ -292,7 +321,7 @@ def _converted(
                 [*symbolic, *shapes],
                 model_name="hero_jax",
                 opset=opset,
-                input_names=[*named("input", len(inputs)), *map(_input, weights)],
+                input_names=[*named("input", len(inputs)), *map(_input, inner)],
                 output_names=named("output", len(outputs)),
             )
     except Exception as error:
@@ -321,9 +350,14 @@ def _layer(jaxpr: Any, primitive: str) -> str:
     return ""
 
 
-def _put(onnx: Any, model: Any, weights: dict[str, QuantizedArray], kinds: dict[str, str]) -> dict[str, Leaf]:
-    """Puts integers in the place of the weights among the inputs of a model, and says what they are."""
-    graph, made, head = model.graph, {}, []
+def _put(
+    onnx: Any, graph: Any, weights: dict[str, QuantizedArray], kinds: dict[str, str], *, is_integer: bool
+) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """Puts integers in the place of the weights among the inputs of a graph.
+
+    Gives what they are, and the values in the graph that the weights are now.
+    """
+    made, values, head = {}, {}, []
     # Shapes and axes, not weights.
     whole = [x for x in graph.initializer if x.data_type == onnx.TensorProto.INT64]
     constants = {x.name: onnx.numpy_helper.to_array(x) for x in whole}
@@ -331,40 +365,71 @@ def _put(onnx: Any, model: Any, weights: dict[str, QuantizedArray], kinds: dict[
         if not any(_input(name) in node.input for node in _onnx.nodes(graph)):
             rule = "must use every quantized weight (or leave it out by `mask`)"
             raise ArgumentError(f"`save(apply_fn=...)` {rule}; {name!r} has no place in the graph.")
-        codes, scale = np.asarray(q.codes, np.int32), np.asarray(q.scale)
-        zeros = None if q.zero_point is None else np.asarray(q.zero_point, np.int32)
-        if zeros is not None:
-            codes, zeros = (x + 2 ** (q.bits - 1) for x in (codes, zeros))
-        value, weight = _onnx.settle(graph, _input(name), _onnx.Weight.of(codes, scale, zeros), constants)
+        value, weight = _onnx.settle(graph, _input(name), _weight(q, kinds[name], is_integer=is_integer), constants)
         weight, is_turned, is_blocked = _onnx.place(graph, value, weight)
-        form, size, kind = _onnx.form(weight, is_blocked=is_blocked), 0, np.dtype(jnp.dtype(kinds[name]))
-        parts = {"codes": form.codes, "scale": form.scale}
-        parts |= {} if form.zero_point is None else {"zero_point": form.zero_point}
-        for part, x in parts.items():
-            stored = np.asarray(x).astype(np.float32 if part == "scale" else kind)
-            if part != "scale" and np.any(stored.astype(np.int32) != x):
-                rule = f"must have codes and zero points of {q.bits} bits"
-                raise ArgumentError(f"`save(variables=...)` {rule}; {name!r} has others.")
-            graph.initializer.append(onnx.numpy_helper.from_array(stored, f"{name}.{part}"))
-            size += len(graph.initializer[-1].raw_data)
+        form = _onnx.form(weight, is_blocked=is_blocked)
+        parts = _tensors(onnx, name, q, kinds[name], form)
+        graph.initializer.extend(parts)
         options = {} if form.axis is None else {"axis": form.axis}
         options |= {"block_size": form.block} if form.block else {}
         steps = [("DequantizeLinear", options)]
         steps += [] if q.dtype == "float32" else [("Cast", {"to": getattr(onnx.TensorProto, q.dtype.upper())})]
         steps += [("Transpose", {"perm": (1, 0)})] if is_turned else []
-        inputs = [f"{name}.{part}" for part in parts]
+        inputs = [part.name for part in parts]
         for i, (operator, attributes) in enumerate(steps):
             output = value if i == len(steps) - 1 else f"{name}.{operator}"
             head.append(onnx.helper.make_node(operator, inputs, [output], f"{name}:{operator}", **attributes))
             inputs = [output]
-        made[name] = Leaf(q.bits, kinds[name], form.scale.size, size, q.codes.shape)
-    for x in [x for x in graph.input if x.name in set(map(_input, weights))]:
-        graph.input.remove(x)
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*head, *body])
-    _onnx.prune(graph)
+        made[name] = Leaf(q.bits, kinds[name], form.scale.size, sum(len(x.raw_data) for x in parts), q.codes.shape)
+        values[name] = value
+    _drop_inputs(graph, weights)
+    graph.node.extend(head)
+    return made, values
+
+
+def _weight(q: QuantizedArray, kind: str, *, is_integer: bool) -> _onnx.Weight:
+    """A leaf with the codes that the file has.
+
+    Without a sign they are moved up. For a layer that is computed with integers they are as long as their type, which
+    leaves the weights as they are: a runtime rounds the bias to multiples of the product of scales.
+    """
+    codes, scale = np.asarray(q.codes, np.int32), np.asarray(q.scale)
+    zeros = None if q.zero_point is None else np.asarray(q.zero_point, np.int32)
+    if kind.startswith("u"):
+        up = 2 ** (q.bits - 1)
+        codes, zeros = codes + up, np.full(scale.shape, up, np.int32) if zeros is None else zeros + up
+    if is_integer and zeros is not None:
+        by = 2 ** (_activations.BITS - q.bits)
+        codes, zeros, scale = codes * by, zeros * by, scale / np.float32(by)
+    return _onnx.Weight.of(codes, scale, zeros)
+
+
+def _tensors(onnx: Any, name: str, q: QuantizedArray, kind: str, form: _onnx.Form) -> list[Any]:
+    """Codes, scales and zero points of a leaf as constants of the graph."""
+    parts = {"codes": form.codes, "scale": form.scale}
+    parts |= {} if form.zero_point is None else {"zero_point": form.zero_point}
+    made = []
+    for part, x in parts.items():
+        stored = np.asarray(x).astype(np.float32 if part == "scale" else np.dtype(jnp.dtype(kind)))
+        if part != "scale" and np.any(stored.astype(np.int32) != x):
+            rule = f"must have codes and zero points of {q.bits} bits"
+            raise ArgumentError(f"`save(variables=...)` {rule}; {name!r} has others.")
+        made.append(onnx.numpy_helper.from_array(stored, f"{name}.{part}"))
     return made
+
+
+def _keep(onnx: Any, graph: Any, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Makes constants of leaves in floating point among the inputs of a graph, and gives the values that they are."""
+    for name, x in leaves.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(x), _input(name)))
+    _drop_inputs(graph, leaves)
+    return {name: _input(name) for name in leaves}
+
+
+def _drop_inputs(graph: Any, names: Iterable[str]) -> None:
+    dropped = set(map(_input, names))
+    for x in [x for x in graph.input if x.name in dropped]:
+        graph.input.remove(x)
 
 
 def _bytes(onnx: Any, model: Any, opset: int, metadata: dict[str, str]) -> bytes:
@@ -406,7 +471,11 @@ def _contents(onnx: Any, data: bytes) -> Contents:
         codes, scale, *_ = parts = [constants.pop(each) for each in names]
         size = sum(part.num_bytes for part in parts)
         quantized[name] = Leaf(entry["bits"], codes.type, math.prod(scale.shape), size, tuple(entry["shape"]))
-    return Contents(None if fields is None else from_fields(fields), quantized, constants)
+    activations = {key: (low, high) for key, (low, high) in json.loads(found["activations"]).items()}
+    for key in activations:
+        for part in _activations.Grid._fields:
+            constants.pop(f"{key}.{part}", None)
+    return Contents(None if fields is None else from_fields(fields), quantized, constants, activations)
 
 
 @contextmanager
