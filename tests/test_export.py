@@ -112,6 +112,27 @@ def test_rounding_by_outputs_gives_other_weights(run, exported, tmp_path):
     assert "channel-asymmetric, rounding" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_rounded_activations(run, tmp_path, capsys):
+    config = ExportConfig(bits=(8, 4), activations="int8", calibration=100, repeats=1)
+    export.main(run, config, out=tmp_path / "out")
+    rows = records.read(tmp_path / "out" / "export.json", deployment.ExportRecord)["rows"]
+    assert [row["types"] for row in rows] == ["float32", "uint8", "uint8"]
+    assert rows[0]["difference"] < 3e-6
+    for row in rows[1:]:
+        assert 3e-6 < row["difference"] < 0.05
+        assert row["flipped"] <= 0.02 * 364
+    found = quantize.onnx.inspect(tmp_path / "out" / "bits-4.onnx")
+    # The network takes pixels; the range is that of the layer.
+    assert set(found.activations) == {"dense1:inputs", "dense2:inputs", "head:inputs"}
+    assert not [name for name in found.others if "inputs" in name]
+    capsys.readouterr()
+    export.main(show=tmp_path / "out" / "bits-4.onnx")
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "head:inputs" in line]
+    low, high = found.activations["head:inputs"]
+    assert line == ["head:inputs", f"{low:.4g}", "to", f"{high:.4g}", "8", "1", "5"]
+    assert "rounded to 8 bits" in (tmp_path / "out" / "table.md").read_text()
+
+
 class TestShow:
     def test_onnx(self, exported, capsys):
         export.main(show=exported[0] / "bits-3.onnx")
@@ -183,6 +204,8 @@ class TestRefused:
             ({"bits": (1,)}, "`bits` must be an integer in 2..16"),
             ({"spec": "wide"}, "`spec` must be one of"),
             ({"storage": ()}, "`storage` must name at least one"),
+            ({"bits": (9,), "activations": "int8"}, r"`activations` int8 needs .* got bits \(9,\) and storage"),
+            ({"storage": (4,), "activations": "int8"}, r"`activations` int8 needs .* and storage \(4,\)"),
         ],
     )
     def test_settings(self, fields, message):

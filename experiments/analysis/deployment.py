@@ -27,9 +27,10 @@ def cells(rows: Sequence[Exported]) -> tuple[list[str], list[list[str]]]:
 def told(record: ExportRecord) -> str:
     """What the numbers of a table are."""
     config, flipped = record["config"], sum(row["flipped"] for row in record["rows"])
+    rounded = ", inputs and outputs of layers rounded to 8 bits" if config["activations"] == "int8" else ""
     return (
         f"Accuracy in percent on {record['images']:,} images by onnxruntime {record['onnxruntime']}, and in JAX, with"
-        f" weights {config['spec']}, {config['step']}. Predictions that differ: {flipped}. Off by: the largest"
+        f" weights {config['spec']}, {config['step']}{rounded}. Predictions that differ: {flipped}. Off by: the largest"
         " difference of a logit, in units of the largest logit. Ideal: KiB with codes of exactly so many bits and the"
         " other weights as they are, without scales and graph. ms: median of"
         f" {config['repeats']} calls with one image, threads: {config['threads']}; unpacked: ms where weights are"
@@ -42,5 +43,7 @@ def section(folders: Sequence[Path]) -> sections.Parts:
     for folder in folders:
         record = read_record(folder / "export.json", ExportRecord)
         header, lines = cells(record["rows"])
-        yield page.Heading(f"{record['run']}: {record['config']['spec']}, {record['config']['step']}")
+        config = record["config"]
+        kind = [config["spec"], config["step"], *(["int8 activations"] if config["activations"] == "int8" else [])]
+        yield page.Heading(f"{record['run']}: {', '.join(kind)}")
         yield page.Table(header, lines, told(record), left=2)

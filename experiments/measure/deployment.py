@@ -39,8 +39,11 @@ class ExportConfig:
     """Name of a quantizer: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
     step: Literal["nearest", "rounding"] = "nearest"
     """Round to nearest, or so that the outputs of each layer change least."""
+    activations: Literal["float32", "int8"] = "float32"
+    """int8: round inputs and outputs of the layers too, to ranges on training images, with BatchNorm folded; codes of
+    weights then have 8 bits in the file."""
     calibration: Count = 512
-    """Training images for the rounding."""
+    """Training images for the rounding and the ranges."""
     storage: tuple[Literal[2, 4, 8, 16], ...] = (2, 4, 8, 16)
     """Widths that integers in the files may have; 4 8 16 for a runtime without int2."""
     images: Count | Literal["all"] = "all"
@@ -57,6 +60,9 @@ class ExportConfig:
                 raise ArgumentError(f"`{name}` must name at least one.")
             check_once(name, getattr(self, name))
         quantize.named(self.spec)
+        if self.activations == "int8" and (max(self.bits) > 8 or 8 not in self.storage):
+            got = f"bits {self.bits} and storage {self.storage}"
+            raise ArgumentError(f"`activations` int8 needs `bits` of at most 8, and 8 in `storage`; got {got}.")
 
 
 @records.schema
@@ -107,30 +113,37 @@ def runtime() -> Any:
 def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, int, int], None]) -> list[Exported]:
     """Writes a file in floating point and one a bit width into a folder, and measures each."""
     test = run.test.first(number(config.images))
-    batches, forward = saved.batched(test.images), jax.jit(run.trainer.forward)
-    coded = _quantizer(config, run)
+    batches = saved.batched(test.images)
+    variables, ranges = _calibrated(config, run)
+    coded = _quantizer(config, run, variables)
+
+    @jax.jit
+    def forward(ranges: Any, variables: PyTree, images: Any) -> Any:
+        return linen.quantized_activations(run.trainer.forward, ranges, 8)(variables, images)
+
     rows, sessions = [], []
     for bits in (None, *config.bits):
         path = out / ("float32.onnx" if bits is None else f"bits-{bits}.onnx")
         line = functools.partial(report, path.name)
         line(0, len(batches) + 1)
-        params = run.variables["params"] if bits is None else coded(bits)
+        params = variables["params"] if bits is None else coded(bits)
         with files.on_disk(path):
             written = quantize.onnx.save(
                 path,
                 run.trainer.forward,
-                run.variables | {"params": params},
+                variables | {"params": params},
                 jax.ShapeDtypeStruct((1, *test.shape), test.images.dtype),
                 bits=None,
                 spec=quantize.named(config.spec),
                 storage=config.storage,
+                activations=None if bits is None else ranges,
             )
-        opened, given = _opened(path, config.threads), run.variables | {"params": quantize.dequantize(params)}
+        opened, given = _opened(path, config.threads), variables | {"params": quantize.dequantize(params)}
         sessions += [opened, _opened(path, config.threads, UNPACKED)]
         theirs, ours = [], []
         for i, images in enumerate(batches):
             theirs.append(opened.run(None, {"input": images})[0])
-            ours.append(np.asarray(forward(given, images)))
+            ours.append(np.asarray(forward(written.activations, given, images)))
             line(i + 2, len(batches) + 1)
         measured = _compared(np.concatenate(theirs), np.concatenate(ours), test.labels)
         rows.append({"bits": bits, "file": path.name, **_sizes(written), **measured})
@@ -140,12 +153,22 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
     return rows
 
 
-def _quantizer(config: ExportConfig, run: Saved) -> Callable[[int], PyTree]:
+def _calibrated(config: ExportConfig, run: Saved) -> tuple[PyTree, Any]:
+    """The variables that are quantized, and the ranges of what is rounded beside them."""
+    if config.activations == "float32":
+        return run.variables, None
+    batches = saved.batched(run.train.images)
+    pairs = linen.batch_norm_pairs(run.trainer.forward, run.variables, batches[0])
+    variables = linen.fold_batch_norm(run.variables, pairs)
+    return variables, linen.activation_ranges(run.trainer.forward, variables, batches, pairs=pairs, inputs=True)
+
+
+def _quantizer(config: ExportConfig, run: Saved, variables: PyTree) -> Callable[[int], PyTree]:
     """The codes of the network at a bit width."""
-    params, spec = run.variables["params"], quantize.named(config.spec)
+    params, spec = variables["params"], quantize.named(config.spec)
     if config.step == "nearest":
         return lambda bits: quantize.quantize(params, bits, spec)
-    grams = linen.input_grams(run.trainer.forward, run.variables, saved.batched(run.train.images))
+    grams = linen.input_grams(run.trainer.forward, variables, saved.batched(run.train.images))
     return lambda bits: rounding.quantized(params, bits, grams, spec)
 
 
@@ -197,7 +220,7 @@ def _milliseconds(
 def listed(path: Path) -> tuple[str, list[list[str]]]:
     """What a file of `quantize.onnx.save` or `quantize.save` has: its specification, and a line for every tensor.
 
-    A line: leaf or constant, type, bits, shape, scales, bytes.
+    A line: leaf, range of a rounded input or output, or constant; type, bits, shape, scales, bytes.
     """
     if path.suffix == ".safetensors":
         tree, spec = quantize.load(path)
@@ -208,6 +231,7 @@ def listed(path: Path) -> tuple[str, list[list[str]]]:
         _line(name, leaf.type, str(leaf.bits), leaf.shape, f"{leaf.num_scales:,}", leaf.num_bytes)
         for name, leaf in found.quantized.items()
     ]
+    lines += [_line(key, f"{low:.4g} to {high:.4g}", "8", (), "1", 5) for key, (low, high) in found.activations.items()]
     lines += [_line(name, x.type, "", x.shape, "", x.num_bytes) for name, x in found.others.items()]
     return "floating point" if found.spec is None else found.spec.name, lines
 
