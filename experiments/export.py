@@ -58,7 +58,7 @@ def main(
     installed = runtime().__version__
     with progress.bar() as display:
         report = progress.steps(display)
-        (loaded,) = load((run,), data_dir, report, config.calibration).values()
+        (loaded,) = load((run,), data_dir, report, config.calibration, all_test=True).values()
         out = out or run / "export"
         claims.claim(out, besides=OURS)
         # What a killed export left: one that is whole has its record, and is refused.

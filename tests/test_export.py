@@ -69,6 +69,15 @@ def test_accuracies_are_those_of_the_run_and_of_jax(exported, run):
     assert codes["head"]["kernel"].bits == 2
 
 
+def test_all_test_images_although_a_run_was_evaluated_on_some(tmp_path):
+    train.main(resolve(method="sgd", epochs=1, train_size=200, test_size=30), out=tmp_path / "run")
+    export.main(tmp_path / "run", ExportConfig(bits=(4,), repeats=1))
+    record = records.read(tmp_path / "run" / "export" / "export.json", deployment.ExportRecord)
+    assert record["images"] == 364
+    # A share of 364 images, not of 30.
+    assert (record["rows"][0]["accuracy"] * 364) % 1 == pytest.approx(0, abs=1e-6)
+
+
 def test_the_table_has_the_rows(exported):
     out, record = exported
     text = (out / "table.md").read_text()

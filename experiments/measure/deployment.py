@@ -47,7 +47,7 @@ class ExportConfig:
     storage: tuple[Literal[2, 4, 8, 16], ...] = (2, 4, 8, 16)
     """Widths that integers in the files may have; 4 8 16 for a runtime without int2."""
     images: Count | Literal["all"] = "all"
-    """Compare on this many test images, the first ones."""
+    """Compare on this many test images of the data set, the first ones; also where the run was evaluated on some."""
     threads: Count = 1
     """Threads of onnxruntime."""
     repeats: Count = 50

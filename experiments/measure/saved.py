@@ -37,8 +37,12 @@ def load(
     report: compiled.Report,
     images: int,
     alike: Callable[[TrainConfig], Hashable] = lambda config: config.replace(seed=0),
+    *,
+    all_test: bool = False,
 ) -> dict[Path, Saved]:
     """Runs by folder, with their first training images; those of which `alike` is the same share what is compiled.
+
+    all_test: with all test images of the data set, although a run was evaluated on some.
 
     Raises:
       ArgumentError: there is none, or they are of several data sets.
@@ -49,7 +53,7 @@ def load(
     programs: dict[Hashable, Saved] = {}
     splits: dict[TrainConfig, tuple[data.Split, data.Split | data.Stream]] = {}
     for folder in folders:
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, report)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, report, all_test=all_test)
         own = dataset.train.first(images), dataset.test
         # Labels that were altered are those of each seed; else the data are there once.
         if not config.labels.label_noise:

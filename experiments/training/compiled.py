@@ -210,17 +210,19 @@ def _stride(config: TrainConfig, name: str, rows: int) -> int:
 
 
 def load(
-    run: Path, data_dir: Path | None, report: Report | None = None
+    run: Path, data_dir: Path | None, report: Report | None = None, *, all_test: bool = False
 ) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
     """The configuration, the trainer, the last saved variables and the data of a run folder.
 
-    `report(what, done, total)` is called while a data set is decoded for the first time.
+    `report(what, done, total)` is called while a data set is decoded for the first time. all_test: with all test images
+    of the data set, although the run was evaluated on some.
     """
     saved = runs.load_variables(run)
     config = runs.config(run).on_one_device()
     name = config.task.dataset
     dataset = data.load(name, data_dir, None if report is None else functools.partial(report, f"decoding {name}"))
-    dataset = with_label_noise(config, subset(config, dataset))
+    evaluated = config.replace(test_size="all") if all_test else config
+    dataset = with_label_noise(config, subset(evaluated, dataset))
     trainer = build(config, dataset)
     made = jax.eval_shape(functools.partial(trainer.init, config.seed))
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (saved, runs.evaluated(made._asdict()))]
