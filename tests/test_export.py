@@ -51,6 +51,7 @@ def test_files_and_their_sizes(exported):
     kernels, others = 64 * 128 + 128 * 128 + 128 * 10, 4 * (128 + 128 + 10)
     assert [row["ideal_bytes"] for row in rows] == [others + kernels * bits / 8 for bits in (32, 8, 3, 2)]
     assert rows[1]["code_bytes"] == kernels + 5 * 266
+    assert [row["coded"] for row in rows] == [0, *3 * [pytest.approx(kernels / (kernels + others / 4))]]
     assert rows[3]["code_bytes"] == kernels / 4 + 4 * 266 + (32 + 32 + 3)
 
 
@@ -84,6 +85,7 @@ def test_the_table_has_the_rows(exported):
     assert f"| 2 | uint2 | {record['rows'][3]['num_bytes'] / 1024:,.1f} |" in text
     assert "Accuracy in percent on 364 images by onnxruntime" in text
     assert "channel-asymmetric, nearest" in text
+    assert "which are 99.0 percent of the parameters" in text
 
 
 def test_the_table_fits_eighty_columns(exported):

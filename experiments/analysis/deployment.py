@@ -28,9 +28,11 @@ def told(record: ExportRecord) -> str:
     """What the numbers of a table are."""
     config, flipped = record["config"], sum(row["flipped"] for row in record["rows"])
     rounded = ", inputs and outputs of layers rounded to 8 bits" if config["activations"] == "int8" else ""
+    coded = min(row["coded"] for row in record["rows"] if row["bits"] is not None)
     return (
         f"Accuracy in percent on {record['images']:,} images by onnxruntime {record['onnxruntime']}, and in JAX, with"
-        f" weights {config['spec']}, {config['step']}{rounded}. Predictions that differ: {flipped}. Off by: the largest"
+        f" weights {config['spec']}, {config['step']}, which are {100 * coded:.1f} percent of the parameters{rounded}."
+        f" Predictions that differ: {flipped}. Off by: the largest"
         " difference of a logit, in units of the largest logit. Ideal: KiB with codes of exactly so many bits and the"
         " other weights as they are, without scales and graph. ms: median of"
         f" {config['repeats']} calls with one image, threads: {config['threads']}; unpacked: ms where weights are"

@@ -69,7 +69,7 @@ class ExportConfig:
 class Exported(TypedDict):
     """A file: sizes in bytes, accuracies as fractions, times in milliseconds.
 
-    bits: None in floating point; types: of the codes, such as "int4".
+    bits: None in floating point; types: of the codes, such as "int4"; coded: share of the parameters that are codes.
     code_bytes: codes, scales and zero points; ideal_bytes: codes of exactly `bits` bits, other weights as they are.
     difference: the largest between logits of onnxruntime and of JAX, in units of the largest logit.
     flipped: images of which the two predict another class.
@@ -79,6 +79,7 @@ class Exported(TypedDict):
     bits: int | None
     file: str
     types: str
+    coded: float
     num_bytes: int
     code_bytes: int
     ideal_bytes: float
@@ -183,8 +184,10 @@ def _opened(path: Path, threads: int, *settings: tuple[str, str]) -> Any:
 
 def _sizes(written: quantize.onnx.Saved) -> dict[str, Any]:
     leaves = written.quantized.values()
+    codes, others = sum(math.prod(x.shape) for x in leaves), sum(written.in_float.values()) / 4
     return {
         "types": ", ".join(sorted({leaf.type for leaf in leaves})) or "float32",
+        "coded": codes / (codes + others),
         "num_bytes": written.num_bytes,
         "code_bytes": sum(leaf.num_bytes for leaf in leaves),
         "ideal_bytes": sum(written.in_float.values()) + sum(math.prod(x.shape) * x.bits / 8 for x in leaves),
