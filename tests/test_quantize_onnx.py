@@ -307,6 +307,12 @@ class TestOtherNetworks:
         saved = self.check(tmp_path, linear, MATRIX, jnp.ones((3, 6)), spec=QuantSpec(leaves=("*",)))
         assert set(saved.quantized) == {"kernel", "bias"}
 
+    def test_a_collection_with_the_paths_of_the_parameters(self, tmp_path):
+        a, b = (jax.random.normal(key, (6, 4)) for key in jax.random.split(KEY))
+        variables = {"params": {"aux": {"kernel": a}}, "aux": {"kernel": b}}
+        apply_fn = lambda v, x: x @ v["params"]["aux"]["kernel"] + x @ v["aux"]["kernel"]  # noqa: E731
+        self.check(tmp_path, apply_fn, variables, jax.random.normal(KEY, (3, 6)))
+
     def test_frozen_variables(self, tmp_path):
         net, x = nn.Dense(5), jax.random.normal(KEY, (3, 8))
         variables = freeze(net.init(KEY, x))
@@ -479,21 +485,114 @@ class TestActivations:
         found = run(tmp_path / "a.onnx", x)
         assert np.sqrt(np.mean((found - expected) ** 2)) < 0.002 * np.abs(expected).max()
 
+    def check(self, path, net, x, *, bits=8, spec=QuantSpec()):
+        """A network with random weights: as the file says, without optimizations."""
+        variables = net.init(KEY, x)
+        ranges = quantize_linen.activation_ranges(net.apply, variables, [x], inputs=True)
+        saved = save(path / "a.onnx", net.apply, variables, x, bits=bits, spec=spec, activations=ranges)
+        params = quantize.fake_quantize(variables["params"], bits, spec)
+        expected = quantize_linen.quantized_activations(net.apply, saved.activations, 8)({"params": params}, x)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        found = onnxruntime.InferenceSession(path / "a.onnx", options).run(None, {"input": np.asarray(x)})
+        for y, exact in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+            off = np.abs(y - exact).reshape(len(x), -1).max(1) / np.abs(exact).max()
+            assert np.mean(off < 3e-6) > 0.9
+            assert off.max() < 0.03
+        return saved
+
+    def test_a_layer_that_is_called_twice(self, tmp_path):
+        """Its outputs are rounded in both places, although one of them needs none."""
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                layer = nn.Dense(6, name="layer")
+                return layer(jnp.tanh(layer(x)))
+
+        saved = self.check(tmp_path, Net(), jax.random.normal(KEY, (30, 6)))
+        assert set(saved.activations) == {"layer", "layer:inputs"}
+
+    def test_an_output_of_the_network_in_the_middle(self, tmp_path):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = nn.Dense(6, name="first")(x)
+                y = nn.BatchNorm(use_running_average=True, use_bias=False, use_scale=False, epsilon=0, name="norm")(x)
+                return x, nn.Dense(3, name="second")(jnp.tanh(y))
+
+        x = jax.random.normal(KEY, (30, 6))
+        variables = Net().init(KEY, x)
+        for ranges in (None, {"second:inputs": (-1.0, 1.0)}):
+            path = tmp_path / f"{ranges is None}.onnx"
+            save(path, Net().apply, variables, x, bits=8, activations=ranges)
+            params = quantize.fake_quantize(variables["params"], 8)
+            apply_fn = quantize_linen.quantized_activations(Net().apply, ranges or {}, 8)
+            for found, expected in zip(run(path, x), apply_fn({**variables, "params": params}, x), strict=True):
+                assert np.abs(found - expected).max() < 0.02
+
+    def test_a_dense_layer_on_three_axes(self, tmp_path):
+        """A Reshape stands between the product and the relu."""
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dense(3, name="second")(nn.relu(nn.Dense(6, name="first")(x)))
+
+        saved = self.check(tmp_path, Net(), jax.random.normal(KEY, (30, 4, 6)))
+        assert "first" in saved.activations
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = os.fspath(tmp_path / "optimized.onnx"), 3
+        onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+        made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert made.count("QGemm") >= 1
+
+    @pytest.mark.parametrize("bits", [3, 8])
+    def test_scales_by_group(self, bits, tmp_path):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dense(3, name="second")(nn.relu(nn.Dense(6, name="first")(x)))
+
+        self.check(tmp_path, Net(), jax.random.normal(KEY, (30, 8)), bits=bits, spec=named("group2-narrow"))
+
+    def test_what_was_zero_throughout_is_left_out(self, tmp_path):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = jnp.tanh(nn.Dense(6, name="first", kernel_init=nn.initializers.zeros)(x))
+                return nn.Dense(3, name="second", bias_init=nn.initializers.ones)(x)
+
+        x, net = jax.random.normal(KEY, (30, 8)), Net()
+        ranges = quantize_linen.activation_ranges(net.apply, net.init(KEY, x), [x], inputs=True)
+        saved = save(tmp_path / "a.onnx", net.apply, net.init(KEY, x), x, bits=8, activations=ranges)
+        assert set(saved.activations) == {"first:inputs"}
+        np.testing.assert_array_equal(run(tmp_path / "a.onnx", x), np.ones((30, 3)))
+
     def test_refused(self, tmp_path):
         net, x = nn.Dense(4), jnp.ones((2, 6))
         variables = {"params": MATRIX}
         for ranges, message in (
-            ({"layer": (0.0, 1.0)}, "must name layers of the graph; it has no 'layer'"),
-            ({":inputs": (0.0, jnp.nan)}, "must be finite ranges that hold 0 and more; got 0 to nan for ':inputs'"),
-            ({":inputs": (0.0, 0.0)}, "must be finite ranges that hold 0 and more; got 0 to 0"),
-            ({":inputs": (0.5, 1.0)}, "must be finite ranges that hold 0 and more; got 0.5 to 1"),
+            ({"layer": (0.0, 1.0)}, "must name layers with a kernel .* as it is; 'layer' is none"),
+            ({":inputs": (0.0, jnp.nan)}, "must be finite ranges that hold 0; got 0 to nan for ':inputs'"),
+            ({":inputs": (0.5, 1.0)}, "must be finite ranges that hold 0; got 0.5 to 1"),
+            ({":inputs": 3.0}, r"must have pairs of numbers, \(lowest, highest\); got 3.0 for ':inputs'"),
         ):
             with pytest.raises(ArgumentError, match=r"`save\(activations=...\)` " + message):
                 save(tmp_path / "a.onnx", net.apply, variables, x, bits=4, activations=ranges)
+        with pytest.raises(TypeError, match="must be a mapping of ranges; got "):
+            save(tmp_path / "a.onnx", net.apply, variables, x, bits=4, activations=[(0.0, 1.0)])
         for bits, storage in ((9, (2, 4, 8, 16)), (4, (4, 16))):
-            with pytest.raises(ArgumentError, match="must have integers that hold the codes"):
+            with pytest.raises(
+                ArgumentError, match=rf"needs weights of at most 8 bits, .* got {bits} bits at 'kernel'"
+            ):
                 save(tmp_path / "a.onnx", net.apply, variables, x, bits=bits, storage=storage,
                      activations={":inputs": (0.0, 1.0)})  # fmt: skip
+        transposed = nn.ConvTranspose(3, (2, 2))
+        x = jnp.ones((1, 4, 4, 2))
+        with pytest.raises(ArgumentError, match=r"must name layers with a kernel .*; ':inputs' is none"):
+            save(tmp_path / "a.onnx", transposed.apply, transposed.init(KEY, x), x, bits=4,
+                 activations={":inputs": (0.0, 1.0)})  # fmt: skip
         assert not list(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ def cells(rows: Sequence[Exported]) -> tuple[list[str], list[list[str]]]:
 def told(record: ExportRecord) -> str:
     """What the numbers of a table are."""
     config, flipped = record["config"], sum(row["flipped"] for row in record["rows"])
-    rounded = ", inputs and outputs of layers rounded to 8 bits" if config["activations"] == "int8" else ""
+    rounded = ", inputs and outputs of layers rounded to 8 bits" if config.get("activations") == "int8" else ""
     coded = min(row["coded"] for row in record["rows"] if row["bits"] is not None)
     return (
         f"Accuracy in percent on {record['images']:,} images by onnxruntime {record['onnxruntime']}, and in JAX, with"
@@ -46,6 +46,6 @@ def section(folders: Sequence[Path]) -> sections.Parts:
         record = read_record(folder / "export.json", ExportRecord)
         header, lines = cells(record["rows"])
         config = record["config"]
-        kind = [config["spec"], config["step"], *(["int8 activations"] if config["activations"] == "int8" else [])]
+        kind = [config["spec"], config["step"], *(["int8 activations"] if config.get("activations") == "int8" else [])]
         yield page.Heading(f"{record['run']}: {', '.join(kind)}")
         yield page.Table(header, lines, told(record), left=2)

@@ -119,9 +119,10 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
     coded = _quantizer(config, run, variables)
 
     @jax.jit
-    def forward(ranges: Any, variables: PyTree, images: Any) -> Any:
+    def rounded(ranges: Any, variables: PyTree, images: Any) -> Any:
         return linen.quantized_activations(run.trainer.forward, ranges, 8)(variables, images)
 
+    plain = jax.jit(run.trainer.forward)
     rows, sessions = [], []
     for bits in (None, *config.bits):
         path = out / ("float32.onnx" if bits is None else f"bits-{bits}.onnx")
@@ -144,7 +145,8 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
         theirs, ours = [], []
         for i, images in enumerate(batches):
             theirs.append(opened.run(None, {"input": images})[0])
-            ours.append(np.asarray(forward(written.activations, given, images)))
+            ranged = written.activations
+            ours.append(np.asarray(rounded(ranged, given, images) if ranged else plain(given, images)))
             line(i + 2, len(batches) + 1)
         measured = _compared(np.concatenate(theirs), np.concatenate(ours), test.labels)
         rows.append({"bits": bits, "file": path.name, **_sizes(written), **measured})

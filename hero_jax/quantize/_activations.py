@@ -2,7 +2,7 @@
 
     y_hat = scale * (clip(round(y / scale) + z, 0, 255) - z)      one `QuantizeLinear`, one `DequantizeLinear`
 
-A layer is the node that multiplies by its kernel and, where that is another, the one that adds its bias. A runtime
+A layer is each node that multiplies by its kernel and, where that is another, the one that adds its bias. A runtime
 takes `DequantizeLinear -> layer -> relu -> QuantizeLinear` for one operator on integers. Therefore what is left of a
 folded BatchNorm, a shift, becomes a bias, and outputs that go nowhere but to rounded inputs are not rounded themselves.
 """
@@ -15,14 +15,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from hero_jax import errors
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid, _onnx, _plan
 
 BITS = 8
-_PRODUCTS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
-_SUMS = ("Add", "Conv", "ConvTranspose", "Gemm")
-# After these, values are still on the grid of the first input, which holds 0.
-_KEEP = (*_onnx.MOVES, "MaxPool", "Relu")
+# Before the path of a leaf of another collection than the parameters.
+OTHER = ":"
+STATS = f"{OTHER}batch_stats"
+_PRODUCTS = ("Conv", "Einsum", "Gemm", "MatMul")
+_SUMS = ("Add", "Conv", "Gemm")
+# After these, values are still on the grid of the first input, which holds 0. onnxruntime looks past them for the pair
+# behind a layer; past a Reshape it does not.
+_KEEP = ("Identity", "MaxPool", "Relu", "Transpose")
 # How far the factor of a folded BatchNorm is from 1: its variance is rounded.
 _FOLDED = 1e-6
 
@@ -46,17 +51,27 @@ class _Layer(NamedTuple):
         """That of the key of a range."""
         path = key.removesuffix(_plan.INPUTS)
         names = (f"{path}/{name}" if path else name for name in ("kernel", "bias", "mean"))
-        return cls(*names)._replace(mean=f"batch_stats/{path}/mean" if path else "batch_stats/mean")
+        kernel, bias, mean = names
+        return cls(kernel, bias, f"{STATS}/{mean}")
 
 
 def grids(ranges: Mapping[str, Any]) -> dict[str, Grid]:
-    """The grid of 8 bits of each range, (lowest, highest), by key."""
+    """The grid of 8 bits of each range, (lowest, highest), by key; 0 alone has none."""
+    if not isinstance(ranges, Mapping):
+        raise TypeError(f"`save(activations=...)` must be a mapping of ranges; got {errors.brief(ranges)}.")
     made = {}
-    for key, (low, high) in ranges.items():
-        ends = np.asarray([low, high], np.float32)
-        if not (np.isfinite(ends).all() and ends[0] <= 0 <= ends[1] and ends[0] < ends[1]):
-            rule = "must be finite ranges that hold 0 and more"
+    for key, given in ranges.items():
+        try:
+            low, high = given
+            ends = np.asarray([low, high], np.float32).reshape(2)
+        except (TypeError, ValueError):
+            rule = "must have pairs of numbers, (lowest, highest)"
+            raise ArgumentError(f"`save(activations=...)` {rule}; got {errors.brief(given)} for {key!r}.") from None
+        if not (np.isfinite(ends).all() and ends[0] <= 0 <= ends[1]):
+            rule = "must be finite ranges that hold 0"
             raise ArgumentError(f"`save(activations=...)` {rule}; got {ends[0]:g} to {ends[1]:g} for {key!r}.")
+        if ends[0] == ends[1]:
+            continue
         scale, zero_point = _grid.affine(jnp.asarray(ends[0]), jnp.asarray(ends[1]), BITS, _grid.ACTIVATIONS)
         made[key] = Grid(np.asarray(scale), np.asarray(zero_point + 2 ** (BITS - 1)).astype(np.uint8))
     return made
@@ -80,7 +95,8 @@ def place(onnx: Any, graph: Any, grids: Mapping[str, Grid], values: Mapping[str,
     places = {key: list(_places(graph, key, values)) for key in grids}
     for key, found in places.items():
         if not found:
-            raise ArgumentError(f"`save(activations=...)` must name layers of the graph; it has no {key!r}.")
+            rule = "must name layers with a kernel that the graph multiplies by as it is"
+            raise ArgumentError(f"`save(activations=...)` {rule}; {key!r} is none.")
     inputs = {key: found for key, found in places.items() if key.endswith(_plan.INPUTS)}
     outputs = {key: [node.output[0] for node, _ in found] for key, found in places.items() if key not in inputs}
     made: dict[tuple[str, bytes], str] = {}
@@ -94,15 +110,15 @@ def place(onnx: Any, graph: Any, grids: Mapping[str, Grid], values: Mapping[str,
             node.input[i] = made[same]
     # From here on nodes go: what was found above is found again, by its output.
     _merge_shifts(onnx, graph, {value for found in outputs.values() for value in found})
-    needed = {key: [value for value in found if _is_needed(graph, value)] for key, found in outputs.items()}
-    for key, found in needed.items():
-        for value in found:
+    needed = [key for key, found in outputs.items() if any(_is_needed(graph, value) for value in found)]
+    for key in needed:
+        for value in outputs[key]:
             node = _maker(graph, value)
             node.output[list(node.output).index(value)] = f"{value}.exact"
             _pair(onnx, graph, f"{value}.exact", value, key)
     for key, grid in grids.items():
         graph.initializer.extend(map(onnx.numpy_helper.from_array, grid, _constants(key)))
-    return [key for key in grids if key in inputs or needed[key]]
+    return [key for key in grids if key in inputs or key in needed]
 
 
 def _places(graph: Any, key: str, values: Mapping[str, str]) -> Iterator[tuple[Any, int]]:
@@ -144,7 +160,8 @@ def _merge_shifts(onnx: Any, graph: Any, kept: set[str]) -> None:
             continue
         scale, shift, mean, var = (onnx.numpy_helper.to_array(arrays[x]).astype(np.float64) for x in parameters)
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
-        is_alone = sum(list(each.input).count(x) for each in _onnx.nodes(graph)) == 1
+        read = [*(name for each in _onnx.nodes(graph) for name in each.input), *(each.name for each in graph.output)]
+        is_alone = read.count(x) == 1
         if not is_alone or np.abs(scale / np.sqrt(var + epsilon) - 1).max() > _FOLDED:
             continue
         name, bias = f"{norm.output[0]}.bias", shift - mean
@@ -159,12 +176,15 @@ def _merge_shifts(onnx: Any, graph: Any, kept: set[str]) -> None:
         graph.node.remove(norm)
 
 
-def _is_needed(graph: Any, value: str) -> bool:
-    """Whether a value goes elsewhere than to rounded inputs and out of the graph."""
+def _is_needed(graph: Any, value: str, *, is_reshaped: bool = False) -> bool:
+    """Whether a value goes elsewhere than out of the graph and, not reshaped before, to rounded inputs."""
     for node in _onnx.nodes(graph):
-        if value not in node.input or node.op_type in ("QuantizeLinear", "Shape"):
+        if value not in node.input or node.op_type == "Shape":
             continue
-        if node.op_type not in _KEEP or _is_needed(graph, node.output[0]):
+        if node.op_type not in (*_KEEP, *_onnx.MOVES):
+            if is_reshaped or node.op_type != "QuantizeLinear":
+                return True
+        elif _is_needed(graph, node.output[0], is_reshaped=is_reshaped or node.op_type not in _KEEP):
             return True
     return False
 

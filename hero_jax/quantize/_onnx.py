@@ -183,7 +183,7 @@ def _within(node: Any) -> Iterator[Any]:
 def sort(graph: Any) -> None:
     """Puts every node behind those whose outputs it has, also in the graphs inside it."""
     body = list(graph.node)
-    made = {name: i for i, node in enumerate(body) for name in node.output}
+    made = {name: i for i, node in enumerate(body) for name in node.output if name}
     sorter = graphlib.TopologicalSorter[int]()
     for i, node in enumerate(body):
         read = {name for each in (node, *_within(node)) for name in each.input}

@@ -126,7 +126,7 @@ def activation_ranges(
       batches: inputs, a few hundred examples in all.
       pairs: what `batch_norm_pairs` returned, or some of it: instead of the outputs of these layers, those of the
         BatchNorm after each, by path of the BatchNorm.
-      inputs: True: also the range of every layer's inputs, by path of the module and ":inputs".
+      inputs: True: also the range of every layer's inputs, by path of the module and ":inputs"; not of integers.
 
     Returns:
       By path of the module, (lowest, highest) of its outputs, 0 included.
@@ -146,6 +146,8 @@ def activation_ranges(
         seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
         def note(key: str, values: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(values.dtype, jnp.floating):
+                return values
             low, high = seen.get(key, (jnp.zeros(()), jnp.zeros(())))
             wide = _tree.wide(values)
             seen[key] = jnp.minimum(low, wide.min()), jnp.maximum(high, wide.max())

@@ -11,6 +11,7 @@ each leaf; and a SHA-256 of the file.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -143,8 +144,9 @@ def save(
         take 4. For a runtime without integers of 2 bits: `(4, 8, 16)`.
       activations: what `linen.activation_ranges` returned, or some of it: these inputs and outputs are rounded to 8
         bits. Codes of weights are then of 8 bits without a sign, for any `bits` up to 8 and any grid: with signed ones
-        x86 processors without VNNI instructions overflow. Outputs that go to rounded inputs alone, directly or through
-        relu and max pooling, are left as they are, and those of the network.
+        x86 processors without VNNI instructions overflow. Every product with a layer's kernel is taken for the layer.
+        Left as they are: outputs that go to rounded inputs alone, directly or through relu and max pooling, or out of
+        the network; and what was 0 throughout.
 
     Returns:
       `Saved`.
@@ -152,7 +154,7 @@ def save(
     Raises:
       ArgumentError: what `quantize` raises; a weight that does not appear in the graph (named), is not finite, or whose
         codes no integer of `storage` holds; a network that jax2onnx cannot convert, with the operation and the layer;
-        a range that is not finite or of no layer in the graph.
+        a range that is not finite, or of a layer that the graph does not have or whose kernel it first computes with.
       TypeError: quantized weights of a type other than float32, float16 and bfloat16.
       FileExistsError: something is at `path`. FileNotFoundError: its folder is not there.
       ImportError: jax2onnx or onnx is not installed.
@@ -195,17 +197,18 @@ def save(
         raise ArgumentError("`save(mask=...)` must be left out with bits=None, where nothing is rounded.")
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_quantized)
     names = [name or "weights" for name in _plan.paths_of(jax.tree.unflatten(structure, [0] * len(leaves)))]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ArgumentError(f"`save(variables=...)` must have leaves of different paths; two are {twice[0]!r}.")
     weights = {name: q for name, q in zip(names, leaves, strict=True) if _is_quantized(q)}
     ranges = {} if activations is None else activations
-    kinds = {name: _kind(name, q, spec, storage, is_integer=bool(ranges)) for name, q in weights.items()}
     grids = _activations.grids(ranges)
+    kinds = {name: _kind(name, q, spec, storage, is_integer=bool(grids)) for name, q in weights.items()}
     others = {name: x for name, x in variables.items() if name != "params"} if has_params else {}
     rest, rest_structure = jax.tree.flatten(others)
-    named = [*zip(names, leaves, strict=True), *zip(_plan.paths_of(others), rest, strict=True)]
+    named = [*zip(names, leaves, strict=True)]
+    named += [(_activations.OTHER + name, x) for name, x in zip(_plan.paths_of(others), rest, strict=True)]
+    if twice := [name for name, n in collections.Counter(name for name, _ in named).items() if n > 1]:
+        raise ArgumentError(f"`save(variables=...)` must have leaves of different paths; two are {twice[0]!r}.")
     _check_finite(named)
-    sought = _activations.leaves(ranges)
+    sought = _activations.leaves(grids)
     inner = weights | {name: x for name, x in named if name in sought and name not in weights}
 
     kind: Any = type(variables)
@@ -220,9 +223,9 @@ def save(
     inputs = example if isinstance(example, tuple) else (example,)
     opset = OPSET_INT2 if any(kind.endswith("int2") for kind in kinds.values()) else OPSET
     model = _converted(jax2onnx, apply, inputs, inner, opset)
-    quantized, values = _put(onnx, model.graph, weights, kinds, is_integer=bool(ranges))
+    quantized, values = _put(onnx, model.graph, weights, kinds, is_integer=bool(grids))
     values |= _keep(onnx, model.graph, {name: x for name, x in inner.items() if name not in weights})
-    rounded = _activations.place(onnx, model.graph, grids, values)
+    rounded = _activations.place(onnx, model.graph, grids, values) if grids else []
     _onnx.sort(model.graph)
     _onnx.prune(model.graph)
     placed = {key: (float(ranges[key][0]), float(ranges[key][1])) for key in rounded}
@@ -282,6 +285,9 @@ def _kind(name: str, q: QuantizedArray, spec: QuantSpec, storage: Sequence[int],
     if q.dtype not in WEIGHTS:
         raise TypeError(f"`save(variables=...)` must have weights of {', '.join(WEIGHTS)}; {name!r} has {q.dtype}.")
     fits = [width for width in sorted(storage) if width >= q.bits and (width == _activations.BITS or not is_integer)]
+    if not fits and is_integer:
+        rule = "needs weights of at most 8 bits, and 8 in `storage`"
+        raise ArgumentError(f"`save(activations=...)` {rule}; got {q.bits} bits at {name!r} and {tuple(storage)}.")
     if not fits:
         rule = "must have integers that hold the codes of every leaf"
         raise ArgumentError(f"`save(storage=...)` {rule}; got {tuple(storage)} and {q.bits} bits at {name!r}.")
@@ -471,7 +477,7 @@ def _contents(onnx: Any, data: bytes) -> Contents:
         codes, scale, *_ = parts = [constants.pop(each) for each in names]
         size = sum(part.num_bytes for part in parts)
         quantized[name] = Leaf(entry["bits"], codes.type, math.prod(scale.shape), size, tuple(entry["shape"]))
-    activations = {key: (low, high) for key, (low, high) in json.loads(found["activations"]).items()}
+    activations = {key: (low, high) for key, (low, high) in json.loads(found.get("activations", "{}")).items()}
     for key in activations:
         for part in _activations.Grid._fields:
             constants.pop(f"{key}.{part}", None)
