@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jax.core import eval_jaxpr
 
 from hero_jax import _tree
+from hero_jax._jax import eval_jaxpr
 from hero_jax._mean import StreamedMean
 from hero_jax.operators import HostOperator, Operator, refuse_tracing
 

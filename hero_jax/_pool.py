@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray, Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AxisType
+
+from hero_jax._jax import Primitive, ShapedArray, Tracer, mlir
 
 PyTree = Any
 

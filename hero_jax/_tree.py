@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hero_jax import _pool
+from hero_jax._jax import Tracer
 
 PyTree = Any
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from hero_jax._jax import Tracer
 
 __all__ = ["ArgumentError", "boolean", "brief", "fraction", "integer", "non_negative", "one_of", "positive", "scalar"]
 

@@ -87,3 +87,12 @@ def test_argument_error_is_a_value_error():
 def test_the_version_has_one_home():
     assert importlib.metadata.version("hero_jax") == hero_jax.__version__
     assert jax.__version__ != hero_jax.__version__
+
+
+def test_what_moves_between_versions_of_jax_is_imported_in_one_place():
+    homes = ("jax.core", "jax.extend", "jax.interpreters", "jax._src")
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert path.name == "_jax.py" or not [name for name in names if name.startswith(homes)], path

@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from hero_jax import _tree, errors
+from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _disk
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec, from_fields

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import tracers
-from jax.core import Tracer
 
 from hero_jax import _tree, errors
+from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid, _plan
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS

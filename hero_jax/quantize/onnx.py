@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from hero_jax import errors
+from hero_jax._jax import jaxprs_in_params
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _activations, _disk, _onnx, _plan, files
 from hero_jax.quantize.spec import QuantSpec, from_fields
@@ -350,7 +350,7 @@ def _layer(jaxpr: Any, primitive: str) -> str:
     for equation in jaxpr.eqns:
         if equation.primitive.name == primitive and str(equation.source_info.name_stack):
             return str(equation.source_info.name_stack)
-        for inner in core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             if found := _layer(inner, primitive):
                 return found
     return ""

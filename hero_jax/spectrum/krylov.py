@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from hero_jax import _check, _loop, _tree, errors
+from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
 from hero_jax.operators import Operator, like_of
 from hero_jax.spectrum import _basis, _krylov

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from hero_jax import _check, _loop, _tree, errors
+from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
 from hero_jax.spectrum import _residual
 
