@@ -386,6 +386,11 @@ def rounded(trained):
     return apply_fn, variables, ranges, images, labels
 
 
+def simulated(apply_fn, ranges):
+    """The network that rounds to 8 bits."""
+    return quantize_linen.quantized_activations(apply_fn, ranges, 8)
+
+
 class TestActivations:
     """8 bits for inputs and outputs of layers, and what onnxruntime makes of the pairs."""
 
@@ -393,12 +398,11 @@ class TestActivations:
     def test_logits_are_those_of_the_simulated_network(self, rounded, spec, bits, tmp_path):
         apply_fn, variables, ranges, images, labels = rounded
         saved = save(
-            tmp_path / "a.onnx", apply_fn, variables, images[:1], bits=bits, spec=named(spec), activations=ranges
+            tmp_path / "a.onnx", simulated(apply_fn, ranges), variables, images[:1], bits=bits, spec=named(spec)
         )
         assert {leaf.type for leaf in saved.quantized.values()} == {"uint8"}
         params = quantize.fake_quantize(variables["params"], bits, named(spec))
-        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
-        expected = np.asarray(jax.jit(simulated)({**variables, "params": params}, images))
+        expected = np.asarray(jax.jit(simulated(apply_fn, saved.activations))({**variables, "params": params}, images))
         exact = np.asarray(jax.jit(apply_fn)({**variables, "params": params}, images))
         size = np.abs(expected).max()
 
@@ -420,7 +424,7 @@ class TestActivations:
 
     def test_onnxruntime_computes_with_integers(self, rounded, tmp_path):
         apply_fn, variables, ranges, images, _ = rounded
-        saved = save(tmp_path / "a.onnx", apply_fn, variables, images[:1], bits=8, activations=ranges)
+        saved = save(tmp_path / "a.onnx", simulated(apply_fn, ranges), variables, images[:1], bits=8)
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath, options.log_severity_level = os.fspath(tmp_path / "optimized.onnx"), 3
         onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
@@ -445,13 +449,12 @@ class TestActivations:
         x = jax.random.normal(KEY, (30, 5))
         variables = Net().init(KEY, x)
         ranges = quantize_linen.activation_ranges(Net().apply, variables, [x])
-        saved = save(tmp_path / "a.onnx", Net().apply, variables, x, bits=4, activations=ranges)
+        saved = save(tmp_path / "a.onnx", simulated(Net().apply, ranges), variables, x, bits=4)
         low, high = map(float, ranges["first"])
         assert saved.activations == {"first": (low, high)}
         assert inspect(tmp_path / "a.onnx").activations == saved.activations
         params = quantize.fake_quantize(variables["params"], 4)
-        simulated = quantize_linen.quantized_activations(Net().apply, saved.activations, 8)
-        expected, found = simulated({"params": params}, x), run(tmp_path / "a.onnx", x)
+        expected, found = simulated(Net().apply, saved.activations)({"params": params}, x), run(tmp_path / "a.onnx", x)
         assert np.mean(np.abs(found - expected).max(1) < 3e-6) > 0.9
         assert np.abs(found - expected).max() < 0.02
         assert np.abs(Net().apply({"params": params}, x) - expected).max() > 1e-4
@@ -461,12 +464,11 @@ class TestActivations:
         variables = jax.tree.map(lambda x: x + 0.1, jax.jit(NETWORKS["resnet"].init)(KEY, images[:1]))
         pairs = quantize_linen.batch_norm_pairs(apply_fn, variables, images)
         ranges = quantize_linen.activation_ranges(apply_fn, variables, [images], pairs=pairs, inputs=True)
-        saved = save(tmp_path / "a.onnx", apply_fn, variables, images, bits=8, activations=ranges)
+        saved = save(tmp_path / "a.onnx", simulated(apply_fn, ranges), variables, images, bits=8)
         made = [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
         assert made.count("BatchNormalization") == len(pairs)
         params = quantize.fake_quantize(variables["params"], 8)
-        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
-        expected = np.asarray(jax.jit(simulated)({**variables, "params": params}, images))
+        expected = np.asarray(jax.jit(simulated(apply_fn, saved.activations))({**variables, "params": params}, images))
         found = run(tmp_path / "a.onnx", images)
         assert np.abs(found - expected).max() < 0.06 * np.abs(expected).max()
 
@@ -477,11 +479,10 @@ class TestActivations:
         variables = jax.tree.map(lambda a: a + 0.1, net.init(KEY, x, x))
         ranges = quantize_linen.activation_ranges(apply_fn, variables, [x], inputs=True)
         mask = lambda tree: jax.tree.map(lambda a: a.ndim == 3, tree)  # noqa: E731
-        saved = save(tmp_path / "a.onnx", apply_fn, variables, x, bits=8, mask=mask, activations=ranges)
+        saved = save(tmp_path / "a.onnx", simulated(apply_fn, ranges), variables, x, bits=8, mask=mask)
         assert len(saved.activations) == 7
         params = quantize.fake_quantize(variables["params"], 8, mask=mask)
-        simulated = quantize_linen.quantized_activations(apply_fn, saved.activations, 8)
-        expected = simulated({"params": params}, x)
+        expected = simulated(apply_fn, saved.activations)({"params": params}, x)
         found = run(tmp_path / "a.onnx", x)
         assert np.sqrt(np.mean((found - expected) ** 2)) < 0.002 * np.abs(expected).max()
 
@@ -489,9 +490,9 @@ class TestActivations:
         """A network with random weights: as the file says, without optimizations."""
         variables = net.init(KEY, x)
         ranges = quantize_linen.activation_ranges(net.apply, variables, [x], inputs=True)
-        saved = save(path / "a.onnx", net.apply, variables, x, bits=bits, spec=spec, activations=ranges)
+        saved = save(path / "a.onnx", simulated(net.apply, ranges), variables, x, bits=bits, spec=spec)
         params = quantize.fake_quantize(variables["params"], bits, spec)
-        expected = quantize_linen.quantized_activations(net.apply, saved.activations, 8)({"params": params}, x)
+        expected = simulated(net.apply, saved.activations)({"params": params}, x)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         found = onnxruntime.InferenceSession(path / "a.onnx", options).run(None, {"input": np.asarray(x)})
@@ -523,12 +524,11 @@ class TestActivations:
 
         x = jax.random.normal(KEY, (30, 6))
         variables = Net().init(KEY, x)
-        for ranges in (None, {"second:inputs": (-1.0, 1.0)}):
-            path = tmp_path / f"{ranges is None}.onnx"
-            save(path, Net().apply, variables, x, bits=8, activations=ranges)
+        for ranges in ({}, {"second:inputs": (-1.0, 1.0)}):
+            path, network = tmp_path / f"{len(ranges)}.onnx", simulated(Net().apply, ranges)
+            save(path, network if ranges else Net().apply, variables, x, bits=8)
             params = quantize.fake_quantize(variables["params"], 8)
-            apply_fn = quantize_linen.quantized_activations(Net().apply, ranges or {}, 8)
-            for found, expected in zip(run(path, x), apply_fn({**variables, "params": params}, x), strict=True):
+            for found, expected in zip(run(path, x), network({**variables, "params": params}, x), strict=True):
                 assert np.abs(found - expected).max() < 0.02
 
     def test_a_dense_layer_on_three_axes(self, tmp_path):
@@ -565,7 +565,7 @@ class TestActivations:
 
         x, net = jax.random.normal(KEY, (30, 8)), Net()
         ranges = quantize_linen.activation_ranges(net.apply, net.init(KEY, x), [x], inputs=True)
-        saved = save(tmp_path / "a.onnx", net.apply, net.init(KEY, x), x, bits=8, activations=ranges)
+        saved = save(tmp_path / "a.onnx", simulated(net.apply, ranges), net.init(KEY, x), x, bits=8)
         assert set(saved.activations) == {"first:inputs"}
         np.testing.assert_array_equal(run(tmp_path / "a.onnx", x), np.ones((30, 3)))
 
@@ -573,26 +573,24 @@ class TestActivations:
         net, x = nn.Dense(4), jnp.ones((2, 6))
         variables = {"params": MATRIX}
         for ranges, message in (
-            ({"layer": (0.0, 1.0)}, "must name layers with a kernel .* as it is; 'layer' is none"),
-            ({":inputs": (0.0, jnp.nan)}, "must be finite ranges that hold 0; got 0 to nan for ':inputs'"),
-            ({":inputs": (0.5, 1.0)}, "must be finite ranges that hold 0; got 0.5 to 1"),
-            ({":inputs": 3.0}, r"must have pairs of numbers, \(lowest, highest\); got 3.0 for ':inputs'"),
+            ({"layer": (0.0, 1.0)}, "must round layers with a kernel .* as it is; 'layer' is none"),
+            ({":inputs": (0.0, jnp.nan)}, "must have finite ranges that hold 0; got 0 to nan for ':inputs'"),
+            ({":inputs": (0.5, 1.0)}, "must have finite ranges that hold 0; got 0.5 to 1"),
+            ({":inputs": 3.0}, r"must have ranges \(lowest, highest\); got 3.0 for ':inputs'"),
         ):
-            with pytest.raises(ArgumentError, match=r"`save\(activations=...\)` " + message):
-                save(tmp_path / "a.onnx", net.apply, variables, x, bits=4, activations=ranges)
-        with pytest.raises(TypeError, match="must be a mapping of ranges; got "):
-            save(tmp_path / "a.onnx", net.apply, variables, x, bits=4, activations=[(0.0, 1.0)])
+            with pytest.raises(ArgumentError, match=r"`save\(apply_fn=...\)` " + message):
+                save(tmp_path / "a.onnx", simulated(net.apply, ranges), variables, x, bits=4)
+        with pytest.raises(ArgumentError, match="must round activations to 8 bits, or not at all; got 7"):
+            save(tmp_path / "a.onnx", quantize_linen.quantized_activations(net.apply, {}, 7), variables, x, bits=4)
         for bits, storage in ((9, (2, 4, 8, 16)), (4, (4, 16))):
-            with pytest.raises(
-                ArgumentError, match=rf"needs weights of at most 8 bits, .* got {bits} bits at 'kernel'"
-            ):
-                save(tmp_path / "a.onnx", net.apply, variables, x, bits=bits, storage=storage,
-                     activations={":inputs": (0.0, 1.0)})  # fmt: skip
+            with pytest.raises(ArgumentError, match=rf"must have 8 bits, .* got {bits} bits at 'kernel'"):
+                save(tmp_path / "a.onnx", simulated(net.apply, {":inputs": (0.0, 1.0)}), variables, x, bits=bits,
+                     storage=storage)  # fmt: skip
         transposed = nn.ConvTranspose(3, (2, 2))
         x = jnp.ones((1, 4, 4, 2))
-        with pytest.raises(ArgumentError, match=r"must name layers with a kernel .*; ':inputs' is none"):
-            save(tmp_path / "a.onnx", transposed.apply, transposed.init(KEY, x), x, bits=4,
-                 activations={":inputs": (0.0, 1.0)})  # fmt: skip
+        network = simulated(transposed.apply, {":inputs": (0.0, 1.0)})
+        with pytest.raises(ArgumentError, match=r"must round layers with a kernel .*; ':inputs' is none"):
+            save(tmp_path / "a.onnx", network, transposed.init(KEY, x), x, bits=4)
         assert not list(tmp_path.iterdir())
 
 

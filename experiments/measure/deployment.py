@@ -115,7 +115,7 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
     """Writes a file in floating point and one a bit width into a folder, and measures each."""
     test = run.test.first(number(config.images))
     batches = saved.batched(test.images)
-    variables, ranges = _calibrated(config, run)
+    variables, network = _calibrated(config, run)
     coded = _quantizer(config, run, variables)
 
     @jax.jit
@@ -132,13 +132,12 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
         with files.on_disk(path):
             written = quantize.onnx.save(
                 path,
-                run.trainer.forward,
+                run.trainer.forward if bits is None else network,
                 variables | {"params": params},
                 jax.ShapeDtypeStruct((1, *test.shape), test.images.dtype),
                 bits=None,
                 spec=quantize.named(config.spec),
                 storage=config.storage,
-                activations=None if bits is None else ranges,
             )
         opened, given = _opened(path, config.threads), variables | {"params": quantize.dequantize(params)}
         sessions += [opened, _opened(path, config.threads, UNPACKED)]
@@ -156,14 +155,16 @@ def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, i
     return rows
 
 
-def _calibrated(config: ExportConfig, run: Saved) -> tuple[PyTree, Any]:
-    """The variables that are quantized, and the ranges of what is rounded beside them."""
+def _calibrated(config: ExportConfig, run: Saved) -> tuple[PyTree, Callable[..., Any]]:
+    """The variables that are quantized, and the network that is written with them."""
+    forward, variables = run.trainer.forward, run.variables
     if config.activations == "float32":
-        return run.variables, None
+        return variables, forward
     batches = saved.batched(run.train.images)
-    pairs = linen.batch_norm_pairs(run.trainer.forward, run.variables, batches[0])
-    variables = linen.fold_batch_norm(run.variables, pairs)
-    return variables, linen.activation_ranges(run.trainer.forward, variables, batches, pairs=pairs, inputs=True)
+    pairs = linen.batch_norm_pairs(forward, variables, batches[0])
+    variables = linen.fold_batch_norm(variables, pairs)
+    ranges = linen.activation_ranges(forward, variables, batches, pairs=pairs, inputs=True)
+    return variables, linen.quantized_activations(forward, ranges, 8)
 
 
 def _quantizer(config: ExportConfig, run: Saved, variables: PyTree) -> Callable[[int], PyTree]:

@@ -9,7 +9,8 @@ folded BatchNorm, a shift, becomes a bias, and outputs that go nowhere but to ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -30,6 +31,19 @@ _SUMS = ("Add", "Conv", "Gemm")
 _KEEP = ("Identity", "MaxPool", "Relu", "Transpose")
 # How far the factor of a folded BatchNorm is from 1: its variance is rounded.
 _FOLDED = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rounded:
+    """What `linen.quantized_activations` makes: `(variables, inputs) -> outputs`, and what it was made of."""
+
+    apply_fn: Callable[..., Any]
+    ranges: Mapping[str, Any]
+    bits: Any
+    run: Callable[..., Any] = dataclasses.field(repr=False)
+
+    def __call__(self, variables: Any, inputs: Any) -> Any:
+        return self.run(variables, inputs)
 
 
 class Grid(NamedTuple):
@@ -57,19 +71,17 @@ class _Layer(NamedTuple):
 
 def grids(ranges: Mapping[str, Any]) -> dict[str, Grid]:
     """The grid of 8 bits of each range, (lowest, highest), by key; 0 alone has none."""
-    if not isinstance(ranges, Mapping):
-        raise TypeError(f"`save(activations=...)` must be a mapping of ranges; got {errors.brief(ranges)}.")
     made = {}
     for key, given in ranges.items():
         try:
             low, high = given
             ends = np.asarray([low, high], np.float32).reshape(2)
         except (TypeError, ValueError):
-            rule = "must have pairs of numbers, (lowest, highest)"
-            raise ArgumentError(f"`save(activations=...)` {rule}; got {errors.brief(given)} for {key!r}.") from None
+            rule = "must have ranges (lowest, highest)"
+            raise ArgumentError(f"`save(apply_fn=...)` {rule}; got {errors.brief(given)} for {key!r}.") from None
         if not (np.isfinite(ends).all() and ends[0] <= 0 <= ends[1]):
-            rule = "must be finite ranges that hold 0"
-            raise ArgumentError(f"`save(activations=...)` {rule}; got {ends[0]:g} to {ends[1]:g} for {key!r}.")
+            rule = "must have finite ranges that hold 0"
+            raise ArgumentError(f"`save(apply_fn=...)` {rule}; got {ends[0]:g} to {ends[1]:g} for {key!r}.")
         if ends[0] == ends[1]:
             continue
         scale, zero_point = _grid.affine(jnp.asarray(ends[0]), jnp.asarray(ends[1]), BITS, _grid.ACTIVATIONS)
@@ -95,8 +107,8 @@ def place(onnx: Any, graph: Any, grids: Mapping[str, Grid], values: Mapping[str,
     places = {key: list(_places(graph, key, values)) for key in grids}
     for key, found in places.items():
         if not found:
-            rule = "must name layers with a kernel that the graph multiplies by as it is"
-            raise ArgumentError(f"`save(activations=...)` {rule}; {key!r} is none.")
+            rule = "must round layers with a kernel that the graph multiplies by as it is"
+            raise ArgumentError(f"`save(apply_fn=...)` {rule}; {key!r} is none.")
     inputs = {key: found for key, found in places.items() if key.endswith(_plan.INPUTS)}
     outputs = {key: [node.output[0] for node, _ in found] for key, found in places.items() if key not in inputs}
     made: dict[tuple[str, bytes], str] = {}

@@ -29,6 +29,7 @@ from hero_jax import _tree, errors
 from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import _grid, _plan
+from hero_jax.quantize._activations import Rounded
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS
 
 __all__ = [
@@ -184,7 +185,7 @@ def quantized_activations(
       bits: integer in 2..16, may be traced.
 
     Returns:
-      `(variables, inputs) -> outputs`, to be given to `evaluate.classifier`.
+      `(variables, inputs) -> outputs`, to be given to `evaluate.classifier`, and with 8 bits to `onnx.save`.
 
     Cost: element-wise work beside the forward pass.
     """
@@ -204,7 +205,8 @@ def quantized_activations(
     def watch(module: nn.Module, path: str, given: Any, outputs: Any) -> Any:
         return rounded(path, outputs)
 
-    return lambda variables, inputs: _watched(apply_fn, watch, variables, inputs, norms=ranges, before=before)
+    run = functools.partial(_watched, apply_fn, watch, norms=ranges, before=before)
+    return Rounded(apply_fn, ranges, bits, run)
 
 
 def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> Calibration[BatchNormPair]:

@@ -118,21 +118,25 @@ def save(
     spec: QuantSpec = QuantSpec(),
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     storage: Sequence[int] = STORAGE,
-    activations: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Writes a network with quantized weights to an ONNX file.
 
     Its outputs are those of `apply_fn` with the weights of `fake_quantize(params, bits, spec)`, up to the rounding of
     sums in another order. The first axis of inputs and outputs is the batch and has any length.
 
-    With `activations` they are those of `linen.quantized_activations(apply_fn, saved.activations, 8)` with these
-    weights, but where such rounding moves a value over the middle between two levels, which makes it another level. For
-    a runtime to compute with integers, give the ranges of inputs and outputs, and fold BatchNorm first.
+    Inputs and outputs of layers that `apply_fn` rounds (`linen.quantized_activations`) are rounded in the file where that
+    is of use; what is returned says which. The outputs are then those of the network that rounds these, but where
+    another order of a sum moves a value over the middle between two levels. For a runtime to compute with integers,
+    round inputs and outputs, and fold BatchNorm first.
 
     Args:
       path: the file, which must not exist; its folder must.
       apply_fn: `apply_fn(variables, inputs)`, in evaluation mode, gives an array or a tuple of arrays. Any function of
-        JAX whose operations jax2onnx knows: Linen, NNX, Equinox or plain.
+        JAX whose operations jax2onnx knows: Linen, NNX, Equinox or plain. What `linen.quantized_activations` made, with
+        8 bits: its inputs and outputs of layers are rounded. Codes of weights are then of 8 bits without a sign, for
+        any `bits` up to 8 and any grid: with signed ones x86 processors without VNNI instructions overflow. Every
+        product with a layer's kernel is taken for the layer. Left as they are: outputs that go to rounded inputs alone,
+        directly or through relu and max pooling, or out of the network; and what was 0 throughout.
       variables: its first argument. What is quantized is `variables["params"]` where there is such an entry, else all
         of it; `bits`, `mask` and the patterns of `spec` are of that tree.
       example: inputs of one batch, of which shape and type matter: an array or `jax.ShapeDtypeStruct`, or a tuple of
@@ -142,11 +146,6 @@ def save(
       spec, mask: as in `quantize`; with `bits=None`, what that function was given.
       storage: bit widths that integers of the file may have. A leaf takes the smallest that holds its codes: 3 bits
         take 4. For a runtime without integers of 2 bits: `(4, 8, 16)`.
-      activations: what `linen.activation_ranges` returned, or some of it: these inputs and outputs are rounded to 8
-        bits. Codes of weights are then of 8 bits without a sign, for any `bits` up to 8 and any grid: with signed ones
-        x86 processors without VNNI instructions overflow. Every product with a layer's kernel is taken for the layer.
-        Left as they are: outputs that go to rounded inputs alone, directly or through relu and max pooling, or out of
-        the network; and what was 0 throughout.
 
     Returns:
       `Saved`.
@@ -198,7 +197,12 @@ def save(
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_quantized)
     names = [name or "weights" for name in _plan.paths_of(jax.tree.unflatten(structure, [0] * len(leaves)))]
     weights = {name: q for name, q in zip(names, leaves, strict=True) if _is_quantized(q)}
-    ranges = {} if activations is None else activations
+    ranges: Mapping[str, Any] = {}
+    if isinstance(apply_fn, _activations.Rounded):
+        if not isinstance(apply_fn.bits, (int, np.integer)) or apply_fn.bits != _activations.BITS:
+            got = errors.brief(apply_fn.bits)
+            raise ArgumentError(f"`save(apply_fn=...)` must round activations to 8 bits, or not at all; got {got}.")
+        apply_fn, ranges = apply_fn.apply_fn, apply_fn.ranges
     grids = _activations.grids(ranges)
     kinds = {name: _kind(name, q, spec, storage, is_integer=bool(grids)) for name, q in weights.items()}
     others = {name: x for name, x in variables.items() if name != "params"} if has_params else {}
@@ -286,8 +290,8 @@ def _kind(name: str, q: QuantizedArray, spec: QuantSpec, storage: Sequence[int],
         raise TypeError(f"`save(variables=...)` must have weights of {', '.join(WEIGHTS)}; {name!r} has {q.dtype}.")
     fits = [width for width in sorted(storage) if width >= q.bits and (width == _activations.BITS or not is_integer)]
     if not fits and is_integer:
-        rule = "needs weights of at most 8 bits, and 8 in `storage`"
-        raise ArgumentError(f"`save(activations=...)` {rule}; got {q.bits} bits at {name!r} and {tuple(storage)}.")
+        rule = "must have 8 bits, and weights at most 8, where activations are rounded"
+        raise ArgumentError(f"`save(storage=...)` {rule}; got {q.bits} bits at {name!r} and {tuple(storage)}.")
     if not fits:
         rule = "must have integers that hold the codes of every leaf"
         raise ArgumentError(f"`save(storage=...)` {rule}; got {tuple(storage)} and {q.bits} bits at {name!r}.")
