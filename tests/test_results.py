@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.analysis import page, sections, summary, tables, tidy
+from experiments.analysis import deployment, page, sections, summary, tables, tidy
+from experiments.measure.deployment import ExportRecord
+from experiments.storage import records
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,3 +104,54 @@ def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
     assert docs == expected
     # Under other names.
     assert {row[1:] for row in readme} <= {row[1:] for row in expected}
+
+
+def exported():
+    """The records of results/deployment: digits first, then by network, weights and layers."""
+    found = [records.read(path, ExportRecord) for path in sorted((ROOT / "results" / "deployment").glob("*.json"))]
+    return sorted(found, key=lambda record: not record["run"].startswith("digits"))
+
+
+def test_shown_files_are_those_of_the_records():
+    """Size, accuracy and time of the files with narrow codes by channel, to nearest."""
+    lines = []
+    for record in exported():
+        is_int8 = record["config"]["activations"] == "int8"
+        if (record["config"]["spec"], record["config"]["step"]) != ("channel-narrow", "nearest"):
+            continue
+        for row, line in zip(record["rows"], deployment.cells(record["rows"])[1], strict=True):
+            # With layers of integers, the codes of 4 bits take 8 too, and the file in floating point is there already.
+            if row["bits"] in ((8,) if is_int8 else (None, 8, 4, 2)):
+                layers = "integers" if is_int8 else "floating point"
+                shown = [line[0], line[1], line[2], line[3], line[4], line[7], line[8]]
+                lines.append([record["run"], layers, *shown])
+    header = ["network", "layers", *(deployment.HEADER[i] for i in (0, 1, 2, 3, 4, 7, 8))]
+    made = tables.markdown(header, lines, left=4).splitlines()
+    assert table_below(ROOT / "results" / "deployment" / "README.md", made[0]) == made
+
+
+def test_shown_agreement_is_that_of_the_records():
+    """Logits and predictions of onnxruntime against JAX, over all bit widths."""
+    lines = []
+    for record in exported():
+        rows = record["rows"][record["config"]["activations"] == "int8" :]
+        equal = sum(row["accuracy"] == row["jax_accuracy"] for row in rows)
+        off, flipped = max(row["difference"] for row in rows), sum(row["flipped"] for row in rows)
+        layers = "integers" if record["config"]["activations"] == "int8" else "floating point"
+        share = f"{flipped} of {len(rows) * record['images']:,}"
+        kind = [f"{record['config']['spec']}, {record['config']['step']}", layers]
+        lines.append([record["run"], *kind, f"{len(rows)}", f"{equal}", share, f"{off:.0e}"])
+    header = ["network", "weights", "layers", "files", "equal accuracy", "predictions that differ", "off by"]
+    made = tables.markdown(header, lines, left=3).splitlines()
+    assert table_below(ROOT / "results" / "deployment" / "README.md", made[0]) == made
+
+
+def test_the_network_of_the_guide_is_that_of_its_record():
+    (record,) = [record for record in exported() if record["config"]["step"] == "rounding"]
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    full, low = record["rows"]
+    assert low["bits"] == 2
+    for row in (full, low):
+        assert f"{row['num_bytes'] / 1024:.1f} KiB" in text
+        assert f"{100 * row['accuracy']:.2f} percent" in text
+    assert f"the {record['images']} test images" in text

@@ -124,8 +124,8 @@ def save(
     Its outputs are those of `apply_fn` with the weights of `fake_quantize(params, bits, spec)`, up to the rounding of
     sums in another order. The first axis of inputs and outputs is the batch and has any length.
 
-    Inputs and outputs of layers that `apply_fn` rounds (`linen.quantized_activations`) are rounded in the file where that
-    is of use; what is returned says which. The outputs are then those of the network that rounds these, but where
+    Inputs and outputs of layers that `apply_fn` rounds (`linen.quantized_activations`) are rounded in the file where
+    that is of use; what is returned says which. The outputs are then those of the network that rounds these, but where
     another order of a sum moves a value over the middle between two levels. For a runtime to compute with integers,
     round inputs and outputs, and fold BatchNorm first.
 
