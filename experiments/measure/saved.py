@@ -53,7 +53,7 @@ def load(
     programs: dict[Hashable, Saved] = {}
     splits: dict[TrainConfig, tuple[data.Split, data.Split | data.Stream]] = {}
     for folder in folders:
-        config, trainer, variables, dataset = compiled.load(folder, data_dir, report, all_test=all_test)
+        config, trainer, variables, dataset = compiled.load(folder, data_dir, report, all_test)
         own = dataset.train.first(images), dataset.test
         # Labels that were altered are those of each seed; else the data are there once.
         if not config.labels.label_noise:

@@ -210,7 +210,7 @@ def _stride(config: TrainConfig, name: str, rows: int) -> int:
 
 
 def load(
-    run: Path, data_dir: Path | None, report: Report | None = None, *, all_test: bool = False
+    run: Path, data_dir: Path | None, report: Report | None = None, all_test: bool = False
 ) -> tuple[TrainConfig, Trainer, PyTree, data.Dataset]:
     """The configuration, the trainer, the last saved variables and the data of a run folder.
 
