@@ -302,7 +302,8 @@ def _check_finite(leaves: Iterable[tuple[str, Any]]) -> None:
     for name, x in leaves:
         values = np.asarray(x.scale if _is_quantized(x) else x)
         if jnp.issubdtype(values.dtype, jnp.floating) and not np.isfinite(values.astype(np.float64)).all():
-            raise ArgumentError(f"`save(variables=...)` must be finite; {name!r} has a NaN or an infinity.")
+            path = name.removeprefix(_activations.OTHER)
+            raise ArgumentError(f"`save(variables=...)` must be finite; {path!r} has a NaN or an infinity.")
 
 
 def _converted(
