@@ -127,9 +127,9 @@ def test_shown_files_are_those_of_the_records():
                 lines.append([record["run"], layers, *shown])
     header = ["network", "layers", *(deployment.HEADER[i] for i in (0, 1, 2, 3, 4, 7, 8))]
     guide = [line for line in lines if line[0] == "cifar10-resnet20"]
-    for page, shown in (("docs/deployment.md", guide), ("results/deployment/README.md", lines)):
+    for path, shown in (("docs/deployment.md", guide), ("results/deployment/README.md", lines)):
         made = tables.markdown(header, shown, left=4).splitlines()
-        assert table_below(ROOT / page, made[0]) == made, page
+        assert table_below(ROOT / path, made[0]) == made, path
 
 
 def test_shown_agreement_is_that_of_the_records():
