@@ -18,9 +18,13 @@ import numpy as np
 
 from hero_jax import errors
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize import _grid, _onnx, _plan
+from hero_jax.quantize import _grid, _onnx
+from hero_jax.quantize.spec import QuantSpec
 
-BITS = 8
+# What inputs and outputs of layers are rounded to, and to how many bits in a file.
+SPEC, BITS = QuantSpec("tensor", "full", symmetric=False), 8
+# What follows the path of a module in the key of a range of its inputs.
+INPUTS = ":inputs"
 # Before the path of a leaf of another collection than the parameters.
 OTHER = ":"
 STATS = f"{OTHER}batch_stats"
@@ -63,9 +67,8 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, key: str) -> _Layer:
         """That of the key of a range."""
-        path = key.removesuffix(_plan.INPUTS)
-        names = (f"{path}/{name}" if path else name for name in ("kernel", "bias", "mean"))
-        kernel, bias, mean = names
+        path = key.removesuffix(INPUTS)
+        kernel, bias, mean = (f"{path}/{name}" if path else name for name in cls._fields)
         return cls(kernel, bias, f"{STATS}/{mean}")
 
 
@@ -84,7 +87,7 @@ def grids(ranges: Mapping[str, Any]) -> dict[str, Grid]:
             raise ArgumentError(f"`save(apply_fn=...)` {rule}; got {ends[0]:g} to {ends[1]:g} for {key!r}.")
         if ends[0] == ends[1]:
             continue
-        scale, zero_point = _grid.affine(jnp.asarray(ends[0]), jnp.asarray(ends[1]), BITS, _grid.ACTIVATIONS)
+        scale, zero_point = _grid.affine(jnp.asarray(ends[0]), jnp.asarray(ends[1]), BITS, SPEC)
         made[key] = Grid(np.asarray(scale), np.asarray(zero_point + 2 ** (BITS - 1)).astype(np.uint8))
     return made
 
@@ -109,7 +112,7 @@ def place(onnx: Any, graph: Any, grids: Mapping[str, Grid], values: Mapping[str,
         if not found:
             rule = "must round layers with a kernel that the graph multiplies by as it is"
             raise ArgumentError(f"`save(apply_fn=...)` {rule}; {key!r} is none.")
-    inputs = {key: found for key, found in places.items() if key.endswith(_plan.INPUTS)}
+    inputs = {key: found for key, found in places.items() if key.endswith(INPUTS)}
     outputs = {key: [node.output[0] for node, _ in found] for key, found in places.items() if key not in inputs}
     made: dict[tuple[str, bytes], str] = {}
     for key, found in inputs.items():
@@ -139,7 +142,7 @@ def _places(graph: Any, key: str, values: Mapping[str, str]) -> Iterator[tuple[A
     if layer.kernel not in values:
         found = _readers(graph, values[layer.mean]) if layer.mean in values else ()
         yield from ((node, 0) for node, _ in found if node.op_type == "BatchNormalization")
-    elif key.endswith(_plan.INPUTS) or layer.bias not in values:
+    elif key.endswith(INPUTS) or layer.bias not in values:
         found = _readers(graph, values[layer.kernel])
         yield from ((node, 1 - i) for node, i in found if node.op_type in _PRODUCTS and i < 2)
     else:

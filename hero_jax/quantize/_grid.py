@@ -21,8 +21,6 @@ from hero_jax import _tree
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 
-# What outputs and inputs of layers are rounded to.
-ACTIVATIONS = QuantSpec("tensor", "full", symmetric=False)
 # Fractions of the largest weight that the "mse" rule tries: steps of 1/80, up to 100/80. 80/80, the "max" rule, is one.
 MSE_STEP, MSE_LAST = 80, 100
 

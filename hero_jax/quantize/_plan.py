@@ -17,8 +17,6 @@ from hero_jax.quantize import _grid
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 PyTree = Any
-# What follows the path of a module in the key of a range of its inputs.
-INPUTS = ":inputs"
 
 
 def plan_of(name: str, params: PyTree, bits: PyTree, spec: QuantSpec, mask: Any) -> list[Any]:

@@ -28,8 +28,7 @@ from flax.core import tracers
 from hero_jax import _tree, errors
 from hero_jax._jax import Tracer
 from hero_jax.errors import ArgumentError
-from hero_jax.quantize import _grid, _plan
-from hero_jax.quantize._activations import Rounded
+from hero_jax.quantize import _activations, _grid
 from hero_jax.quantize.spec import MAX_BITS, MIN_BITS
 
 __all__ = [
@@ -157,7 +156,7 @@ def activation_ranges(
         def watch(module: nn.Module, path: str, given: Any, outputs: Any) -> Any:
             return outputs if path in pairs else note(path, outputs)
 
-        before = (lambda path, given: note(path + _plan.INPUTS, given)) if inputs else None
+        before = (lambda path, given: note(path + _activations.INPUTS, given)) if inputs else None
         _watched(apply_fn, watch, variables, batch, norms=norms, before=before)
         return seen
 
@@ -195,18 +194,18 @@ def quantized_activations(
         if key not in ranges:
             return values
         low, high = (jnp.asarray(x).reshape((1,) * values.ndim) for x in ranges[key])
-        scale, zero_point = _grid.affine(low, high, bits, _grid.ACTIVATIONS)
-        codes = _grid.encode(values, scale, zero_point, bits, _grid.ACTIVATIONS)
+        scale, zero_point = _grid.affine(low, high, bits, _activations.SPEC)
+        codes = _grid.encode(values, scale, zero_point, bits, _activations.SPEC)
         return _grid.decode(codes, scale, zero_point).astype(values.dtype)
 
     def before(path: str, given: jax.Array) -> jax.Array:
-        return rounded(path + _plan.INPUTS, given)
+        return rounded(path + _activations.INPUTS, given)
 
     def watch(module: nn.Module, path: str, given: Any, outputs: Any) -> Any:
         return rounded(path, outputs)
 
     run = functools.partial(_watched, apply_fn, watch, norms=ranges, before=before)
-    return Rounded(apply_fn, ranges, bits, run)
+    return _activations.Rounded(apply_fn, ranges, bits, run)
 
 
 def batch_norm_pairs(apply_fn: Apply, variables: PyTree, inputs: Any) -> Calibration[BatchNormPair]:
