@@ -49,12 +49,23 @@ def smallest_of_two(x):
     return jax.lax.reduce_window(x, jnp.inf, jax.lax.min, (1, 2), (1, 1), "VALID")
 
 
-def run(path, *inputs):
-    """The outputs of a file in a session with default options."""
-    session = onnxruntime.InferenceSession(os.fspath(path))
+def run(path, *inputs, is_optimized=True):
+    """The outputs of a file in a session with default options, or of the nodes as they are in the file."""
+    options = onnxruntime.SessionOptions()
+    if not is_optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(os.fspath(path), options)
     given = {x.name: np.asarray(value) for x, value in zip(session.get_inputs(), inputs, strict=True)}
     outputs = session.run(None, given)
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+def operators(path):
+    """What onnxruntime makes of a file: the operators that it runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = f"{path}.optimized", 3
+    onnxruntime.InferenceSession(path, options)
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
 def agree(outputs, expected):
@@ -348,15 +359,8 @@ class TestProducts:
         x = jax.random.normal(jax.random.key(1), (5, 64))
         for bits in (2, 4, 8):
             save(tmp_path / f"{bits}.onnx", apply_fn, w, x, bits=bits, spec=named(spec))
-            options = onnxruntime.SessionOptions()
-            options.optimized_model_filepath = os.fspath(tmp_path / "optimized.onnx")
-            options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(tmp_path / f"{bits}.onnx", options)
-            agree(
-                session.run(None, {"input": np.asarray(x)})[0],
-                apply_fn(quantize.fake_quantize(w, bits, named(spec)), x),
-            )
-            made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+            agree(run(tmp_path / f"{bits}.onnx", x), apply_fn(quantize.fake_quantize(w, bits, named(spec)), x))
+            made = operators(tmp_path / f"{bits}.onnx")
             assert not any("NBits" in operator for operator in made), made
 
     def test_unpacked_at_once(self, tmp_path):
@@ -386,6 +390,14 @@ def rounded(trained):
     return apply_fn, variables, ranges, images, labels
 
 
+class TwoLayers(nn.Module):
+    """A relu between."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="second")(nn.relu(nn.Dense(6, name="first")(x)))
+
+
 def simulated(apply_fn, ranges):
     """The network that rounds to 8 bits."""
     return quantize_linen.quantized_activations(apply_fn, ranges, 8)
@@ -407,10 +419,7 @@ class TestActivations:
         size = np.abs(expected).max()
 
         # As the file says. What differs is an image with a value in the middle between two levels.
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
-        off = np.abs(session.run(None, {"input": images})[0] - expected).max(1) / size
+        off = np.abs(run(tmp_path / "a.onnx", images, is_optimized=False) - expected).max(1) / size
         assert np.mean(off < 3e-6) > 0.9
         assert off.max() < 0.03
 
@@ -425,10 +434,7 @@ class TestActivations:
     def test_onnxruntime_computes_with_integers(self, rounded, tmp_path):
         apply_fn, variables, ranges, images, _ = rounded
         saved = save(tmp_path / "a.onnx", simulated(apply_fn, ranges), variables, images[:1], bits=8)
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath, options.log_severity_level = os.fspath(tmp_path / "optimized.onnx"), 3
-        onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
-        made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        made = operators(tmp_path / "a.onnx")
         # All but the last layer, whose outputs are those of the network.
         layers = [name for name in saved.quantized if name.endswith("kernel")]
         assert made.count("QLinearConv") + made.count("QGemm") == len(layers) - 1
@@ -493,13 +499,10 @@ class TestActivations:
         saved = save(path / "a.onnx", simulated(net.apply, ranges), variables, x, bits=bits, spec=spec)
         params = quantize.fake_quantize(variables["params"], bits, spec)
         expected = simulated(net.apply, saved.activations)({"params": params}, x)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        found = onnxruntime.InferenceSession(path / "a.onnx", options).run(None, {"input": np.asarray(x)})
-        for y, exact in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
-            off = np.abs(y - exact).reshape(len(x), -1).max(1) / np.abs(exact).max()
-            assert np.mean(off < 3e-6) > 0.9
-            assert off.max() < 0.03
+        found = run(path / "a.onnx", x, is_optimized=False)
+        off = np.abs(found - expected).reshape(len(x), -1).max(1) / np.abs(expected).max()
+        assert np.mean(off < 3e-6) > 0.9
+        assert off.max() < 0.03
         return saved
 
     def test_a_layer_that_is_called_twice(self, tmp_path):
@@ -533,28 +536,14 @@ class TestActivations:
 
     def test_a_dense_layer_on_three_axes(self, tmp_path):
         """A Reshape stands between the product and the relu."""
-
-        class Net(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                return nn.Dense(3, name="second")(nn.relu(nn.Dense(6, name="first")(x)))
-
-        saved = self.check(tmp_path, Net(), jax.random.normal(KEY, (30, 4, 6)))
+        saved = self.check(tmp_path, TwoLayers(), jax.random.normal(KEY, (30, 4, 6)))
         assert "first" in saved.activations
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath, options.log_severity_level = os.fspath(tmp_path / "optimized.onnx"), 3
-        onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
-        made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        made = operators(tmp_path / "a.onnx")
         assert made.count("QGemm") >= 1
 
     @pytest.mark.parametrize("bits", [3, 8])
     def test_scales_by_group(self, bits, tmp_path):
-        class Net(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                return nn.Dense(3, name="second")(nn.relu(nn.Dense(6, name="first")(x)))
-
-        self.check(tmp_path, Net(), jax.random.normal(KEY, (30, 8)), bits=bits, spec=named("group2-narrow"))
+        self.check(tmp_path, TwoLayers(), jax.random.normal(KEY, (30, 8)), bits=bits, spec=named("group2-narrow"))
 
     def test_what_was_zero_throughout_is_left_out(self, tmp_path):
         class Net(nn.Module):
