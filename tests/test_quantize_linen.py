@@ -154,6 +154,12 @@ class TestActivations:
         found = linen.quantized_activations(Net().apply, given, 4)(variables, x)
         np.testing.assert_allclose(found, forward(x, nearest_level), rtol=1e-4, atol=1e-5)
 
+    def test_inputs_of_integers_have_no_range(self):
+        net, x = nn.Dense(3), jnp.arange(6).reshape(2, 3)
+        variables = net.init(jax.random.key(0), x)
+        assert set(linen.activation_ranges(net.apply, variables, [x], inputs=True)) == {""}
+        assert set(linen.activation_ranges(net.apply, variables, [1.0 * x], inputs=True)) == {"", ":inputs"}
+
     def test_errors(self, network):
         apply, variables, x = network
         with pytest.raises(ValueError, match="at least one batch"):

@@ -630,6 +630,20 @@ class TestForm:
         np.testing.assert_array_equal(moved, ReferenceEvaluator(node).run(None, {"x": x, **given})[0])
 
 
+def test_nodes_are_sorted_behind_what_they_read():
+    """An omitted input or output, "", is no value; a graph inside a node reads those of the graph around it."""
+    make = onnx.helper.make_node
+    inner = onnx.helper.make_graph([make("Relu", ["last"], ["inner"])], "inner", [], [])
+    nodes = [
+        make("If", ["condition"], ["out"], then_branch=inner, else_branch=inner),
+        make("Second", ["first"], ["last", ""]),
+        make("First", ["x", ""], ["first"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "outer", [], [])
+    _onnx.sort(graph)
+    assert [node.op_type for node in graph.node] == ["First", "Second", "If"]
+
+
 class TestInspect:
     @pytest.fixture
     def file(self, tmp_path):
