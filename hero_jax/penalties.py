@@ -85,12 +85,40 @@ class Point(NamedTuple):
         is_whole = self.compared_fn is self.grad_fn
         return perturbed_grads if is_whole else self.mean(self.compared_fn(self.perturbed))
 
-    def product(self, params: PyTree, vector: PyTree, grads: PyTree) -> PyTree:
-        """What over devices averages to H(params) vector; `grads` is the gradient there of the part that g is of."""
-        if self.by_difference:
-            known = grads if self.part_fn is self.compared_fn else None
-            return curvature.grad_difference(self.part_fn, params, vector, known)
-        return curvature.grad_product(self.part_fn, params, vector)
+    def on_r(self, tree: PyTree) -> list[jax.Array]:
+        """The leaves of R."""
+        return [x for x, weight in self._weighted(tree) if weight > 0]
+
+    def diagonal_times(self, on_r: list[jax.Array]) -> list[jax.Array]:
+        """D u, wide, of a vector on R."""
+        weights = [weight for weight in jax.tree.leaves(self.diagonal) if weight > 0]
+        return [weight * _tree.wide(x) for weight, x in zip(weights, on_r, strict=True)]
+
+    def of_r(self, fn: GradFn, params: PyTree) -> Callable[[list[jax.Array]], PyTree]:
+        """`fn` of the leaves of R alone, the others constant: a tangent of zeros would be computed with."""
+
+        def fn_of_r(on_r: list[jax.Array]) -> PyTree:
+            varied = iter(on_r)
+            whole = [next(varied) if weight > 0 else x for x, weight in self._weighted(params)]
+            return fn(jax.tree.structure(params).unflatten(whole))
+
+        return fn_of_r
+
+    def product(self, params: PyTree, vector: list[jax.Array], grads: PyTree) -> PyTree:
+        """What over devices averages to H(params) vector, of a vector on R; `grads` is the gradient there of the part
+        that g is of."""
+        if not self.by_difference:
+            return curvature.grad_product(self.of_r(self.part_fn, params), self.on_r(params), vector)
+        known = grads if self.part_fn is self.compared_fn else None
+        varied = iter(vector)
+        # Zeros that wait for `grads`: what is subtracted from is then averaged at once.
+        whole = [next(varied) if weight > 0 else 0.0 * _tree.wide(x) for x, weight in self._weighted(grads)]
+        vector_tree = jax.tree.structure(params).unflatten(whole)
+        return curvature.grad_difference(self.part_fn, params, vector_tree, known)
+
+    def _weighted(self, tree: PyTree) -> list[tuple[jax.Array, float]]:
+        """The leaves with their D."""
+        return list(zip(jax.tree.leaves(tree), jax.tree.leaves(self.diagonal), strict=True))
 
 
 class Penalized(NamedTuple):
@@ -141,8 +169,8 @@ def _detached(point: Point) -> Penalized:
     """grad G = 2 H(w*) D d."""
     perturbed_grads = point.mean(point.grad_fn(point.perturbed))
     compared = point.compared(perturbed_grads)
-    d = _tree.subtract(compared, point.grads)
-    scaled = _times(point.diagonal, d)
+    d = _tree.subtract(point.on_r(compared), point.on_r(point.grads))
+    scaled = point.diagonal_times(d)
     along, peak = _tree.peak_scaled(scaled)
     product = point.mean(point.product(point.perturbed, along, compared))
     return Penalized(perturbed_grads, _tree.dot(d, scaled), _tree.scale(2 * peak, product), compared=compared)
@@ -152,8 +180,8 @@ def _difference(point: Point) -> Penalized:
     """grad G = 2 [H(w*) - H(w)] D d."""
     perturbed_grads = point.mean(point.grad_fn(point.perturbed))
     compared = point.compared(perturbed_grads)
-    d = _tree.subtract(compared, point.grads)
-    scaled = _times(point.diagonal, d)
+    d = _tree.subtract(point.on_r(compared), point.on_r(point.grads))
+    scaled = point.diagonal_times(d)
     along, peak = _tree.peak_scaled(scaled)
     there, here = (
         point.product(params, along, grads)
@@ -171,35 +199,38 @@ def _hvp(point: Point) -> Penalized:
     def product(params: PyTree) -> PyTree:
         return curvature.grad_product(point.part_fn, params, along)
 
-    curved = _tree.scale(peak, point.mean(product(point.params)))
-    scaled = _times(point.diagonal, curved)
+    curved = point.on_r(_tree.scale(peak, point.mean(product(point.params))))
+    scaled = point.diagonal_times(curved)
     along_curved, peak_curved = _tree.peak_scaled(scaled)
-    third = curvature.grad_product(product, point.params, along_curved)
+    third = curvature.grad_product(point.of_r(product, point.params), point.on_r(point.params), along_curved)
     perturbed_grads, third = point.mean((point.grad_fn(point.perturbed), third))
     return Penalized(perturbed_grads, _tree.dot(curved, scaled), _tree.scale(2 * peak * peak_curved, third))
 
 
 def _eigenvalue(point: Point) -> Penalized:
     """grad G = s T(w*)[v, v]; H(w*) v and T(w*)[v, v] come from one nest of two jvps along v."""
-    along, peak = _tree.peak_scaled(point.eigenvector)
+    along, peak = _tree.peak_scaled(point.on_r(point.eigenvector))
+    grad_fn = point.of_r(point.part_fn, point.perturbed)
 
-    def product(params: PyTree) -> PyTree:
-        return curvature.grad_product(point.part_fn, params, along)
+    def product(params: list[jax.Array]) -> PyTree:
+        return curvature.grad_product(grad_fn, params, along)
 
-    curved, third = _autodiff.jvp(product, point.perturbed, along)
+    curved, third = _autodiff.jvp(product, point.on_r(point.perturbed), along)
     perturbed_grads, curved, third = point.mean((point.grad_fn(point.perturbed), curved, third))
-    on_r = jax.tree.map(lambda weight: float(weight > 0), point.diagonal)
-    restricted = _times(on_r, _tree.scale(peak, curved))
-    rayleigh = _tree.dot(point.eigenvector, restricted)
+    # Multiplied by 0.0: zeros would lose the device axis that the leaf varies over.
+    curved = jax.tree.map(lambda weight, x: float(weight > 0) * _tree.wide(x), point.diagonal, curved)
+    curved = _tree.scale(peak, curved)
+    rayleigh = _tree.dot(point.eigenvector, curved)
     grads = _tree.scale(jnp.sign(rayleigh) * peak**2, third)
-    return Penalized(perturbed_grads, jnp.abs(rayleigh), grads, restricted)
+    return Penalized(perturbed_grads, jnp.abs(rayleigh), grads, curved)
 
 
 def _gradient_l1(point: Point) -> Penalized:
     """grad G = H(w) sign(g) on R."""
-    signs = _times(point.diagonal, jax.tree.map(jnp.sign, point.grads))
-    product = point.mean(curvature.grad_product(point.part_fn, point.params, signs))
-    return Penalized(point.grads, _tree.dot(point.grads, signs), jax.tree.map(_tree.wide, product))
+    grads = point.on_r(point.grads)
+    signs = point.diagonal_times(jax.tree.map(jnp.sign, grads))
+    product = point.mean(point.product(point.params, signs, point.grads))
+    return Penalized(point.grads, _tree.dot(grads, signs), jax.tree.map(_tree.wide, product))
 
 
 UNPERTURBED = Penalty(_gradient, cost=1, perturbs=False)
@@ -211,8 +242,3 @@ PENALTIES = {
     "hvp": Penalty(_hvp, cost=8.5),
     "eigenvalue": Penalty(_eigenvalue, cost=6.3, follows_eigenvector=True),
 }
-
-
-def _times(diagonal: PyTree, tree: PyTree) -> PyTree:
-    """D u, wide. Multiplies by 0.0 rather than making zeros, which would lose the device axis that u varies over."""
-    return jax.tree.map(lambda c, x: c * _tree.wide(x), diagonal, tree)
