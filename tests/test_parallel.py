@@ -25,10 +25,11 @@ from tests import problems
 
 LAYOUTS = {
     "pmap": {"parallel": "pmap"},
+    "shard_map": {"parallel": "shard_map"},
     "jit": {"parallel": "jit"},
     "sharded": {"parallel": "jit", "shard_params": True},
 }
-OF_PROCESSES = {name: LAYOUTS[name] for name in ("pmap", "sharded")}
+OF_PROCESSES = {name: LAYOUTS[name] for name in ("pmap", "shard_map", "sharded")}
 SIZES = {"epochs": 2, "batch_size": 16}
 # Two processes run this on 4 devices each: HERO on the network with BatchNorm.
 PROCESS = """
@@ -101,7 +102,7 @@ def test_eight_devices_equal_one(problem, method, layout):
     assert_same(curve(problem, method, **LAYOUTS[layout]), curve(problem, method))
 
 
-@pytest.mark.parametrize("layout", ["pmap", "sharded"])
+@pytest.mark.parametrize("layout", ["pmap", "shard_map", "sharded"])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -130,7 +131,12 @@ def test_fewer_devices_than_there_are():
 
 @pytest.mark.parametrize(
     "options",
-    [{"microbatch_size": 4}, {"microbatch_size": 1, "parallel": "pmap"}, {"microbatch_size": 4, "parallel": "jit"}],
+    [
+        {"microbatch_size": 4},
+        {"microbatch_size": 1, "parallel": "pmap"},
+        {"microbatch_size": 1, "parallel": "shard_map"},
+        {"microbatch_size": 4, "parallel": "jit"},
+    ],
 )
 def test_microbatches_equal_the_whole_batch(options):
     assert_same(curve("mlp", "hero", **options), curve("mlp", "hero"))
@@ -398,7 +404,8 @@ class TestMSharpness:
     @pytest.mark.parametrize(("problem", "method"), [("mlp", "hero"), ("conv", "hero")])
     def test_groups_on_one_device_equal_devices(self, problem, method):
         groups = curve(problem, method, sync=False, groups=8)
-        assert_same(groups, curve(problem, method, sync=False, parallel="pmap"))
+        for parallel in ("pmap", "shard_map"):
+            assert_same(groups, curve(problem, method, sync=False, parallel=parallel))
         whole = curve(problem, method)[0]
         assert np.abs(groups[0] / whole - 1).max() > 1e-4
 
@@ -448,7 +455,10 @@ def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parallel": "jitt"}, r"`parallel` must be one of 'none', 'pmap', 'jit'; got 'jitt'. Did you mean 'jit'"),
+        (
+            {"parallel": "jitt"},
+            r"`parallel` must be one of 'none', 'pmap', 'shard_map', 'jit'; got 'jitt'. Did you mean 'jit'",
+        ),
         ({"devices": 2}, r"`devices` must be 1 with parallel 'none'; got 2"),
         ({"devices": 0, "parallel": "jit"}, r"`devices` must be an integer >= 1; got 0"),
         ({"shard_params": True}, r"`shard_params` needs parallel 'jit'; got parallel 'none'"),
@@ -493,7 +503,9 @@ def test_layouts_that_do_not_fit(options, message):
 
 def test_layouts_that_do_not_fit_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"`parallel` must be 'pmap' or 'jit' with 2 processes; got 'none'"):
+    with pytest.raises(
+        ValueError, match=r"`parallel` must be 'pmap', 'shard_map' or 'jit' with 2 processes; got 'none'"
+    ):
         layouts.layout(config("mlp", "sgd"))
     with pytest.raises(ValueError, match=r"`devices` must be all 8 of the 2 processes; got 4"):
         layouts.layout(config("mlp", "sgd", parallel="pmap", devices=4))

@@ -16,7 +16,7 @@ from hero_jax.errors import ArgumentError, one_of
 
 Dataset = Literal["digits", "cifar10", "cifar100", "fashion_mnist", "imagenette", "imagenet2012"]
 LabelNoise = Literal["symmetric", "uniform", "asymmetric"]
-Parallel = Literal["none", "pmap", "jit"]
+Parallel = Literal["none", "pmap", "shard_map", "jit"]
 Dtype = Literal["float32", "bfloat16"]
 LABEL_NOISE_KINDS, PARALLEL, DTYPES = map(get_args, (LabelNoise, Parallel, Dtype))
 
@@ -171,20 +171,20 @@ class Layout(Checked):
     """How a step is computed, on which devices."""
 
     parallel: Parallel = "none"
-    """none (one device), pmap (data parallel), or jit (over a mesh); the result is the same."""
+    """none (one device), pmap or shard_map (data parallel), or jit (over a mesh); the result is the same."""
     devices: Count | Literal["all"] = "all"
-    """Devices to use, those of all processes together (pmap, jit)."""
+    """Devices to use, those of all processes together (not with none)."""
     shard_params: bool = False
     """Split parameters and optimizer state over the devices instead of a copy on each (jit)."""
     sync: bool = True
-    """Perturb, and normalize in BatchNorm, by the whole batch; False: by the part of it on each device (pmap) or in
-    each of `groups` (none), which is m-sharpness."""
+    """Perturb, and normalize in BatchNorm, by the whole batch; False: by the part of it on each device (pmap,
+    shard_map) or in each of `groups` (none), which is m-sharpness."""
     groups: Count = 1
     """Equal parts of the batch that `--no-sync` perturbs alone on one device."""
     microbatch_size: Count | Literal["all"] = "all"
-    """Images that a pass takes at a time (on each device under pmap), to save memory: the same gradients and products,
-    except that BatchNorm normalizes by these images alone. XLA:CPU runs convolutions in such a loop forty times
-    slower."""
+    """Images that a pass takes at a time (on each device under pmap and shard_map), to save memory: the same gradients
+    and products, except that BatchNorm normalizes by these images alone. XLA:CPU runs convolutions in such a loop forty
+    times slower."""
     remat: bool = False
     """Keep only the outputs of convolutions and products until a pass goes backwards, and compute the rest again, to
     save memory: docs/parallel.md says how much, and where."""
@@ -203,6 +203,6 @@ class Layout(Checked):
             raise ArgumentError("`sync` must be True on one device without `groups` to differ; got False and groups 1.")
         if self.groups > 1 and (self.sync or self.parallel != "none"):
             raise ArgumentError(
-                f"`groups` needs sync False and parallel 'none' (with pmap a device is a group); got {self.groups} with"
+                f"`groups` needs sync False and parallel 'none' (mapped, a device is a group); got {self.groups} with"
                 f" sync {self.sync} and parallel {self.parallel!r}."
             )

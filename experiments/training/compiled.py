@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import microbatching
 
@@ -39,6 +40,7 @@ class Trainer(NamedTuple):
       and the indices of the whole batch on the host; `kind` is that of `methods.phases`. Of a stream:
       `(state, images, labels, kind=0)`, with those of the rows of this process (`layout.local_rows`), on the host.
     kind: the kind of a step, by its number.
+    lower: `(kind=0) -> the program of step`, for the devices of the layout, which need not be here; nothing is run.
     steps: `step` for the indices (steps, batch) of several batches, in one compiled call; not of a stream.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`.
     forward: logits of raw images; as all that follow the step, without augmentation or weight decay.
@@ -49,6 +51,7 @@ class Trainer(NamedTuple):
     layout: layouts.One
     init: Callable[[int], TrainState]
     step: layouts.Step
+    lower: Callable[..., jax.stages.Lowered]
     kind: Callable[[int], int]
     steps: layouts.Step
     evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
@@ -57,17 +60,18 @@ class Trainer(NamedTuple):
     hessian: Callable[[PyTree, data.Split], curvature.Operator]
 
 
-def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
+def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | None = None) -> Trainer:
     """Makes the trainer of a resolved configuration; what is compiled does not depend on the seed.
 
-    The step sees the whole batch, or under a mapped axis the rows of one device, and averages over that axis.
+    `devices` are those it is for, all there are by default. The step sees the whole batch, or under a mapped axis the
+    rows of one device, and averages over that axis.
     """
     how, batch_size, size = config.layout, config.budget.batch_size, dataset.train.size
     is_streamed, calls = isinstance(dataset.train, data.Stream), config.pace.steps_per_call
     if is_streamed and calls > 1:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {calls}.")
     check_batch_size(batch_size, size)
-    layout = layouts.layout(config)
+    layout = layouts.layout(config, devices)
     axis_name, rows = layout.axis_name, batch_size // layout.num_parts
     if how.microbatch_size != "all" and rows % how.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {how.microbatch_size}.")
@@ -122,6 +126,8 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
 
         def at(params: PyTree, every: int) -> tuple[tuple[jax.Array, PyTree], PyTree]:
             part = (leaf.reshape(-1, every, *leaf.shape[1:])[:, 0] for leaf in (x, y))
+            if axis_name is not None:  # else `shard_map` makes of it the sum of all devices
+                params = parallel.vary(params, axis_name)
             loss_and_statistics, grads = value_and_grad(params, *part)
             return loss_and_statistics, layout.split(grads)
 
@@ -158,9 +164,15 @@ def build(config: TrainConfig, dataset: data.Dataset) -> Trainer:
     def compiled_step(*arguments: Any, kind: int = 0) -> tuple[TrainState, jax.Array]:
         return compiled[kind](*arguments)
 
-    init = functools.partial(layout.init, init)
+    def lower(kind: int = 0) -> jax.stages.Lowered:
+        indices, rows = ((batch_size,), np.int32), batch_size if is_streamed else size
+        shapes = [((rows, *shape), np.uint8), ((rows,), np.int32), *([] if is_streamed else [indices])]
+        arguments = (jax.ShapeDtypeStruct(*of_argument) for of_argument in shapes)
+        return compiled[kind].lower(jax.eval_shape(init, 0), *arguments)
+
     measures = _measures(model.apply, pixels, layout)
-    return Trainer(layout, init, compiled_step, kind_of, layout.compile(steps), *measures)
+    laid_out = functools.partial(layout.init, init)
+    return Trainer(layout, laid_out, compiled_step, lower, kind_of, layout.compile(steps), *measures)
 
 
 def _measures(apply: Callable[..., Any], pixels: data.Pixels, layout: layouts.One) -> tuple[Callable[..., Any], ...]:

@@ -1,4 +1,4 @@
-"""How a run lies on devices: on one, on several by pmap or by jit over a mesh, in one process or in several.
+"""How a run lies on devices: on one, on several by pmap, shard_map or jit over a mesh, in one process or in several.
 
 A step is written once, `(state, images, labels, indices) -> (state, loss)`, for one device that has the whole batch,
 and so is a call that takes several, whose indices have an axis of steps before that of the batch. The data set is
@@ -9,7 +9,7 @@ process reads and sends the images of its own rows.
                       state                           batch                     averages
     One               on one device                   on one device             none
     One, in groups    on one device                   `groups` parts, by vmap   the step, over the vmapped axis
-    Mesh, mapped      a copy on every device          a part on every device    the step, over the axis of pmap
+    Mesh, mapped      a copy on every device          a part on every device    the step, over the mapped axis
     Mesh              a copy on every device, or      a part on every device    XLA, where the program of one
                       split over them (FSDP)                                    device needs it
 """
@@ -59,19 +59,39 @@ class TrainState(NamedTuple):
 Step = Callable[..., tuple[TrainState, jax.Array]]
 
 
+class Program(NamedTuple):
+    """A step, or several in one call, compiled for a layout: called as `One.compile` says.
+
+    run: the call, which brings the rows of a batch to the devices first.
+    lower: the program that a step runs, for arguments of these shapes (those of the whole batch), lowered for the
+      devices of the layout, which need not be here; nothing is run.
+    """
+
+    run: Step
+    lower: Callable[..., jax.stages.Lowered]
+
+    def __call__(self, *arguments: Any) -> tuple[TrainState, jax.Array]:
+        return self.run(*arguments)
+
+
 class One:
-    """Everything on the default device: the definition that `Mesh` agrees with.
+    """Everything on one device: the definition that `Mesh` agrees with.
 
     axis_name: the mapped axis inside the step; None where the step sees the whole batch.
     num_parts: how many equal parts of the batch take a step of their own over that axis.
     examples: sharding of the examples that are evaluated at a time; None on one device.
+
+    Args:
+      num_parts: None where the step sees the whole batch.
+      device: what programs are lowered for; what runs does so on the default device.
     """
 
     examples: NamedSharding | None = None
 
-    def __init__(self, num_parts: int | None = None) -> None:
+    def __init__(self, num_parts: int | None = None, device: Any = None) -> None:
         self.axis_name = None if num_parts is None else AXIS
         self.num_parts = num_parts or 1
+        self._device = device
         # The parts that lie on devices of this process, and how many there are.
         self._local, self._all = slice(0, self.num_parts), self.num_parts
 
@@ -104,13 +124,15 @@ class One:
         """Inside the step: gradients, laid out as the parameters are between passes."""
         return grads
 
-    def compile(self, step: Step, *, streamed: bool = False) -> Step:
+    def compile(self, step: Step, *, streamed: bool = False) -> Program:
         """The step, or several in one call, compiled for this layout.
 
         It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses. With `streamed`,
         it takes the images and labels of the rows of this process (`local_rows`), from the host.
         """
-        program = self._program(step, (None, 0, 0) if streamed else (None, None, None, 0))
+        # Which axis is that of the batch; None for what is whole on every device.
+        axes = (0, 0) if streamed else (None, None, -1)
+        program = self._program(step, axes)
 
         def run(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
             if streamed:
@@ -119,12 +141,33 @@ class One:
             local = indices[..., self.local_rows(indices.shape[-1])]
             return program(state, *whole, self._placed(local, axis=indices.ndim - 1))
 
-        return run
+        def lower(state: TrainState, *arguments: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+            laid_out = (
+                self._abstract_whole(x) if axis is None else self._abstract_rows(x)
+                for x, axis in zip(arguments, axes, strict=True)
+            )
+            return program.lower(self._abstract_state(state), *laid_out)
 
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> Step:
-        """The compiled step; of its arguments, those of axis 0 are parts of the batch, made by `_placed`."""
+        return Program(run, lower)
+
+    def _abstract_state(self, state: TrainState) -> TrainState:
+        """The shapes of a state, with where it lies."""
+        return jax.tree.map(self._abstract_whole, state)
+
+    def _abstract_whole(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The shape of what is whole on every device."""
+        return _shape(x, None if self._device is None else jax.sharding.SingleDeviceSharding(self._device))
+
+    def _abstract_rows(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The shape of a batch, as `_placed` makes it of all its rows."""
         if self.axis_name is not None:
-            step = jax.vmap(step, in_axes=in_axes, out_axes=None, axis_name=AXIS)
+            x = jax.ShapeDtypeStruct((self.num_parts, x.shape[0] // self.num_parts, *x.shape[1:]), x.dtype)
+        return self._abstract_whole(x)
+
+    def _program(self, step: Step, axes: tuple[int | None, ...]) -> Any:
+        """The compiled step; its arguments that have an axis of the batch are made by `_placed`."""
+        if self.axis_name is not None:
+            step = jax.vmap(step, in_axes=(None, *_first(axes)), out_axes=None, axis_name=AXIS)
         return jax.jit(step, donate_argnums=0)
 
     def _placed(self, x: np.ndarray, axis: int) -> Any:
@@ -136,19 +179,21 @@ class One:
 
 
 class Mesh(One):
-    """A batch split over devices, by the program of one device, where XLA puts the averages in.
+    """A batch split over devices: by the program of one device, where XLA puts the averages in, or mapped.
 
     Args:
       devices: the devices of the mesh.
-      mapped: by pmap instead: every device takes the step on its rows, and the step averages over `axis_name`.
+      mapped: None, or "pmap" or "shard_map": every device takes the step on its rows, and the step averages over
+        `axis_name`.
       shard_params: split parameters, optimizer state and gradients over the devices, each leaf along its largest axis
         that the number of devices divides, or whole where there is none. The network gathers the parameters in every
-        pass.
+        pass. Not mapped.
     """
 
-    def __init__(self, devices: Sequence[Any], *, mapped: bool, shard_params: bool) -> None:
+    def __init__(self, devices: Sequence[Any], *, mapped: str | None, shard_params: bool) -> None:
         super().__init__(len(devices) if mapped else None)
         self._devices, self._shard_params = list(devices), shard_params
+        self._is_pmapped, self._is_shard_mapped = mapped == "pmap", mapped == "shard_map"
         self._mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))  # Auto axes; make_mesh makes Explicit ones
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
         local = [i for i, device in enumerate(self._devices) if device.process_index == jax.process_index()]
@@ -185,23 +230,43 @@ class Mesh(One):
             return grads
         return jax.lax.with_sharding_constraint(grads, jax.tree.map(self._along_largest, grads))
 
-    def _program(self, step: Step, in_axes: tuple[int | None, ...]) -> Step:
-        if self.axis_name is not None:
+    def _abstract_state(self, state: TrainState) -> TrainState:
+        return state if self._is_pmapped else jax.tree.map(_shape, state, self._shardings(state))
+
+    def _abstract_whole(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x if self._is_pmapped else _shape(x, self._replicated)
+
+    def _abstract_rows(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return super()._abstract_rows(x) if self._is_pmapped else _shape(x, self._by_rows(0))
+
+    def _program(self, step: Step, axes: tuple[int | None, ...]) -> Any:
+        if self._is_pmapped:
             # What every device has a copy of is not mapped, and so has no leading axis outside.
-            options: Any = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": None, "devices": self._devices}
-            return jax.pmap(step, donate_argnums=0, **options)
+            options: Any = {"axis_name": AXIS, "in_axes": (None, *_first(axes)), "out_axes": None}
+            return jax.pmap(step, donate_argnums=0, devices=self._devices, **options)
+
+        def mapped(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
+            of_arguments = [
+                PartitionSpec() if axis is None else self._by_rows(axis % x.ndim).spec
+                for x, axis in zip(arguments, axes, strict=True)
+            ]
+            specs: Any = {"in_specs": (PartitionSpec(), *of_arguments), "out_specs": PartitionSpec()}
+            return jax.shard_map(step, mesh=self._mesh, **specs)(state, *arguments)
 
         def laid_out(*arguments: Any) -> tuple[TrainState, jax.Array]:
-            state, loss = step(*arguments)
+            state, loss = mapped(*arguments) if self._is_shard_mapped else step(*arguments)
             return jax.lax.with_sharding_constraint(state, self._shardings(state)), loss
 
         return jax.jit(laid_out, donate_argnums=0)
 
     def _placed(self, x: np.ndarray, axis: int) -> Any:
-        if self.axis_name is not None:
+        if self._is_pmapped:
             return super()._placed(x, axis)
-        by_rows = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
-        return jax.make_array_from_process_local_data(by_rows, x)
+        return jax.make_array_from_process_local_data(self._by_rows(axis), x)
+
+    def _by_rows(self, axis: int) -> NamedSharding:
+        """A part on every device along an axis, that of the batch."""
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
 
     def _shardings(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of the state."""
@@ -220,20 +285,33 @@ class Mesh(One):
         return NamedSharding(self._mesh, PartitionSpec(*[None] * largest, AXIS))
 
 
+def _first(axes: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The axes of the parts that `One._placed` makes, which it puts first."""
+    return tuple(None if axis is None else 0 for axis in axes)
+
+
+def _shape(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on their devices; each brings what its own devices hold."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-def layout(config: TrainConfig) -> One:
-    """The layout of a resolved configuration on the devices there are; raises ValueError where it does not fit them."""
+def layout(config: TrainConfig, devices: Sequence[Any] | None = None) -> One:
+    """The layout of a resolved configuration on these devices, or those there are.
+
+    Raises:
+      ValueError: it does not fit them.
+    """
     how, batch_size, processes = config.layout, config.budget.batch_size, jax.process_count()
     # Ordered by process, so that the rows of a process are neighbors.
-    available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    available = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     wanted = len(available) if how.devices == "all" else how.devices
     parts, name = (how.groups, "groups") if how.parallel == "none" else (wanted, "devices")
     if how.parallel == "none" and processes > 1:
-        raise ValueError(f"`parallel` must be 'pmap' or 'jit' with {processes} processes; got 'none'.")
+        raise ValueError(f"`parallel` must be 'pmap', 'shard_map' or 'jit' with {processes} processes; got 'none'.")
     if wanted > len(available):
         raise ValueError(f"`devices` must be at most {len(available)}, which is what there is; got {wanted}.")
     if wanted < len(available) and processes > 1:
@@ -241,10 +319,11 @@ def layout(config: TrainConfig) -> One:
     if batch_size % parts:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
     if how.parallel == "none":
-        return One(how.groups if how.groups > 1 else None)
+        return One(how.groups if how.groups > 1 else None, None if devices is None else available[0])
     if not how.sync and wanted == 1:
         raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
-    return Mesh(available[:wanted], mapped=how.parallel == "pmap", shard_params=how.shard_params)
+    mapped = None if how.parallel == "jit" else how.parallel
+    return Mesh(available[:wanted], mapped=mapped, shard_params=how.shard_params)
 
 
 def with_devices(config: TrainConfig) -> TrainConfig:
