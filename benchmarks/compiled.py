@@ -1,17 +1,24 @@
-"""What a training step becomes on a device that this machine lacks: `python -m benchmarks.compiled --target h100`.
+"""What a training step becomes on devices that this machine lacks: `python -m benchmarks.compiled --target h100`.
 
-Compiles the step of `benchmarks.step_cost` for the target without running it, and counts what is in the scheduled
-program. A small network on a GPU is bound by the number of kernels, since each takes some microseconds to start. With
-several devices the step is data parallel under `jit`: the batch is split, and with `--split-params` every parameter
-too. Sizes are those of one device.
+Compiles the trainer's own step (`experiments.training.compiled`) of each method for a target without running it, and
+counts what is in the scheduled program. XLA's compilers for GPUs and TPUs need no device, but a package each: an error
+names it. Several devices share the batch, by `jit` or as `--parallel` says, and with `--shard-params` parameters and
+optimizer state too. Sizes are those of one device.
 
-A kernel is an instruction of the entry computation that starts work on the device: a fusion (which may hold many
-operations), a call of a library (convolutions and matrix products of cuDNN and cuBLAS), or another operation that
-computes or copies. Not counted: parameters, constants, tuples and their elements, bitcasts, what waits for an
-asynchronous operation, and collectives, which have a column of their own. The bodies of loops, the branches of
-conditionals and called computations are counted once, whatever the number of their turns; their instructions are
-kernels of the program, while `while`, `conditional` and `call` themselves are not. Copies, which no fusion took up,
-have a column of their own too. A library may start several kernels in one call: the count is a lower bound.
+A target is a name of TARGETS or KIND:TOPOLOGY: `h100:1x4x8` is one partition of four hosts with eight GPUs each, and
+`v6e:16x16` the TPUs of that topology, as `jax.experimental.topologies` names it.
+
+kernels: instructions that start work on the device: a fusion (which may hold many operations), a call of a library
+(convolutions and matrix products of cuDNN and cuBLAS), or another operation that computes. Not counted: parameters,
+constants, tuples and their elements, bitcasts, what waits for an asynchronous operation, and what has a column of its
+own, copies and collectives. The bodies of loops, the branches of conditionals and called computations are counted once,
+whatever the number of their turns; their instructions are kernels of the program, while `while`, `conditional` and
+`call` themselves are not. A library may start several kernels in one call: the count is a lower bound.
+
+collectives: by kind, with the bytes of the whole arrays that they reduce or gather. `gradients` is the bytes of all
+collectives in those of the parameters: data parallelism needs one for each gradient that is averaged.
+
+arguments: parameters, optimizer state, batch, and a data set that is held in memory, which lies on every device.
 """
 
 from __future__ import annotations
@@ -20,27 +27,29 @@ import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
+import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
-from benchmarks import step_cost
-from experiments import cli
-from experiments.config import DTYPES
+from experiments import cli, data
+from experiments.config import METHODS, PARALLEL, TrainConfig, resolve
+from experiments.data import catalog
+from experiments.data.records import STREAM_SIDE
 from experiments.storage import claims, environment, records
-from hero_jax import errors, models
+from experiments.training import compiled
+from hero_jax import errors
 
-PyTree = Any
 # XLA's description of one device (`GpuTargetConfigProto`), by NVIDIA's data sheet.
 H100 = """
 gpu_device_info {
@@ -56,28 +65,29 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-class Target(NamedTuple):
-    """Devices to compile for: the arguments of `topologies.get_topology_desc`, and what brings their compiler."""
-
-    platform: str
-    topology_name: str
-    options: dict[str, Any]
-    module: str
-    package: str
-
-
-def _h100(topology: str) -> Target:
-    """`topology` is partitions x hosts x devices."""
-    options = {"topology": topology, "target_config": H100}
-    return Target("cuda", "h100", options, "jax_cuda13_plugin", "jax-cuda13-plugin")
-
-
-TARGETS = {"h100": _h100("1x1x1"), "h100x8": _h100("1x1x8")}
+# A GPU's topology is partitions x hosts x devices.
+TARGETS = {
+    "h100": "h100:1x1x1",
+    "h100x8": "h100:1x1x8",
+    "h100x2x8": "h100:1x2x8",
+    "v5e-256": "v5e:16x16",
+    "v5p-512": "v5p:8x8x8",
+}
+# Of the data sets, the number of training images and the shape of one.
+SHAPES = {
+    "cifar10": (50_000, 32, 32, 3),
+    "cifar100": (50_000, 32, 32, 3),
+    "fashion_mnist": (60_000, 28, 28, 1),
+    "imagenette": (9_469, STREAM_SIDE, STREAM_SIDE, 3),
+    "imagenet2012": (1_281_167, STREAM_SIDE, STREAM_SIDE, 3),
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that start nothing.
 SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 CALLS = {"while", "conditional", "call", "async-start"}
 CONVOLUTION = re.compile(r'custom_call_target="__cudnn\$conv|= \S+ convolution\(')
+# What XLA calls the types of arrays, with their bytes; others (tokens, say) are none.
+ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|c64)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,65 +95,92 @@ class Arguments:
     """What to compile."""
 
     target: str = "h100"
-    """h100 or h100x8: the devices, which need not be here."""
-    methods: tuple[str, ...] = ("sam", "hero detached")
-    """Methods, as `benchmarks.step_cost` names them; SGD, the unit, is always among them."""
-    model: str = "resnet20"
-    """A name in hero_jax.models."""
+    """h100, h100x8, h100x2x8, v5e-256, v5p-512, or KIND:TOPOLOGY (h100:1x4x8, v6e:16x16): devices, which need not be
+    here."""
+    methods: tuple[str, ...] = ("sam", "msam", "grad_l1", "hero")
+    """Methods, as `experiments.train` names them, with its settings for the data set; SGD, the unit, is always among
+    them."""
+    dataset: str = "cifar10"
+    """Whose shapes the step has; nothing is read. imagenet2012 is streamed, in 224 x 224."""
+    model: str | None = None
+    """A name in hero_jax.models; by default that of the data set."""
+    batch_size: int | None = None
+    """Images a step, on all devices together; by default that of the data set."""
+    parallel: str = "jit"
+    """jit, shard_map or pmap, of several devices; one has none."""
+    shard_params: bool = False
+    """Split parameters and optimizer state over the devices."""
+    remat: bool = False
+    """Compute again in backward passes what a step would keep."""
     dtype: str = "float32"
     """Type of computation, float32 or bfloat16."""
-    batch_size: int = 128
-    """Images a step, on all devices together."""
-    image_size: int = 32
-    """Height and width."""
-    split_params: bool = False
-    """Split each parameter over the devices, along its first axis that they divide."""
     out: Path | None = None
     """JSON file for the record."""
 
     def __post_init__(self) -> None:
-        errors.one_of("target", self.target, TARGETS)
         for name in self.methods:
-            errors.one_of("methods", name, step_cost.METHODS)
-        errors.one_of("model", self.model, models.MODELS)
-        errors.one_of("dtype", self.dtype, DTYPES)
-        for name in ("batch_size", "image_size"):
-            errors.integer(name, getattr(self, name), low=1)
+            errors.one_of("methods", name, METHODS)
+        errors.one_of("dataset", self.dataset, SHAPES)
+        errors.one_of("parallel", self.parallel, PARALLEL[1:])
+
+    def config(self, method: str, num_devices: int) -> TrainConfig:
+        """The run of a method."""
+        layout: dict[str, Any] = {} if num_devices == 1 else {"parallel": self.parallel}
+        names = ("model", "batch_size", "shard_params", "remat", "dtype")
+        return resolve(method, self.dataset, **layout, **{name: getattr(self, name) for name in names})
 
 
-def mesh_of(name: str) -> Mesh:
-    """The devices of a target, along one axis."""
-    target = TARGETS[name]
-    if importlib.util.find_spec(target.module) is None:
-        version = importlib.metadata.version("jaxlib")
-        raise ValueError(f"`target` {name} needs XLA's compiler for it: pip install {target.package}=={version}")
-    topology = topologies.get_topology_desc(
-        platform=target.platform, topology_name=target.topology_name, **target.options
-    )
-    return Mesh(np.array(topology.devices), ("data",))
+def devices_of(target: str) -> list[Any]:
+    """The devices of a target, a name of TARGETS or KIND:TOPOLOGY, to compile for."""
+    kind, _, topology = TARGETS.get(target, target).partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", topology) or not re.fullmatch(r"h100|v\d\w*", kind):
+        known = ", ".join(TARGETS)
+        raise ValueError(f"`target` must be one of {known}, or like h100:1x4x8 or v6e:16x16; got {target!r}.")
+    if kind == "h100":
+        # The plugin is of the version of jaxlib; so is libtpu, by another number.
+        module, package = "jax_cuda13_plugin", f"jax-cuda13-plugin=={importlib.metadata.version('jaxlib')}"
+        options: dict[str, Any] = {"platform": "cuda", "topology_name": kind, "topology": topology}
+        options["target_config"] = H100
+    else:
+        module, package = "libtpu", f"jax[tpu]=={jax.__version__}"
+        options = {"platform": "tpu", "topology_name": f"{kind}:{topology}"}
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the cloud for half a minute
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"`target` {target} needs XLA's compiler for it: pip install {package}")
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`target` must be a topology that XLA knows; got {target!r} ({error}).") from error
 
 
-def lower(arguments: Arguments, method: str, mesh: Mesh) -> jax.stages.Lowered:
-    """The step of `benchmarks.step_cost` of one method, lowered for the devices of `mesh`; nothing is computed."""
-    asked = step_cost.Arguments(model=arguments.model, image_size=arguments.image_size)
-    arrays: Any = jax.eval_shape(lambda: step_cost.problem(asked, arguments.dtype, arguments.batch_size)[1:])
-    params, batch_stats, *batch = arrays
-    grad_fn = step_cost.gradient_function(models.create(arguments.model, 10, dtype=np.dtype(arguments.dtype)))
-    init, step = step_cost.training_step(grad_fn, step_cost.METHODS[method])
-    state = (params, batch_stats, jax.eval_shape(init, params))
+def shapes_of(name: str) -> data.Dataset:
+    """A data set of the shapes of one that tensorflow-datasets prepares, without its images."""
+    about, shape = catalog.DATASETS[name], SHAPES[name]
+    zeros = np.broadcast_to(np.int32(0), shape[0])  # which take no memory
+    if about.is_large:
+        split: Any = data.Stream(None, name, shape[1], zeros, zeros, about.num_classes)
+    else:
+        split = data.Split(np.broadcast_to(np.uint8(0), shape), zeros)
+    return data.Dataset(split, split, about.num_classes, about.pixels)
 
-    def placed(x: jax.ShapeDtypeStruct, is_split: bool) -> jax.ShapeDtypeStruct:
-        divided = [i for i, n in enumerate(x.shape) if is_split and n % mesh.size == 0][:1]
-        spec = PartitionSpec(*["data" if i in divided else None for i in range(len(x.shape))])
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    state = jax.tree.map(lambda x: placed(x, arguments.split_params), state)
-    return step.lower(state, *(placed(x, True) for x in batch))
+def lower(arguments: Arguments, method: str, devices: list[Any]) -> tuple[jax.stages.Lowered, int]:
+    """The trainer's step of a method, lowered for these devices, and the bytes of its parameters."""
+    config = arguments.config(method, len(devices))
+    trainer = compiled.build(config, shapes_of(arguments.dataset), devices)
+    lowered = trainer.lower()
+    state = lowered.args_info[0][0]
+    return lowered, sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
 
 
 def counts(program: str) -> dict[str, Any]:
-    """Kernels, those of them that are convolutions, copies, and collectives by kind, in a scheduled program's text."""
-    found, collectives = collections.Counter(kernels=0, convolutions=0, copies=0), collections.Counter()
+    """Kernels, those of them that are convolutions, copies, and collectives by kind, in a scheduled program's text.
+
+    A kind of collectives has {"count", "bytes"}, the bytes of the whole arrays: what one gives, or of a reduce-scatter
+    what it takes.
+    """
+    found = collections.Counter(kernels=0, convolutions=0, copies=0)
+    collectives: dict[str, dict[str, int]] = {}
     computations = _computations(program)
     pending, seen = ["ENTRY"], set()
     while pending:
@@ -151,21 +188,29 @@ def counts(program: str) -> dict[str, Any]:
         if name in seen:
             continue
         seen.add(name)
+        types: dict[str, str] = {}
         for line in computations[name]:
-            operation = _operation(line)
+            defined, kind, operation = _instruction(line)
+            types[defined] = kind
             collective = operation.removesuffix("-start")
             if operation in CALLS:
                 called = re.findall(r"(?:body|condition|to_apply|calls|\w+_computation)=(%[\w.\-]+)", line)
                 branches = re.findall(r"branch_computations=\{([^}]*)\}", line)
                 pending += called + [name.strip() for group in branches for name in group.split(",")]
             elif collective in COLLECTIVES:
-                collectives[collective] += 1
+                of_kind = collectives.setdefault(collective, {"count": 0, "bytes": 0})
+                operands = re.findall(r"%[\w.\-]+", line[line.index(f" {operation}(") :].partition(")")[0])
+                taken = sum(_size(types.get(operand, "")) for operand in operands)
+                # A start has what it takes in its type, beside what it gives, but that of an all-reduce.
+                given = _size(kind) - (taken if operation != collective and collective != "all-reduce" else 0)
+                of_kind["count"] += 1
+                of_kind["bytes"] += max(taken, given)
             elif operation in ("copy", "copy-start"):
                 found["copies"] += 1
             elif operation not in SILENT and not operation.endswith(("-done", "-update")):
                 found["kernels"] += 1
                 found["convolutions"] += bool(CONVOLUTION.search(line))
-    return {**found, "collectives": dict(collectives)}
+    return {**found, "collectives": collectives}
 
 
 def _computations(program: str) -> dict[str, list[str]]:
@@ -181,67 +226,100 @@ def _computations(program: str) -> dict[str, list[str]]:
     return found
 
 
-def _operation(line: str) -> str:
-    """The name of the operation of an instruction: the word before the bracket of its operands, after its type."""
+def _instruction(line: str) -> tuple[str, str, str]:
+    """The name of an instruction, its type, and its operation: the word before the bracket of its operands."""
     # A type is one word, or a tuple of types in brackets.
-    match = re.search(r"= (?:\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
-    return match[1] if match else "parameter"
+    match = re.search(r"(%[\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
+    return (match[1], match[2], match[3]) if match else ("", "", "parameter")
 
 
-def measure(arguments: Arguments, mesh: Mesh) -> list[dict[str, Any]]:
-    """One row a method: kernels, convolutions, collectives, memory, compile seconds, kernels in SGD's."""
+def _size(kind: str) -> int:
+    """The bytes of the arrays in a type."""
+    arrays = ARRAY.findall(kind)
+    return sum(_width(name) * math.prod(int(n) for n in shape.split(",") if n) for name, shape in arrays)
+
+
+def _width(name: str) -> int:
+    """The bytes of an entry of an array; of less than 8 bits, one."""
+    return {"pred": 1, "c64": 8}.get(name) or max(1, int(re.sub(r"\D", "", name)) // 8)
+
+
+def measure(arguments: Arguments, devices: list[Any]) -> list[dict[str, Any]]:
+    """One row a method: what is counted in its program, memory and operations, compile seconds, kernels in SGD's."""
     rows: list[dict[str, Any]] = []
-    for name in step_cost.METHODS:
-        if name != "sgd" and name not in arguments.methods:
-            continue
-        lowered = lower(arguments, name, mesh)
+    methods = ["sgd", *(name for name in arguments.methods if name != "sgd")]
+    for name in methods:
+        lowered, of_parameters = lower(arguments, name, devices)
         started = time.perf_counter()
-        compiled: Any = lowered.compile()
+        program: Any = lowered.compile()
         seconds = time.perf_counter() - started
-        memory = compiled.memory_analysis()
+        memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+        counted = counts(program.as_text())
+        moved = sum(of_kind["bytes"] for of_kind in counted["collectives"].values())
         row = {
             "method": name,
-            **counts(compiled.as_text()),
+            **counted,
+            "gradients": moved / of_parameters,
+            "parameters_mib": of_parameters / 2**20,
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
             "argument_mib": memory.argument_size_in_bytes / 2**20,
+            "gigaflops": cost["flops"] / 1e9 if "flops" in cost else None,
+            "moved_mib": cost["bytes accessed"] / 2**20 if "bytes accessed" in cost else None,
             "compile_seconds": seconds,
         }
-        rows.append(row | {"ratio": row["kernels"] / (rows or [row])[0]["kernels"]})
+        first = (rows or [row])[0]
+        ratios = {f"{key}_ratio": row[key] / first[key] for key in ("kernels", "temporary_mib") if first[key]}
+        rows.append(row | ratios)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as they are printed."""
+    """The rows as they are printed; a column that no row has a figure for is left out."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+    def collectives(row: dict[str, Any]) -> str:
+        kinds = sorted(row["collectives"].items())
+        return ", ".join(f"{of_kind['count']} {kind} ({of_kind['bytes'] / 2**20:.1f})" for kind, of_kind in kinds)
+
     formats: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"],
         "kernels": lambda row: str(row["kernels"]),
-        "x SGD": lambda row: f"{row['ratio']:.2f}",
+        "x SGD": lambda row: f"{row['kernels_ratio']:.2f}",
         "conv": lambda row: str(row["convolutions"]),
         "copies": lambda row: str(row["copies"]),
         "temp": lambda row: f"{row['temporary_mib']:.1f}",
+        "x SGD ": lambda row: f"{row['temporary_mib_ratio']:.2f}" if "temporary_mib_ratio" in row else "",
         "args": lambda row: f"{row['argument_mib']:.1f}",
+        "Gflop": lambda row: "" if row["gigaflops"] is None else f"{row['gigaflops']:.1f}",
+        "moved": lambda row: "" if row["moved_mib"] is None else f"{row['moved_mib']:.0f}",
         "compile": lambda row: f"{row['compile_seconds']:.0f}",
-        "collectives": lambda row: ", ".join(f"{n} {kind}" for kind, n in sorted(row["collectives"].items())) or "none",
+        "gradients": lambda row: f"{row['gradients']:.2f}" if row["collectives"] else "",
+        "collectives": collectives,
     }
-    for name in formats:
+    cells = {name: [show(row) for row in rows] for name, show in formats.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    for name in cells:
         is_text = name in ("method", "collectives")
-        drawn.add_column(name, justify="left" if is_text else "right", no_wrap=name != "collectives")
-    for row in rows:
-        drawn.add_row(*(show(row) for show in formats.values()))
+        drawn.add_column(name.strip(), justify="left" if is_text else "right", no_wrap=name != "collectives")
+    for line in zip(*cells.values(), strict=True):
+        drawn.add_row(*line)
     return drawn
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints what the step of every method is compiled to for the target; with `--out`, writes the record too."""
-    mesh = mesh_of(arguments.target)
+    devices = devices_of(arguments.target)
+    config = arguments.config("sgd", len(devices))
     record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
-    record["rows"] = measure(arguments, mesh)
+    record["device"] = {"kind": devices[0].device_kind, "count": len(devices)}
+    record["rows"] = measure(arguments, devices)
     cli.console.print(table(record["rows"]))
+    layout = "" if len(devices) == 1 else f", {config.layout.parallel}{', split' * config.layout.shard_params}"
     cli.console.print(
-        f"One training step of {arguments.model} in {arguments.dtype}, batch {arguments.batch_size}, compiled for"
-        f" {mesh.devices.flat[0].device_kind} x {mesh.size} and not run; temporary memory and"
-        f" arguments in MiB, compile in seconds. jax {jax.__version__}."
+        f"One training step of {config.task.model} on {arguments.dataset} in {arguments.dtype}, batch"
+        f" {config.budget.batch_size}, compiled for {devices[0].device_kind} x {len(devices)}{layout} and not run."
+        " Temporary memory, arguments, traffic with the memory (moved) and collectives in MiB of one device, compile in"
+        f" seconds; gradients: the bytes of collectives in those of the parameters. jax {jax.__version__}."
     )
     records.write_record(arguments.out, record)
 
