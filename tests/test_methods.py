@@ -73,7 +73,7 @@ def run(config):
     for i, (indices, _, _) in enumerate(batches(images())):
         state, loss = trainer.step(state, *images().train, indices, kind=trainer.kind(i))
         losses.append(float(loss))
-    return runs.evaluated(runs.snapshot(state)._asdict())["params"], losses
+    return runs.evaluated(methods.on_host(config, runs.snapshot(state))._asdict())["params"], losses
 
 
 def trained(config):

@@ -94,7 +94,7 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
         opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_init, 1)))
         step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key_steps)
         variables = {"params": params, "batch_stats": batch_stats}
-        averaged = methods.evaluated(config, variables, variables, opt_state, step)
+        averaged = methods.averaged(config, variables, variables, step)
         # A copy: what a step may overwrite must not be there twice.
         return TrainState(params, batch_stats, jax.tree.map(jnp.copy, averaged), opt_state, step, key)
 
@@ -145,7 +145,7 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
         params = optax.apply_updates(state.params, updates)
         batch_stats = batch_stats if shares_statistics else parallel.mean(batch_stats, axis_name)
         variables = {"params": params, "batch_stats": batch_stats}
-        averaged = methods.evaluated(config, state.averaged, variables, opt_state, state.step)
+        averaged = methods.averaged(config, state.averaged, variables, state.step)
         state = TrainState(params, batch_stats, averaged, opt_state, state.step + 1, state.key)
         return state, parallel.mean(loss, axis_name)
 

@@ -43,8 +43,7 @@ SHUTDOWN_TIMEOUT = 60
 class TrainState(NamedTuple):
     """Everything a step changes.
 
-    averaged: {"params", "batch_stats"}, those that are evaluated instead (averages; the weights of MSAM without the
-      perturbation); empty where there are none.
+    averaged: {"params", "batch_stats"}, those that are evaluated instead, averages; empty where there are none.
     key: the data of a constant key, which makes augmentation and noise with the step number.
     """
 

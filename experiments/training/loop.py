@@ -130,7 +130,7 @@ class _Run:
         self.state = trainer.init(config.seed)
         # Of the epoch begun; the host waits for the device only where it looks at them.
         self._losses: list[Any] = []
-        host = trainer.layout.to_host(self.state)
+        host = self._on_host()
         self._curvature = _Curvature(config, trainer, train, host.params)
         self._set_good(host)
         # Process 0 alone has the folder.
@@ -138,8 +138,10 @@ class _Run:
         restored = layouts.from_first(restored, self.good)
         if restored is not None:
             # Before its successor comes: the devices may not have room for both.
+            is_averaged = bool(self.state.averaged)
             del self.state
-            self.state = trainer.layout.to_devices(TrainState(*(restored[name] for name in TrainState._fields)))
+            saved = TrainState(*(restored[name] for name in TrainState._fields))
+            self.state = trainer.layout.to_devices(saved if is_averaged else saved._replace(averaged={}))
             self.step = int(restored["step"])
             self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
             self._curvature.eigenvectors = restored["eigenvectors"]
@@ -193,7 +195,7 @@ class _Run:
         is_last = self.step == self.last
         is_measured = watch.every != "never" and (is_last or epoch % watch.every == 0)
         if epoch in self._evaluated:
-            host = self.trainer.layout.to_host(self.state)
+            host = self._on_host()
             variables = _variables(host._asdict())
             self.metrics = self.measured(variables)
             row |= {"step": self.step, **self.metrics, **methods.metrics(host.opt_state)}
@@ -209,7 +211,7 @@ class _Run:
         """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
         if int(self.good["step"]) != self.step:
             losses = self._checked_losses()
-            self._set_good(self.trainer.layout.to_host(self.state), losses)
+            self._set_good(self._on_host(), losses)
         if self.folder is not None:
             self.folder.save(self.step, self.good)
         layouts.agreed(0)
@@ -248,6 +250,10 @@ class _Run:
             return train.rows(self._order(epoch)[done][local], (config.seed, epoch) if config.task.augment else None)
 
         return streams.prefetch(read, range(self.step, self.last) if self._is_streamed else ())
+
+    def _on_host(self) -> TrainState:
+        """The state on the host of every process, with what is evaluated of it; all must call it."""
+        return methods.on_host(self.config, self.trainer.layout.to_host(self.state))
 
     def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
         """Takes a state on the host, and the losses of the epoch begun, as the last good ones."""

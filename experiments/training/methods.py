@@ -1,9 +1,9 @@
 """The methods compared: Optax pipelines, the noise a step is taken around, and what is evaluated.
 
 SGD, SAM, ASAM, GRAD L1, HERO, NSO    direction -> + weight decay -> SGD with momentum   (hero_jax's transformations)
-MSAM                     the wrapper around weight decay and SGD; its weights without e are evaluated     (`evaluated`)
+MSAM                     the wrapper around weight decay and SGD; its weights without e are evaluated       (`on_host`)
 Weight noise             SGD whose gradient is that at w + u; a new u in every step                       (`noise`)
-EMA                      SGD; the average of its weights is evaluated                                     (`evaluated`)
+EMA                      SGD; the average of its weights is evaluated                                      (`averaged`)
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import hero_jax
 from experiments.config import TrainConfig
 from experiments.config.fields import number
 from experiments.config.methods import Asam, Ema, GradL1, Hero, Msam, Nso, Sam, Sgd, WeightNoise
+from experiments.storage import runs
+from experiments.training.layouts import TrainState
 from hero_jax import parallel, penalties, quantize
 
 PyTree = Any
@@ -140,10 +142,8 @@ def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
     return _bin_noise(config.method.noise_bits, params, key)
 
 
-def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state: PyTree, step: jax.Array) -> PyTree:
-    """What is evaluated instead of the `variables` after a step, counted from 0; {} where these are evaluated.
-
-    Of MSAM the weights without the perturbation. Of EMA the exponential average of weights and statistics,
+def averaged(config: TrainConfig, before: PyTree, variables: PyTree, step: jax.Array) -> PyTree:
+    """Of EMA the exponential average of weights and statistics after a step, counted from 0; of other methods {}.
 
         average = beta average + (1 - beta) variables,   beta = min(ema_decay, (1 + step) / (10 + step))
 
@@ -151,13 +151,23 @@ def evaluated(config: TrainConfig, before: PyTree, variables: PyTree, opt_state:
 
     Source: Polyak and Juditsky, 1992; the schedule of beta is that of TensorFlow's ExponentialMovingAverage.
     """
-    if isinstance(config.method, Msam):
-        return variables | {"params": hero_jax.msam_eval_params(opt_state, variables["params"])}
     if config.method.ema_decay == "none":
         return {}
     step = step.astype(jnp.float32)
     beta = jnp.minimum(config.method.ema_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, x: a + (1 - beta).astype(x.dtype) * (x - a), before, variables)
+
+
+def on_host(config: TrainConfig, state: TrainState) -> TrainState:
+    """A state on the host with what is evaluated instead of its weights.
+
+    Of MSAM these are the weights without the perturbation, of which the devices need no copy beside the one in the
+    state of the optimizer.
+    """
+    if not isinstance(config.method, Msam):
+        return state
+    params = runs.snapshot(hero_jax.msam_eval_params(state.opt_state, state.params))
+    return state._replace(averaged={"params": params, "batch_stats": state.batch_stats})
 
 
 def seeded(opt_state: PyTree, seed: jax.Array) -> PyTree:
