@@ -273,13 +273,12 @@ def measure(arguments: Arguments, devices: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as they are printed; a column that no row has a figure for is left out."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines of the table of the rows; the bytes of collectives are in MiB."""
 
     def collectives(row: dict[str, Any]) -> str:
         kinds = sorted(row["collectives"].items())
-        return ", ".join(f"{of_kind['count']} {kind} ({of_kind['bytes'] / 2**20:.1f})" for kind, of_kind in kinds)
+        return ", ".join(f"{of_kind['count']} {kind} {of_kind['bytes'] / 2**20:.1f}" for kind, of_kind in kinds)
 
     formats: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"],
@@ -288,22 +287,32 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "conv": lambda row: str(row["convolutions"]),
         "copies": lambda row: str(row["copies"]),
         "temp": lambda row: f"{row['temporary_mib']:.1f}",
-        "x SGD ": lambda row: f"{row['temporary_mib_ratio']:.2f}" if "temporary_mib_ratio" in row else "",
+        "x SGD's": lambda row: f"{row['temporary_mib_ratio']:.2f}" if "temporary_mib_ratio" in row else "",
         "args": lambda row: f"{row['argument_mib']:.1f}",
-        "Gflop": lambda row: "" if row["gigaflops"] is None else f"{row['gigaflops']:.1f}",
-        "moved": lambda row: "" if row["moved_mib"] is None else f"{row['moved_mib']:.0f}",
         "compile": lambda row: f"{row['compile_seconds']:.0f}",
+        "Gflop": lambda row: "" if row["gigaflops"] is None else f"{row['gigaflops']:.1f}",
+        "moved": lambda row: "" if row["moved_mib"] is None else f"{row['moved_mib']:,.0f}",
         "gradients": lambda row: f"{row['gradients']:.2f}" if row["collectives"] else "",
         "collectives": collectives,
     }
-    cells = {name: [show(row) for row in rows] for name, show in formats.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    for name in cells:
-        is_text = name in ("method", "collectives")
-        drawn.add_column(name.strip(), justify="left" if is_text else "right", no_wrap=name != "collectives")
-    for line in zip(*cells.values(), strict=True):
-        drawn.add_row(*line)
-    return drawn
+    return list(formats), [[show(row) for show in formats.values()] for row in rows]
+
+
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """The rows as they are printed, in two parts; columns that no row has a figure for are left out."""
+    header, lines = cells(rows)
+    columns = [(name, column) for name, *column in zip(header, *lines, strict=True) if any(column)]
+    split = [name for name, _ in columns].index("compile") + 1
+    drawn = []
+    for part in (columns[:split], [columns[0], *columns[split:]]):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for name, _ in part:
+            is_text = name in ("method", "collectives")
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "collectives")
+        for line in zip(*(column for _, column in part), strict=True):
+            table.add_row(*line)
+        drawn.append(table)
+    return drawn if len(columns) > split else drawn[:1]
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
@@ -313,7 +322,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     record: dict[str, Any] = {"arguments": claims.to_json(arguments), "environment": environment.current()}
     record["device"] = {"kind": devices[0].device_kind, "count": len(devices)}
     record["rows"] = measure(arguments, devices)
-    cli.console.print(table(record["rows"]))
+    for table in tables(record["rows"]):
+        cli.console.print(table)
     layout = "" if len(devices) == 1 else f", {config.layout.parallel}{', split' * config.layout.shard_params}"
     cli.console.print(
         f"One training step of {config.task.model} on {arguments.dataset} in {arguments.dtype}, batch"
