@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -30,9 +31,26 @@ MOST_MEMORY_MAPS = 20_000
 
 
 def pytest_addoption(parser):
+    parser.addoption("--share", type=float, default=1.0, help="of the cases of each test, run this share, two at least")
     group = parser.getgroup("attacks", "tests/test_attacks.py")
     group.addoption("--attacks", type=int, default=300, help="files mutated; a third as many bits and calls, 1 % kills")
     group.addoption("--attack-seed", type=int, default=0, help="which; 0 is what CI makes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With `--share`, of the cases of each test those that are spread evenly, the first and the last among them."""
+    share = config.getoption("--share")
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for of_test in cases.values():
+        count = max(min(2, len(of_test)), round(share * len(of_test)))
+        kept.update(of_test[round(i)] for i in np.linspace(0, len(of_test) - 1, count))
+    left_out = [item for item in items if item not in kept]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="module")
