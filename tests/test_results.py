@@ -1,10 +1,12 @@
 """Tables that are shown are those of the records that are kept beside them."""
 
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from benchmarks import compiled
 from experiments.analysis import deployment, page, sections, summary, tables, tidy
 from experiments.measure.deployment import ExportRecord
 from experiments.storage import records
@@ -146,6 +148,34 @@ def test_shown_agreement_is_that_of_the_records():
     header = ["network", "weights", "layers", "files", "equal accuracy", "predictions that differ", "off by"]
     made = tables.markdown(header, lines, left=3).splitlines()
     assert table_below(ROOT / "results" / "deployment" / "README.md", made[0]) == made
+
+
+def compiled_layout(record):
+    """How the step of a record of results/compiled lies on its devices."""
+    arguments = record["arguments"]
+    layout = "one device" if record["device"]["count"] == 1 else arguments["parallel"]
+    return layout + ", split" * arguments["shard_params"] + ", remat" * arguments["remat"]
+
+
+def test_shown_programs_are_those_of_the_records():
+    """What a step is compiled to for a GPU: kernels, memory, collectives."""
+    header = ["target", "layout", "method", "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients", "collectives"]
+    lines = []
+    for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
+        record = json.loads(path.read_text())
+        names, cells = compiled.cells(record["rows"])
+        for line in cells:
+            cell = dict(zip(names, line, strict=True))
+            shown = [
+                cell[name] for name in ("kernels", "x SGD", "copies", "temp", "x SGD's", "gradients", "collectives")
+            ]
+            lines.append([record["arguments"]["target"], compiled_layout(record), cell["method"], *shown])
+    alone = [line for line in lines if line[0] == "h100"]
+    assert len(alone) > 5
+    made = tables.markdown(header, lines, left=3).splitlines()
+    assert table_below(ROOT / "results" / "compiled" / "README.md", made[0]) == made
+    made = tables.markdown(header[1:-2], [line[1:-2] for line in alone], left=2).splitlines()
+    assert table_below(ROOT / "docs" / "cost.md", made[0]) == made
 
 
 def test_the_network_of_the_guide_is_that_of_its_record():
