@@ -75,6 +75,21 @@ ENTRY %main (a: bf16[4], b: f32[3]) -> f32[3] {
 """)["collectives"] == {"all-gather": {"count": 1, "bytes": 64}, "all-reduce": {"count": 1, "bytes": 20}}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="XLA's compiler for it is absent.")
+def test_steps_for_eight_gpus():
+    """Kernels, memory and collectives of HERO beside SGD, whose gradient is reduced at once."""
+    arguments = compiled.Arguments(
+        target="h100x8", dataset="fashion_mnist", model="mlp", batch_size=64, methods=("hero",), parallel="shard_map"
+    )
+    sgd, hero = compiled.measure(arguments, compiled.devices_of("h100x8"))
+    assert sgd["kernels"] < hero["kernels"] <= 3.5 * sgd["kernels"]
+    assert hero["temporary_mib"] <= 2.5 * sgd["temporary_mib"]
+    # The loss goes with the gradient.
+    assert {name: of_kind["count"] for name, of_kind in sgd["collectives"].items()} == {"all-reduce": 1}
+    assert {name: of_kind["count"] for name, of_kind in hero["collectives"].items()} == {"all-reduce": 3}
+    assert (sgd["gradients"], hero["gradients"]) == (pytest.approx(1, rel=1e-3), pytest.approx(3, rel=1e-3))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="The compiler is here.")
 def test_missing_compiler_names_its_package():
     with pytest.raises(ValueError, match=r"`target` h100x8 needs .*: pip install jax-cuda13-plugin==\d"):
