@@ -137,7 +137,7 @@ def devices_of(target: str) -> list[Any]:
         known = ", ".join(TARGETS)
         raise ValueError(f"`target` must be one of {known}, or like h100:1x4x8 or v6e:16x16; got {target!r}.")
     if kind == "h100":
-        # The plugin is of the version of jaxlib; so is libtpu, by another number.
+        # Of the version of jaxlib; `jax[tpu]` knows the number of libtpu.
         module, package = "jax_cuda13_plugin", f"jax-cuda13-plugin=={importlib.metadata.version('jaxlib')}"
         options: dict[str, Any] = {"platform": "cuda", "topology_name": kind, "topology": topology}
         options["target_config"] = H100
@@ -150,7 +150,8 @@ def devices_of(target: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(**options).devices)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"`target` must be a topology that XLA knows; got {target!r} ({error}).") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`target` must be a topology that XLA knows; got {target!r} ({reason}).") from error
 
 
 def shapes_of(name: str) -> data.Dataset:
