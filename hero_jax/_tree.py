@@ -110,6 +110,13 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(jnp.result_type(y)), tree, like)
 
 
+def merge(selected: PyTree, others: PyTree | None) -> PyTree:
+    """`selected`, with the leaves of `others` where it has None."""
+    if others is None:
+        return selected
+    return jax.tree.map(lambda x, y: y if x is None else x, selected, others, is_leaf=lambda x: x is None)
+
+
 def kernels(params: PyTree) -> PyTree:
     """The default selection R: True for leaves with two or more axes.
 

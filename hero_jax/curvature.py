@@ -354,7 +354,7 @@ class _Hessian:
     loss_fn: LossFn
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
-        grad_fn = jax.grad(lambda params: self.loss_fn(_merge(params, others), batch))
+        grad_fn = jax.grad(lambda params: self.loss_fn(_tree.merge(params, others), batch))
         return _autodiff.jvp(grad_fn, params, vector)[1]
 
 
@@ -365,7 +365,7 @@ class _GaussNewton:
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         def model(params: PyTree) -> PyTree:
-            return self.model_fn(_merge(params, others), batch)
+            return self.model_fn(_tree.merge(params, others), batch)
 
         outputs, tangent = _autodiff.jvp(model, params, vector)
         curved = hvp(self.output_loss_fn, outputs, tangent, batch)
@@ -378,7 +378,7 @@ class _EmpiricalFisher:
 
     def __call__(self, params: PyTree, others: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         def losses(params: PyTree) -> jax.Array:
-            losses = self.losses_fn(_merge(params, others), batch)
+            losses = self.losses_fn(_tree.merge(params, others), batch)
             if losses.shape != (_mean.num_examples(batch),):
                 raise ArgumentError(
                     f"`empirical_fisher_operator(losses_fn=...)` must return one loss an example,"
@@ -422,10 +422,3 @@ def _operator(
     if isinstance(mean, _mean.StreamedMean):
         return HostOperator(functools.partial(mean, selected, others), selected)
     return Operator(jax.tree_util.Partial(mean.func, *mean.args, selected, others), selected)
-
-
-def _merge(params: PyTree, others: PyTree | None) -> PyTree:
-    """The tree whose leaves two restricted trees share out between them."""
-    if others is None:
-        return params
-    return jax.tree.map(lambda x, y: y if x is None else x, params, others, is_leaf=lambda x: x is None)

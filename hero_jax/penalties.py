@@ -85,40 +85,29 @@ class Point(NamedTuple):
         is_whole = self.compared_fn is self.grad_fn
         return perturbed_grads if is_whole else self.mean(self.compared_fn(self.perturbed))
 
-    def on_r(self, tree: PyTree) -> list[jax.Array]:
-        """The leaves of R."""
-        return [x for x, weight in self._weighted(tree) if weight > 0]
+    def on_r(self, tree: PyTree) -> PyTree:
+        """The leaves of R, and None in place of the others."""
+        return jax.tree.map(lambda weight, x: x if weight > 0 else None, self.diagonal, tree)
 
-    def diagonal_times(self, on_r: list[jax.Array]) -> list[jax.Array]:
+    def diagonal_times(self, vector: PyTree) -> PyTree:
         """D u, wide, of a vector on R."""
-        weights = [weight for weight in jax.tree.leaves(self.diagonal) if weight > 0]
-        return [weight * _tree.wide(x) for weight, x in zip(weights, on_r, strict=True)]
+        return jax.tree.map(lambda weight, x: weight * _tree.wide(x), self.on_r(self.diagonal), vector)
 
-    def of_r(self, fn: GradFn, params: PyTree) -> Callable[[list[jax.Array]], PyTree]:
+    def of_r(self, fn: GradFn, params: PyTree) -> GradFn:
         """`fn` of the leaves of R alone, the others constant: a tangent of zeros would be computed with."""
+        return lambda on_r: fn(_tree.merge(on_r, params))
 
-        def fn_of_r(on_r: list[jax.Array]) -> PyTree:
-            varied = iter(on_r)
-            whole = [next(varied) if weight > 0 else x for x, weight in self._weighted(params)]
-            return fn(jax.tree.structure(params).unflatten(whole))
+    def product(self, params: PyTree, vector: PyTree, grads: PyTree) -> PyTree:
+        """What over devices averages to H(params) vector, of a vector on R.
 
-        return fn_of_r
-
-    def product(self, params: PyTree, vector: list[jax.Array], grads: PyTree) -> PyTree:
-        """What over devices averages to H(params) vector, of a vector on R; `grads` is the gradient there of the part
-        that g is of."""
+        `grads` is the gradient there of the part that g is of.
+        """
         if not self.by_difference:
             return curvature.grad_product(self.of_r(self.part_fn, params), self.on_r(params), vector)
         known = grads if self.part_fn is self.compared_fn else None
-        varied = iter(vector)
         # Zeros that wait for `grads`: what is subtracted from is then averaged at once.
-        whole = [next(varied) if weight > 0 else 0.0 * _tree.wide(x) for x, weight in self._weighted(grads)]
-        vector_tree = jax.tree.structure(params).unflatten(whole)
-        return curvature.grad_difference(self.part_fn, params, vector_tree, known)
-
-    def _weighted(self, tree: PyTree) -> list[tuple[jax.Array, float]]:
-        """The leaves with their D."""
-        return list(zip(jax.tree.leaves(tree), jax.tree.leaves(self.diagonal), strict=True))
+        zeros = jax.tree.map(lambda x: 0.0 * _tree.wide(x), grads)
+        return curvature.grad_difference(self.part_fn, params, _tree.merge(vector, zeros), known)
 
 
 class Penalized(NamedTuple):
@@ -212,7 +201,7 @@ def _eigenvalue(point: Point) -> Penalized:
     along, peak = _tree.peak_scaled(point.on_r(point.eigenvector))
     grad_fn = point.of_r(point.part_fn, point.perturbed)
 
-    def product(params: list[jax.Array]) -> PyTree:
+    def product(params: PyTree) -> PyTree:
         return curvature.grad_product(grad_fn, params, along)
 
     curved, third = _autodiff.jvp(product, point.on_r(point.perturbed), along)
