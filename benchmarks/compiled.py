@@ -316,6 +316,13 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
     return drawn if len(columns) > split else drawn[:1]
 
 
+def layout(record: dict[str, Any]) -> str:
+    """How the step of a record lies on its devices."""
+    arguments = record["arguments"]
+    where = "one device" if record["device"]["count"] == 1 else arguments["parallel"]
+    return where + ", split" * arguments["shard_params"] + ", remat" * arguments["remat"]
+
+
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     """Prints what the step of every method is compiled to for the target; with `--out`, writes the record too."""
     devices = devices_of(arguments.target)
@@ -325,12 +332,11 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
     record["rows"] = measure(arguments, devices)
     for table in tables(record["rows"]):
         cli.console.print(table)
-    layout = "" if len(devices) == 1 else f", {config.layout.parallel}{', split' * config.layout.shard_params}"
     cli.console.print(
         f"One training step of {config.task.model} on {arguments.dataset} in {arguments.dtype}, batch"
-        f" {config.budget.batch_size}, compiled for {devices[0].device_kind} x {len(devices)}{layout} and not run."
-        " Temporary memory, arguments, traffic with the memory (moved) and collectives in MiB of one device, compile in"
-        f" seconds; gradients: the bytes of collectives in those of the parameters. jax {jax.__version__}."
+        f" {config.budget.batch_size}, compiled for {devices[0].device_kind} x {len(devices)} ({layout(record)}) and"
+        " not run. Temporary memory, arguments, traffic with the memory (moved) and collectives in MiB of one device,"
+        f" compile in seconds; gradients: the bytes of collectives in those of the parameters. jax {jax.__version__}."
     )
     records.write_record(arguments.out, record)
 

@@ -150,13 +150,6 @@ def test_shown_agreement_is_that_of_the_records():
     assert table_below(ROOT / "results" / "deployment" / "README.md", made[0]) == made
 
 
-def compiled_layout(record):
-    """How the step of a record of results/compiled lies on its devices."""
-    arguments = record["arguments"]
-    layout = "one device" if record["device"]["count"] == 1 else arguments["parallel"]
-    return layout + ", split" * arguments["shard_params"] + ", remat" * arguments["remat"]
-
-
 def test_shown_programs_are_those_of_the_records():
     """What a step is compiled to for a GPU: kernels, memory, collectives."""
     header = ["target", "layout", "method", "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients", "collectives"]
@@ -169,7 +162,7 @@ def test_shown_programs_are_those_of_the_records():
             shown = [
                 cell[name] for name in ("kernels", "x SGD", "copies", "temp", "x SGD's", "gradients", "collectives")
             ]
-            lines.append([record["arguments"]["target"], compiled_layout(record), cell["method"], *shown])
+            lines.append([record["arguments"]["target"], compiled.layout(record), cell["method"], *shown])
     alone = [line for line in lines if line[0] == "h100"]
     assert len(alone) > 5
     made = tables.markdown(header, lines, left=3).splitlines()
