@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 # Two thirds of the tests' time is XLA's: programs that run once are not worth its optimizations. The emitters that the
@@ -20,14 +22,34 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test has compiled the others take, in this process, in pytest's other one and in those that tests start. It
+# is gone at the end, unless JAX_COMPILATION_CACHE_DIR says where to keep it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="hero_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 from jax.experimental.compilation_cache import compilation_cache
 
+# jax makes an MLIR context for each program, which takes longer than lowering a small one: a thread keeps its own here.
+# One that is lowered while another is has a new one.
+of_thread = threading.local()
+
+
+def mlir_context(make=mlir.make_ir_context):
+    if not hasattr(of_thread, "context"):
+        of_thread.context = make()
+    return make() if mlir.ir.Context.current is of_thread.context else of_thread.context
+
+
+mlir.make_ir_context = mlir_context
+
 # Of the 65,530 that a process may have.
-MOST_MEMORY_MAPS = 20_000
+MOST_MEMORY_MAPS = 40_000
 
 
 def pytest_addoption(parser):

@@ -159,6 +159,7 @@ class TestCommandLine:
     def test_what_is_compiled_is_kept(self, tmp_path):
         arguments = ("experiments.train", "--method", "sgd", "--epochs", "1", "--train-size", "64")
         variables = os.environ | {"HERO_JAX_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        del variables["JAX_COMPILATION_CACHE_DIR"]
         done = self.run(*arguments, "--out", str(tmp_path / "run"), env=variables)
         assert done.returncode == 0, done.stderr
         assert list(tmp_path.glob("compiled-*/jit_step*"))
