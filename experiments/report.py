@@ -2,16 +2,6 @@
 
 Finds every run folder below the folders it is given, and leaves report.html, one file that needs nothing else, and
 report.md with the same tables beside the plots. A mean has its n and, over two runs or more, its standard deviation.
-In `experiments.analysis`:
-
-tidy        every measured number of every run, read back and checked, in one table
-tables      means, spreads and paired differences of its rows, and tables of them
-sections    tables and plots of accuracy, label noise, low bits and searches
-summary     those of every claim, a row a network, and their differences to chosen networks
-cost        gradients and time of every network, and accuracy at equal cost
-curvature   the Hessian, the size of the penalty and landscapes
-deployment  files for other programs: size, accuracy and time
-page        a page of sections as HTML and as Markdown
 """
 
 from __future__ import annotations
@@ -120,7 +110,7 @@ def main(
     listed = {title: list(parts) for title, parts in written.items()}
     shown = [page.Section(title, parts) for title, parts in listed.items() if parts]
     content = [what_was_run(runs), *shown, where_from(found)]
-    done = runs["is_done"].sum()
+    done = (runs["status"] == "done").sum()
     counted = f"{done} finished runs" if done != 1 else "1 finished run"
     title, introduction = "Report of training runs", f"{counted} below {', '.join(map(str, folders))}."
     files.write(out / "report.md", page.to_markdown(title, introduction, content))

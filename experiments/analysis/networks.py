@@ -28,9 +28,9 @@ def network(config: TrainConfig) -> Settings:
     return {name: plain[name] if name in own else value for name, value in settings(config).items()}
 
 
-def key(of: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells the settings of networks apart."""
-    return tuple(of.values())
+def key(of: Mapping[str, Any]) -> tuple[tuple[bool, Any], ...]:
+    """What tells the settings of networks apart; in its order None comes first."""
+    return tuple((value is not None, value) for value in of.values())
 
 
 def refuse_twice(runs: Iterable[tuple[Path, Hashable]]) -> None:
@@ -56,9 +56,15 @@ def group_runs(configs: Iterable[tuple[Path, TrainConfig]]) -> dict[str, list[Pa
 
 
 def names(networks: Iterable[Settings]) -> dict[tuple[Any, ...], str]:
-    """A name for each by its `key`, no two alike: its method, and the settings that differ among those of it."""
+    """A name for each by its `key`, no two alike: its method, and the settings that differ among those of it.
+
+    They are in the order in which they are shown: methods as they are listed, the plain one first, then by setting.
+    """
     among = {key(each): each for each in networks}
-    return {found: _name(each, list(among.values())) for found, each in among.items()}
+    named = {found: _name(each, list(among.values())) for found, each in among.items()}
+    methods = {found: each["method"] for found, each in among.items()}
+    order = sorted(named, key=lambda k: (list(METHODS).index(methods[k]), named[k] != LABELS[methods[k]], k))
+    return {found: named[found] for found in order}
 
 
 def _name(own: Settings, among: Iterable[Settings]) -> str:

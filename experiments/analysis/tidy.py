@@ -18,7 +18,7 @@ import pandas as pd
 
 from experiments.analysis import networks
 from experiments.analysis.tables import Frame
-from experiments.config import LABELS, METHODS, TrainConfig
+from experiments.config import LABELS, TrainConfig
 from experiments.measure import sweep
 from experiments.storage import records, runs
 from experiments.training import methods
@@ -80,14 +80,12 @@ def read(folders: Iterable[Path]) -> Found:
     searches, exports = ([p for p in paths.values() if (p / f"{name}.json").exists()] for name in ("search", "export"))
     records: Frame = pd.DataFrame(found, dtype=object)
     numbers = [(i, *row) for i, run in enumerate(found) for row in run["values"]]
-    table = _placed(records, searches).merge(_frame(numbers, ["run", *COLUMNS]), on="run")
+    table = _placed(records, searches).merge(_frame(numbers, ["run"]), on="run")
     return Found(records, table, landscapes, searches, exports)
 
 
-def _frame(rows: Any, columns: Sequence[str]) -> Frame:
-    kinds = {"epoch": float, "value": float, "commit": "category", "hardware": "category"}
-    frame = pd.DataFrame(rows, columns=list(columns)).infer_objects()
-    return frame.astype({name: kind for name, kind in kinds.items() if name in frame})
+def _frame(rows: list[Any], whose: list[str]) -> Frame:
+    return pd.DataFrame(rows, columns=[*whose, *COLUMNS]).astype({"epoch": float, "value": float})
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -99,8 +97,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     if not (status or (path / "metrics.jsonl").exists()):
         return None
     config = _config(path, fields)
-    is_done = status.get("status") == "done"
-    rows = _whole(runs.history, path, config) if is_done else []
+    rows = _whole(runs.history, path, config) if status.get("status") == "done" else []
     measured = read_record(path / "measured.json", sweep.Measured)
     environment, network = read_record(path / "environment.json", runs.Environment), networks.network(config)
     parts = [environment, *environment.get("continued", [])] if environment else []
@@ -109,7 +106,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     is_older = network["validation_size"] and not any("validation_accuracy" in row for row in rows)
     split = "validation" if is_older else "test"
     section = "ablations" if "ablations" in path.parts else "main"
-    numbers = values(config, rows, measured) if is_done else []
+    numbers = values(config, rows, measured) if rows else []
     images = {name: value for name, _, value, *_ in numbers if name in ("images", "curvature_images")}
 
     def told(tell: Callable[[dict[str, Any]], str], between: str = " then ") -> str:
@@ -119,7 +116,6 @@ def _record(path: Path) -> dict[str, Any] | None:
         "path": path,
         "status": status.get("status", "unknown"),
         "message": status.get("message", ""),
-        "is_done": is_done,
         "commit": told(lambda part: part.get("commit", "unknown")),
         "hardware": told(machine),
         "versions": told(lambda part: ", ".join(f"{n} {v}" for n, v in part.get("versions", {}).items()), "; "),
@@ -136,7 +132,7 @@ def _record(path: Path) -> dict[str, Any] | None:
         "noise": network["label_noise"],
         "kind": network["label_noise_kind"],
         "altered": _altered(network, "noise") or "clean labels",
-        "task": (*((network[name] is not None, network[name]) for name in TASK), split),
+        "task": (networks.key({name: network[name] for name in TASK}), split),
         "images": images.get("images"),
         "quantizers": {spec: list(row) for spec, row in measured.get("quantized", {}).items()} or None,
         "images for the curvature": images.get("curvature_images"),
@@ -176,7 +172,7 @@ def of_sweep(found: Iterable[sweep.Run]) -> Frame:
         for i, run in enumerate(found)
         for row in values(run.config, run.history, run.measured)
     ]
-    return _frame(numbers, ["network", "run", "seed", *COLUMNS])
+    return _frame(numbers, ["network", "run", "seed"])
 
 
 def values(config: TrainConfig, rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[Row]:
@@ -245,8 +241,8 @@ def _seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None
 
 def _placed(runs: Frame, searches: Sequence[Path]) -> Frame:
     """Where each finished run is shown and under which name: `PLACE`."""
-    is_trial = [any(folder in path.parents for folder in searches) for path in runs["path"]]
-    runs = runs[runs["is_done"].astype(bool) & ~np.array(is_trial)].reset_index(names="run")
+    is_trial = np.array([any(folder in path.parents for folder in searches) for path in runs["path"]])
+    runs = runs[(runs["status"] == "done") & ~is_trial].reset_index(names="run")
     main, ablations, cost = (
         runs[runs["section"] == name].sort_values("task", kind="stable") for name in ("main", "ablations", "cost")
     )
@@ -256,7 +252,7 @@ def _placed(runs: Frame, searches: Sequence[Path]) -> Frame:
         group = pd.concat([group, beside[~beside["key"].isin(group["key"])].assign(section="ablations")])
         placed.append(_named(group, f"{LABELS[method]} by setting: "))
     placed += [_named(group) for _, group in cost.groupby(["clean", "split"], sort=False)]
-    return _frame(pd.concat(placed)[PLACE] if placed else [], PLACE)
+    return pd.concat(placed)[PLACE].infer_objects() if placed else pd.DataFrame(columns=PLACE)
 
 
 def _named(group: Frame, prefix: str = "") -> Frame:
@@ -266,14 +262,9 @@ def _named(group: Frame, prefix: str = "") -> Frame:
       ValueError: a network has a seed twice, or its runs were measured on other images or with other quantizers.
     """
     networks.refuse_twice(zip(group["path"], zip(group["key"], group["seed"], strict=True), strict=True))
-    names = networks.names(group["plain"])
-    named = [names[networks.key(network)] for network in group["plain"]]
-    orders = [
-        (list(METHODS).index(of["method"]), name != LABELS[of["method"]], *((x is not None, x) for x in of.values()))
-        for of, name in zip(group["plain"], named, strict=True)
-    ]
-    ranks = [sorted(set(orders)).index(order) for order in orders]
-    group = group.assign(network=named, rank=ranks, title=prefix + group["title"], clean=prefix + group["clean"])
+    names, keys = networks.names(group["plain"]), group["plain"].map(networks.key)
+    group = group.assign(network=keys.map(names.get), rank=keys.map(list(names).index))
+    group = group.assign(title=prefix + group["title"], clean=prefix + group["clean"])
     for (name, _), alike in group.groupby(["network", "task"], sort=False):
         for what in ALIKE:
             told = alike.dropna(subset=what)
