@@ -80,11 +80,10 @@ def over_bits(panels: Mapping[str, Frame], path: Path, styles: Styles | None = N
     networks, widths = (list(dict.fromkeys(every[name])) for name in ("network", "bits"))
     columns = min(4, len(panels))
     size = (7, 4.2) if len(panels) == 1 else (1.0 + 3.8 * columns, 0.6 + 3.0 * -(-len(panels) // columns))
-    counts: set[int] = set()
+    counts = {n for frame in panels.values() for n in frame.groupby(["network", "bits"]).size()}
     with _drawn(path, *size, len(panels), columns, sharey=True) as (figure, drawn):
         for axes, (title, frame) in zip(drawn, panels.items(), strict=True):
-            places = frame.assign(bits=frame["bits"].map(widths.index))
-            counts |= _means(axes, places, "bits", networks, styles)
+            _means(axes, frame.assign(bits=frame["bits"].map(widths.index)), "bits", networks, styles)
             axes.set_xticks(range(len(widths)), widths)
             axes.set(xlabel="bits of a weight after training", ylabel="accuracy, %", title=title)
         told = " or ".join(map(str, sorted(counts)))
@@ -100,19 +99,16 @@ def over_noise(frame: Frame, label: str, path: Path, *, styles: Styles | None = 
         _legend_below(figure)
 
 
-def _means(
-    axes: Any, frame: Frame, by: str, networks: Sequence[str], styles: Styles | None, unit: float = 1
-) -> set[int]:
-    """Mean and deviation of every network over x = `by`; returns the numbers of runs behind them.
+def _means(axes: Any, frame: Frame, by: str, networks: Sequence[str], styles: Styles | None, unit: float = 1) -> None:
+    """Mean and deviation of every network over x = `by`, set aside so that bars of networks that tie can be told apart.
 
-    The points of a place are set aside so that the bars of networks that tie can be told apart; 0.4 units in all.
+    The points of a place are within 0.4 units in all.
     """
     found, styles = tables.spreads(frame, ("network", by)), styles or styles_of(networks)
     for i, name in enumerate(networks):
         points = found.loc[name].sort_index()
         x = points.index.to_numpy() + unit * min(0.06, 0.4 / len(networks)) * (i - (len(networks) - 1) / 2)
         axes.errorbar(x, points["mean"], points["error"], label=name, markersize=5, **styles[name])
-    return set(found["n"])
 
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, float], path: Path) -> None:
@@ -128,12 +124,9 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], correlation: Mapping[str, flo
         axes.set_xscale("symlog", linthresh=threshold)
         axes.set_yscale("symlog", linthresh=threshold)
         axes.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=":")
-        spearman, pearson = correlation["spearman"], correlation["pearson"]
-        axes.set(
-            xlabel=f"predicted by the layer's trace, {rows[0]['bits']} bits",
-            ylabel="measured increase of the loss",
-            title=f"Spearman {spearman:.2f}, Pearson {pearson:.2f}, {len(rows)} layers",
-        )
+        title = f"Spearman {correlation['spearman']:.2f}, Pearson {correlation['pearson']:.2f}, {len(rows)} layers"
+        xlabel = f"predicted by the layer's trace, {rows[0]['bits']} bits"
+        axes.set(xlabel=xlabel, ylabel="measured increase of the loss", title=title)
 
 
 def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
@@ -152,10 +145,8 @@ def spectral_density(measured: Mapping[str, Any], path: Path) -> None:
         for value, converged in zip(measured["eigenvalues"], measured["converged"], strict=True):
             axes.axvline(value, ymax=0.06, color="#000000" if converged else "#999999", linewidth=1)
         probes, steps = density["nodes"].shape
-        axes.set(
-            xlabel="Hessian eigenvalue (ticks: the largest in magnitude)",
-            title=f"{probes} probes of {steps} Lanczos steps, bandwidth {bandwidth:.2g}, band \u00b1 2 sem",
-        )
+        title = f"{probes} probes of {steps} Lanczos steps, bandwidth {bandwidth:.2g}, band \u00b1 2 sem"
+        axes.set(xlabel="Hessian eigenvalue (ticks: the largest in magnitude)", title=title)
 
 
 def layer_traces(measured: Mapping[str, Any], path: Path) -> None:
@@ -311,13 +302,13 @@ def landscape_between(
     """Loss and accuracy along the straight lines from one run to others, which are at 0 and at 1."""
     styles = _run_styles(methods)
     with _drawn(path, 9, 4.0, 2, 2) as (figure, panels):
-        for axes, metric, unit in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+        shown = (("loss", 1, "loss"), ("accuracy", 100, "accuracy, %"))
+        for axes, (metric, unit, ylabel) in zip(panels, shown, strict=True):
             for (name, found), (split, dashes) in itertools.product(segments.items(), (("train", "-"), ("test", "--"))):
                 style = {"color": styles[name]["color"], "linestyle": dashes, "label": f"{name}, {split}"}
                 axes.plot(found["steps"], unit * np.array(found[split][metric]), linewidth=1.5, **style)
             for end in (0, 1):
                 axes.axvline(end, color="#999999", linewidth=0.8, linestyle=":")
-            ylabel = "loss" if metric == "loss" else "accuracy, %"
             axes.set(xlabel=f"t: {first} is at 0, the other run at 1", ylabel=ylabel)
         _log_if_wide(panels[0], [found[split]["loss"] for found in segments.values() for split in ("train", "test")])
         _legend_below(figure)
