@@ -38,8 +38,8 @@ def what_was_run(runs: Frame) -> page.Section:
 def where_from(found: tidy.Found) -> page.Section:
     """Commits, hardware, versions, settings and commands."""
     runs = found.runs
-    kinds = Counter(zip(runs["commit"], runs["hardware"], runs["versions"], strict=True)).most_common()
-    lines = [[*kind, str(number)] for kind, number in kinds]
+    kinds = Counter(zip(runs["commit"], runs["hardware"], runs["versions"], strict=True))
+    lines = [[*kind, str(number)] for kind, number in kinds.most_common()]
     content: list[page.Part] = [page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)]
     rows = found.table.groupby(["section", "title", "split", "network"], sort=False)["run"].agg(["first", "nunique"])
     if len(rows):
@@ -107,9 +107,8 @@ def main(
         "Ablations": sections.accuracy(of_settings, draw),
         "Search": sections.search(found.searches, draw),
     }
-    listed = {title: list(parts) for title, parts in written.items()}
-    shown = [page.Section(title, parts) for title, parts in listed.items() if parts]
-    content = [what_was_run(runs), *shown, where_from(found)]
+    shown = [page.Section(title, list(parts)) for title, parts in written.items()]
+    content = [what_was_run(runs), *(section for section in shown if section.parts), where_from(found)]
     done = (runs["status"] == "done").sum()
     counted = f"{done} finished runs" if done != 1 else "1 finished run"
     title, introduction = "Report of training runs", f"{counted} below {', '.join(map(str, folders))}."

@@ -5,12 +5,8 @@ from __future__ import annotations
 from experiments.analysis import page, sections, tables
 from experiments.analysis.tables import Frame
 
-HEADER = {
-    "gradients": "gradients per step",
-    "ms_per_step": "ms per step",
-    "epochs": "epochs",
-    "gradients_in_all": "gradients in all",
-}
+HEADER = {"gradients": "gradients per step", "ms_per_step": "ms per step", "epochs": "epochs"}
+HEADER |= {"gradients_in_all": "gradients in all"}
 # Those that are the same in all runs of a network, with their formats.
 COUNTS = {"gradients": ".4g", "epochs": ".0f", "gradients_in_all": ",.0f"}
 COUNTED = (
@@ -31,7 +27,7 @@ def cost(main: Frame, at_equal_cost: Frame) -> sections.Parts:
             yield _table(clean, end, ["last epoch"], text, part)
     for title, split, part in sections.parts(at_equal_cost, "clean"):
         labels = list(part.sort_values(["noise", "kind"])["altered"].unique())
-        for metric, what in (("accuracy", "last epoch"), ("at_best_validation", "at best validation")):
+        for metric, what in sections.ACCURACIES.items():
             end = sections.at_end(part, {metric: what})
             end["label"] = end["altered"]
             if len(end):
@@ -54,5 +50,5 @@ def _table(part: Frame, accuracies: Frame, labels: list[str], text: str, behind:
         if metric in COUNTS:
             made[name, HEADER[metric]] = f"{value:{COUNTS[metric]}}"
     made |= tables.means(accuracies, counts)
-    shown = ["n", *HEADER.values(), *labels]
-    return sections.listed(made, shown, f"{text} {sections.SPREAD}", part, behind.sort_values("run"))
+    text = f"{text} {sections.SPREAD}"
+    return sections.listed(made, ["n", *HEADER.values(), *labels], text, part, behind.sort_values("run"))

@@ -44,8 +44,7 @@ def section(folders: Sequence[Path]) -> sections.Parts:
     """A table for each folder of files."""
     for folder in folders:
         record = read_record(folder / "export.json", ExportRecord)
-        header, lines = cells(record["rows"])
         config = record["config"]
-        kind = [config["spec"], config["step"], *(["int8 activations"] if config.get("activations") == "int8" else [])]
-        yield page.Heading(f"{record['run']}: {', '.join(kind)}")
-        yield page.Table(header, lines, told(record), left=2)
+        layers = ", int8 activations" if config.get("activations") == "int8" else ""
+        yield page.Heading(f"{record['run']}: {config['spec']}, {config['step']}{layers}")
+        yield page.Table(*cells(record["rows"]), told(record), left=2)

@@ -17,8 +17,10 @@ from experiments.analysis.tidy import read_record, width_label
 from experiments.config import LABELS
 from experiments.measure.search import SEARCHED, SearchRecord
 from experiments.storage import files
+from experiments.storage.records import numbers
 
 SPREAD = "Mean \u00b1 standard deviation over n seeds; a single run has no deviation."
+ACCURACIES = {"accuracy": "last epoch", "at_best_validation": "at best validation"}
 ALONG = "a line is the mean over seeds, its band their range"
 Parts = Iterator[page.Part]
 
@@ -144,11 +146,9 @@ def _best(last: Frame) -> str | None:
 
 def _accuracy_table(part: Frame, split: str) -> page.Table:
     """The table of one task."""
-    labels = {"accuracy": "last epoch", "at_best_validation": "at best validation", "train_loss": "train loss"}
-    labels |= {"seconds": "seconds"}
+    labels = ACCURACIES | {"train_loss": "train loss", "seconds": "seconds"}
     end = at_end(part, labels)
-    made = tables.means(end)
-    last = end[end["metric"] == "accuracy"]
+    made, last = tables.means(end), end[end["metric"] == "accuracy"]
     rivals = last[last["method"] != "hero"]
     base, best = _base(part, last), _best(rivals) if len(rivals) < len(last) else None
     compared = [name for name in dict.fromkeys((base, best)) if name is not None]
@@ -240,18 +240,17 @@ def search(folders: Sequence[Path], draw: Plotter) -> Parts:
         record = read_record(folder / "search.json", SearchRecord)
         # Older searches have no entry for settings that came later.
         grid: list[dict[str, Any]] = [{**dict.fromkeys(SEARCHED), **row} for row in record.get("grid", [])]
-        best: dict[str, Any] = {**dict.fromkeys(SEARCHED), **(record.get("best") or {})}
+        best = record.get("best") or {}
         for method in dict.fromkeys(row["method"] for row in grid):
             rows = [row for row in grid if row["method"] == method]
             used = [name for name in SEARCHED if any(row[name] is not None for row in rows)]
-            means = [100 * row["validation_accuracy"] if row["n"] else float("nan") for row in rows]
+            means = [100 * numbers(row)["validation_accuracy"] for row in rows]
             lines = []
             for row, mean in zip(rows, means, strict=True):
-                is_best = all(row[name] == best.get(name) for name in (*used, "method"))
-                std = float("nan") if row["std"] is None else row["std"]
-                text = (tables.cell(mean, 100 * std) if row["n"] else "diverged") + " (chosen)" * is_best
                 values = [tables.NOTHING if row[name] is None else str(row[name]) for name in used]
-                lines.append([*values, str(row["n"]), text])
+                text = tables.cell(mean, 100 * numbers(row)["std"]) if row["n"] else "diverged"
+                is_best = all(row[name] == best.get(name) for name in (*used, "method"))
+                lines.append([*values, str(row["n"]), text + " (chosen)" * is_best])
             text = f"Validation accuracy in percent of the runs that did not diverge. {SPREAD}"
             yield page.Heading(f"{folder}: {LABELS[method]}")
             yield page.Table([*used, "n", "validation accuracy"], lines, text, left=0)
@@ -264,8 +263,8 @@ def search(folders: Sequence[Path], draw: Plotter) -> Parts:
                     f"Brighter is better: {first} {x:g} with {second} {y:g} has {top:.2f} %, and no other is higher."
                     f" {folder}, {LABELS[method]}: validation accuracy in percent."
                 )
-                shown = dict(zip(places, means, strict=True)), (first, second, "validation accuracy, %")
-                yield draw(plots.heat_map, *shown, caption=caption)
+                values, labels = dict(zip(places, means, strict=True)), (first, second, "validation accuracy, %")
+                yield draw(plots.heat_map, values, labels, caption=caption)
 
 
 def listed(

@@ -52,8 +52,7 @@ def differences(data: Frame, against: Sequence[str]) -> sections.Parts:
             listed = ", ".join(sections.networks(data))
             raise ValueError(f"`against` must name networks of these runs ({listed}); got {name!r}.")
     for title, split, part in sections.parts(data):
-        low = low_bits(part)
-        labels = {"accuracy": "last epoch", "at_best_validation": "at best validation", **low, "eigenvalue": EIGENVALUE}
+        labels = {**sections.ACCURACIES, **low_bits(part), "eigenvalue": EIGENVALUE}
         end = sections.at_end(part, labels)
         for base in dict.fromkeys(against):
             columns = [label for label in labels.values() if label in set(end["label"][end["network"] == base])]
@@ -61,8 +60,7 @@ def differences(data: Frame, against: Sequence[str]) -> sections.Parts:
             if not columns or not others:
                 continue
             found = tables.differences(end, base)
-            counts = {name: found["n"].get((name, "last epoch"), 0) for name in others}
-            made = tables.texts(found, counts, sign="+")
+            made = tables.texts(found, {name: found["n"].get((name, "last epoch"), 0) for name in others}, sign="+")
             text = (
                 f"Points of accuracy on the {split} images (low bits: weights rounded after training), and top"
                 f" Hessian eigenvalue, minus those of {base}: paired over the n seeds that both have, mean \u00b1"

@@ -21,9 +21,8 @@ SEPARATOR = " \u00b1 "
 NOTHING = "\u2014"
 FIXED = (".2f", ".2f")
 # Formats of a mean and of its error by label of a column, where they are not fixed: where sizes differ by orders.
-LARGE_AND_SMALL = ("train loss", "seconds", "ms per step", "top eigenvalue", "top eig.", "norm")
-SHARES = ("least", "median", "most", "last")
-FORMATS: dict[str, tuple[str, str]] = dict.fromkeys((*LARGE_AND_SMALL, *SHARES), (".3g", ".2g"))
+_LARGE_AND_SMALL = ("train loss", "seconds", "ms per step", "top eigenvalue", "top eig.", "norm")
+FORMATS = dict.fromkeys((*_LARGE_AND_SMALL, "least", "median", "most", "last"), (".3g", ".2g"))
 # Texts by network and label of a column.
 Texts = dict[tuple[str, str], str]
 # A pandas.DataFrame. In the types of pandas itself a checker sees a union of all that an index may give.
