@@ -1,9 +1,4 @@
-"""Saved runs, read back from disk and checked, in one tidy table: a row for each measured number of each run.
-
-measured.json, beside what `experiments.storage.runs` leaves: {"quantized": {SPEC: {"full": %, "8": %, ...}}, "images":
-n, "curvature": {"eigenvalue", "eigenvalue_residual", "eigenvalue_converged", "hessian_norm", "hessian_norm_sem",
-"images"}}
-"""
+"""Saved runs, read back from disk and checked, in one tidy table: a row for each measured number of each run."""
 
 from __future__ import annotations
 
@@ -220,10 +215,9 @@ def curvature(config: TrainConfig, last: Mapping[str, Any], measured: Mapping[st
         return {"curvature_images" if name == "images" else name: value for name, value in found.items()}
     if "eigenvalue" not in last:
         return {}
-    names = ("eigenvalue", "eigenvalue_residual", "hessian_norm", "hessian_norm_sem")
+    found = {name: last[name] for name in ("eigenvalue", "eigenvalue_residual", "hessian_norm", "hessian_norm_sem")}
     images = last.get("curvature_images", config.watch.curvature_size)
-    is_found = last["eigenvalue_residual"] <= RTOL
-    return {name: last[name] for name in names} | {"eigenvalue_converged": is_found, "curvature_images": images}
+    return found | {"eigenvalue_converged": last["eigenvalue_residual"] <= RTOL, "curvature_images": images}
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None:
