@@ -44,11 +44,10 @@ def _table(part: Frame, accuracies: Frame, labels: list[str], text: str, behind:
     """The cost of each network, that of the runs of its first label noise, and accuracies."""
     first = part["altered"] == part.groupby("network")["altered"].transform("first")
     own = sections.at_end(part[first], HEADER)
-    counts = part.groupby(["network", "altered"])["run"].nunique().groupby("network").max().to_dict()
     made = tables.means(own[own["metric"] == "ms_per_step"])
     for (name, metric), value in own.groupby(["network", "metric"])["value"].first().items():
         if metric in COUNTS:
             made[name, HEADER[metric]] = f"{value:{COUNTS[metric]}}"
-    made |= tables.means(accuracies, counts)
+    made |= tables.means(accuracies)
     text = f"{text} {sections.SPREAD}"
     return sections.listed(made, ["n", *HEADER.values(), *labels], text, part, behind.sort_values("run"))

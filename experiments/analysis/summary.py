@@ -29,8 +29,7 @@ def summary(data: Frame) -> sections.Parts:
         columns = [label for label in columns if label in set(end["label"])]
         if len(set(columns) - {"seconds"}) < 2:
             continue
-        counts = end.groupby(["network", "label"]).size().groupby("network").max().to_dict()
-        made = tables.starred(tables.means(end, counts), EIGENVALUE, clean)
+        made = tables.starred(tables.means(end), EIGENVALUE, clean)
         text = (
             f"Accuracy in percent on the {split} images, whose labels are true where those of training were"
             " altered, after the last epoch. Low bits (weights rounded after training), the top Hessian eigenvalue (its"

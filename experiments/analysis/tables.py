@@ -67,9 +67,10 @@ def texts(
     return made
 
 
-def means(frame: Frame, counts: Mapping[str, int] | None = None) -> Texts:
-    """Cells of the `spreads` of rows; `counts` are by default of how many runs of each network there are rows."""
-    return texts(spreads(frame), counts or frame.groupby("network", sort=False)["run"].nunique().to_dict())
+def means(frame: Frame) -> Texts:
+    """Cells of the `spreads` of rows; the n of a network is that of the column with the most of its runs."""
+    found = spreads(frame)
+    return texts(found, found["n"].groupby("network").max().to_dict())
 
 
 def starred(made: Texts, label: str, frame: Frame) -> Texts:
