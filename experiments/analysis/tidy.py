@@ -33,8 +33,6 @@ Row = tuple[str, float, float, str | None, str | None]
 # Where a run is shown, and what is told of it.
 PLACE = ["section", "title", "clean", "split", "noise", "kind", "altered", "method", "network", "rank"]
 PLACE += ["run", "seed", "commit", "hardware"]
-# What must not differ among the runs of a network.
-ALIKE = ("images", "quantizers", "images for the curvature")
 
 
 class Found(NamedTuple):
@@ -102,7 +100,10 @@ def _record(path: Path) -> dict[str, Any] | None:
     split = "validation" if is_older else "test"
     section = "ablations" if "ablations" in path.parts else "main"
     numbers = values(config, rows, measured) if rows else []
-    images = {name: value for name, _, value, *_ in numbers if name in ("images", "curvature_images")}
+    last = {name: value for name, _, value, *_ in numbers}
+    # What must not differ among the runs of a network.
+    alike = {"images": last.get("images"), "images for the curvature": last.get("curvature_images")}
+    alike["quantizers"] = {spec: list(row) for spec, row in measured.get("quantized", {}).items()}
 
     def told(tell: Callable[[dict[str, Any]], str], between: str = " then ") -> str:
         return between.join(dict.fromkeys(map(tell, parts))) or "unknown"
@@ -128,9 +129,7 @@ def _record(path: Path) -> dict[str, Any] | None:
         "kind": network["label_noise_kind"],
         "altered": _altered(network, "noise") or "clean labels",
         "task": (networks.key({name: network[name] for name in TASK}), split),
-        "images": images.get("images"),
-        "quantizers": {spec: list(row) for spec, row in measured.get("quantized", {}).items()} or None,
-        "images for the curvature": images.get("curvature_images"),
+        "alike": {what: found for what, found in alike.items() if found},
         "values": numbers,
     }
 
@@ -259,15 +258,15 @@ def _named(group: Frame, prefix: str = "") -> Frame:
     names, keys = networks.names(group["plain"]), group["plain"].map(networks.key)
     group = group.assign(network=keys.map(names.get), rank=keys.map(list(names).index))
     group = group.assign(title=prefix + group["title"], clean=prefix + group["clean"])
-    for (name, _), alike in group.groupby(["network", "task"], sort=False):
-        for what in ALIKE:
-            told = alike.dropna(subset=what)
-            for path, other in zip(told["path"], told[what], strict=True):
-                if other != told[what].iloc[0]:
-                    raise ValueError(
-                        f"`folders` must have the runs of {name} measured alike; {what}: {told[what].iloc[0]} in"
-                        f" {told['path'].iloc[0]}, {other} in {path}."
-                    )
+    seen: dict[Any, tuple[Any, Path]] = {}
+    for run in group.itertuples():
+        for what, found in run.alike.items():
+            first, path = seen.setdefault((run.network, run.task, what), (found, run.path))
+            if found != first:
+                raise ValueError(
+                    f"`folders` must have the runs of {run.network} measured alike; {what}: {first} in {path},"
+                    f" {found} in {run.path}."
+                )
     return group.sort_values("rank", kind="stable").sort_values("task", kind="stable")
 
 
