@@ -23,24 +23,23 @@ from experiments.storage import files
 OURS = re.compile(rf"(report\.(html|md)|plot-[\w.-]+\.(png|svg))({files.UNFINISHED})?")
 
 
-def what_was_run(runs: Frame) -> page.Section:
+def what_was_run(runs: Frame) -> sections.Parts:
     """How many runs, by status; those that are not done, with their messages."""
     counts = sorted(Counter(runs["status"]).items(), key=lambda pair: (-pair[1], pair[0]))
-    content: list[page.Part] = [f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts)}."]
+    yield f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts)}."
     left = runs[runs["status"] != "done"]
     if len(left):
-        content.append("The following runs are not done and are left out of every number below.")
+        yield "The following runs are not done and are left out of every number below."
         lines = [[str(run.path), run.status, run.message or tables.NOTHING] for run in left.itertuples()]
-        content.append(page.Table(["run", "status", "message"], lines, left=3))
-    return page.Section("What was run", content)
+        yield page.Table(["run", "status", "message"], lines, left=3)
 
 
-def where_from(found: tidy.Found) -> page.Section:
+def where_from(found: tidy.Found) -> sections.Parts:
     """Commits, hardware, versions, settings and commands."""
     runs = found.runs
     kinds = Counter(zip(runs["commit"], runs["hardware"], runs["versions"], strict=True))
     lines = [[*kind, str(number)] for kind, number in kinds.most_common()]
-    content: list[page.Part] = [page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)]
+    yield page.Table(["commit", "hardware", "versions", "runs"], lines, left=3)
     rows = found.table.groupby(["section", "title", "split", "network"], sort=False)["run"].agg(["first", "nunique"])
     if len(rows):
         settings: Frame = pd.DataFrame(list(runs.loc[rows["first"], "network"]), dtype=object)
@@ -52,11 +51,10 @@ def where_from(found: tidy.Found) -> page.Section:
             [title, name, str(n), *texts]
             for (_, title, _, name), n, texts in zip(rows.index, rows["nunique"], own.to_numpy(), strict=True)
         ]
-        content.append(page.Heading("Settings of every row"))
-        content.append(page.Table(["task", "network", "n", *own], lines, f"In all: {same}.", left=2))
+        yield page.Heading("Settings of every row")
+        yield page.Table(["task", "network", "n", *own], lines, f"In all: {same}.", left=2)
     lines = [[str(run.path), run.status, run.commit, run.command] for run in runs.itertuples()]
-    content.append(page.Table(["run", "status", "commit", "command"], lines, "", 4, folded="Every run and its command"))
-    return page.Section("Where every number comes from", content)
+    yield page.Table(["run", "status", "commit", "command"], lines, "", 4, folded="Every run and its command")
 
 
 def claim(out: Path) -> None:
@@ -94,6 +92,7 @@ def main(
     claim(out)
     draw = sections.Plotter(out, data["network"])
     written = {
+        "What was run": what_was_run(runs),
         "Summary": summary.summary(tasks),
         "Differences": compared,
         "Accuracy": sections.accuracy(tasks[tasks["noise"] == 0], draw),
@@ -106,9 +105,10 @@ def main(
         "Cost": cost.cost(tasks, at_equal_cost),
         "Ablations": sections.accuracy(of_settings, draw),
         "Search": sections.search(found.searches, draw),
+        "Where every number comes from": where_from(found),
     }
     shown = [page.Section(title, list(parts)) for title, parts in written.items()]
-    content = [what_was_run(runs), *(section for section in shown if section.parts), where_from(found)]
+    content = [section for section in shown if section.parts]
     done = (runs["status"] == "done").sum()
     counted = f"{done} finished runs" if done != 1 else "1 finished run"
     title, introduction = "Report of training runs", f"{counted} below {', '.join(map(str, folders))}."

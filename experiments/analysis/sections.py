@@ -28,7 +28,7 @@ Parts = Iterator[page.Part]
 class Plotter:
     """Draws the plots of a report into its folder, as PNG and SVG; a network looks the same in all of them."""
 
-    def __init__(self, out: Path, networks: Iterable[str] = ()) -> None:
+    def __init__(self, out: Path, networks: Iterable[str]) -> None:
         self.out, self.styles, self._count = out, plots.styles_of(networks), 0
 
     def __call__(self, plot: Callable[..., None], *arguments: Any, caption: str, **options: Any) -> page.Picture:
@@ -145,7 +145,6 @@ def _best(last: Frame) -> str | None:
 
 
 def _accuracy_table(part: Frame, split: str) -> page.Table:
-    """The table of one task."""
     labels = ACCURACIES | {"train_loss": "train loss", "seconds": "seconds"}
     end = at_end(part, labels)
     made, last = tables.means(end), end[end["metric"] == "accuracy"]
