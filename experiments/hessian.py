@@ -40,8 +40,7 @@ def main(
         _, trainer, variables, dataset = compiled.load(run, data_dir, report)
         claims.claim(out, besides=("density.png", "layers.png"))
         split = getattr(dataset, config.split).first(number(config.images))
-        operator = trainer.hessian(variables, split)
-        measured = measure(config, operator, report)
+        measured = measure(config, trainer.hessian(variables, split), report)
     record = {"config": claims.to_json(config), "run": run.name, "images": split.size, **measured}
     plots.spectral_density(measured, out / "density.png")
     plots.layer_traces(measured, out / "layers.png")

@@ -75,9 +75,8 @@ def main(
     if segments:
         title = f"barriers on the straight line from {origin}"
         cli.console.print(tables.terminal(*curvature.barriers(segments), title))
-        cli.console.print(
-            "Barrier: most by which loss, or error in percent, rises above the line through the two runs."
-        )
+        text = "Barrier: most by which loss, or error in percent, rises above the line through the two runs."
+        cli.console.print(text)
     cli.console.print(f"{time.monotonic() - started:.0f} s. Results are in {out}.")
 
 

@@ -28,29 +28,27 @@ def hessian(data: Frame, draw: sections.Plotter) -> sections.Parts:
         if end.empty:
             continue
         made = tables.starred(tables.means(end), "top eigenvalue", part)
-        for (name, metric), values in part[part["epoch"].isna()].groupby(["network", "metric"])["value"]:
-            if metric in BESIDES:
-                label, tell = BESIDES[metric]
+        for metric, (label, tell) in BESIDES.items():
+            for name, values in sections.at_end(part, {metric: label}).groupby("network")["value"]:
                 made[name, label] = tell(values)
         shown = ["n", "images", "top eigenvalue", "largest residual", "norm", "sem of a norm"]
         text = (
             f"Hessian of the mean training loss over so many images, at the end of training. {sections.SPREAD}"
             " The eigenvalue is the largest in magnitude; a star marks networks of which some run did not reach its"
-            " relative residual."
-            " The norm is that of Frobenius, estimated by random probes; sem is the mean standard error of one."
+            " relative residual. The norm is that of Frobenius, estimated by random probes; sem is the mean standard"
+            " error of one."
         )
         yield page.Heading(title)
         yield sections.listed(made, shown, text, sections.of(part, end))
-        sizes = end[end["metric"] == "eigenvalue"]
-        sizes = sizes.assign(value=sizes["value"].abs())
+        in_size = part.assign(value=part["value"].abs())
+        sizes = sections.at_end(in_size, {"eigenvalue": ""})
         caption = (
             f"Further left is flatter: {sections.extreme(sizes, '', '.3g', least=True)}. {title}: top eigenvalue at the"
             " end; a mark is a run, the bar the mean."
         )
         yield draw.of_networks(plots.each_run, sizes, "|top Hessian eigenvalue|", caption=caption, log=True)
         curves = {"|top eigenvalue|": "eigenvalue", "Frobenius norm": "hessian_norm"}
-        panels = {label: sections.along(part, metric, least=2) for label, metric in curves.items()}
-        panels = {label: rows.assign(value=rows["value"].abs()) for label, rows in panels.items()}
+        panels = {label: sections.along(in_size, metric, least=2) for label, metric in curves.items()}
         caption = f"Lower is flatter: {sections.ALONG}. {title}: curvature along training."
         yield from draw.along(panels, caption, log=True)
 
@@ -101,12 +99,11 @@ def landscapes(folders: Sequence[Path], draw: sections.Plotter) -> sections.Part
         if surfaces:
             config, origin = record["config"], record["environment"]
             text = (
-                f"Mean training loss and accuracy in percent, over {images} images, at the weights of one run"
-                " each. Basin: percent of the steps"
-                f" up to {config['radius']:g} along {config['directions']} random filter-normalized lines (mean \u00b1"
-                " standard deviation over the lines), and of the disk of that radius in the plane of two of them,"
-                f" where the loss is less than {config['rise']:g} above that of the run."
-                f" Commit: {origin.get('commit', 'unknown')}. Hardware: {machine(origin)}."
+                f"Mean training loss and accuracy in percent, over {images} images, at the weights of one run each."
+                f" Basin: percent of the steps up to {config['radius']:g} along {config['directions']} random"
+                " filter-normalized lines (mean \u00b1 standard deviation over the lines), and of the disk of that"
+                f" radius in the plane of two of them, where the loss is less than {config['rise']:g} above that of the"
+                f" run. Commit: {origin.get('commit', 'unknown')}. Hardware: {machine(origin)}."
             )
             yield page.Table(*basins(surfaces), text)
         if between.get("to"):
