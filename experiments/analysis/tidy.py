@@ -102,7 +102,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     numbers = values(config, rows, measured) if rows else []
     last = {name: value for name, _, value, *_ in numbers}
     # What must not differ among the runs of a network.
-    alike = {"images": last.get("images"), "images for the curvature": last.get("curvature_images")}
+    alike: dict[str, Any] = {"images": last.get("images"), "images for the curvature": last.get("curvature_images")}
     alike["quantizers"] = {spec: list(row) for spec, row in measured.get("quantized", {}).items()}
 
     def told(tell: Callable[[dict[str, Any]], str], between: str = " then ") -> str:
