@@ -21,19 +21,8 @@ SEPARATOR = " \u00b1 "
 NOTHING = "\u2014"
 FIXED = (".2f", ".2f")
 # Formats of a mean and of its error by label of a column, where they are not fixed: where sizes differ by orders.
-_WIDE = (
-    "train loss",
-    "seconds",
-    "ms per step",
-    "top eigenvalue",
-    "top eig.",
-    "norm",
-    "least",
-    "median",
-    "most",
-    "last",
-)
-FORMATS: dict[str, tuple[str, str]] = dict.fromkeys(_WIDE, (".3g", ".2g"))
+_WIDE = ("train loss", "seconds", "ms per step", "top eigenvalue", "top eig.", "norm")
+FORMATS: dict[str, tuple[str, str]] = dict.fromkeys((*_WIDE, "least", "median", "most", "last"), (".3g", ".2g"))
 # Texts by network and label of a column.
 Texts = dict[tuple[str, str], str]
 # A pandas.DataFrame. In the types of pandas itself a checker sees a union of all that an index may give.
