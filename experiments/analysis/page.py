@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 
@@ -57,13 +58,10 @@ def to_html(title: str, introduction: str, sections: Sequence[Section], folder: 
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    pages.filters |= {"grouped": _grouped, "embedded": embedded}
+    # What follows each other and is of one kind.
+    grouped = functools.partial(itertools.groupby, key=lambda part: type(part).__name__)
+    pages.filters |= {"grouped": grouped, "embedded": embedded}
     return pages.get_template("page.html").render(title=title, introduction=introduction, sections=sections)
-
-
-def _grouped(parts: Iterable[Any]) -> Iterable[tuple[str, list[Any]]]:
-    """What follows each other and is of one kind, with the name of the kind."""
-    return ((kind, list(of)) for kind, of in itertools.groupby(parts, lambda part: type(part).__name__))
 
 
 def to_markdown(title: str, introduction: str, sections: Sequence[Section]) -> str:
