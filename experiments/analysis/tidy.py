@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from experiments.measure import sweep
 from experiments.storage import records, runs
 from experiments.training import methods
 
-Kind = TypeVar("Kind")
 # Relative residual to which training looks for the eigenvalue (the default of `spectrum.top_eigenpairs`).
 RTOL = 1e-3
 CLEAN = {"label_noise": 0.0, "label_noise_kind": "symmetric"}
@@ -33,6 +33,18 @@ Row = tuple[str, float, float, str | None, str | None]
 # Where a run is shown, and what is told of it.
 PLACE = ["section", "title", "clean", "split", "noise", "kind", "altered", "method", "network", "rank"]
 PLACE += ["run", "seed", "commit", "hardware"]
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Raises ValueError where a file that is read is damaged."""
+    try:
+        yield
+    except records.Damaged as error:
+        raise ValueError(f"`folders` must hold whole files; {error}") from None
+
+
+read_record = _whole()(records.read)
 
 
 class Found(NamedTuple):
@@ -81,18 +93,19 @@ def _frame(rows: list[Any], whose: list[str]) -> Frame:
     return pd.DataFrame(rows, columns=[*whose, *COLUMNS]).astype({"epoch": float, "value": float})
 
 
+@_whole()
 def _record(path: Path) -> dict[str, Any] | None:
     """What `read` needs of a run folder; None where it is not that of a run."""
-    fields = read_record(path / "config.json")
+    fields = records.read(path / "config.json")
     if not {"method", "dataset"} <= set(fields):
         return None
-    status = read_record(path / "status.json", runs.Status)
+    status = records.read(path / "status.json", runs.Status)
     if not (status or (path / "metrics.jsonl").exists()):
         return None
     config = _config(path, fields)
-    rows = _whole(runs.history, path, config) if status.get("status") == "done" else []
-    measured = read_record(path / "measured.json", sweep.Measured)
-    environment, network = read_record(path / "environment.json", runs.Environment), networks.network(config)
+    rows = runs.history(path, config) if status.get("status") == "done" else []
+    measured = records.read(path / "measured.json", sweep.Measured)
+    environment, network = records.read(path / "environment.json", runs.Environment), networks.network(config)
     parts = [environment, *environment.get("continued", [])] if environment else []
     network |= {} if network["label_noise"] else CLEAN
     # Held-out images took the place of the test images in older runs.
@@ -137,26 +150,13 @@ def _record(path: Path) -> dict[str, Any] | None:
 def _config(path: Path, fields: dict[str, Any]) -> TrainConfig:
     """The configuration that a folder was left with; where it is older than a setting, with the default."""
     unknown = sorted(set(fields) - set(TrainConfig.settings()))
-    _whole(runs.check_begun, path, fields)
+    runs.check_begun(path, fields)
     if unknown:
         raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
     try:
         return TrainConfig.of_saved(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`folders` must hold runs that are possible here; {path} is not: {error}") from None
-
-
-def read_record(file: Path, kind: type[Kind] = dict[str, Any]) -> Kind:
-    """The record of a file (`records.read`); raises ValueError where it is damaged."""
-    return _whole(records.read, file, kind)
-
-
-def _whole(reader: Callable[..., Any], *arguments: Any) -> Any:
-    """What a reader gives; raises ValueError where that is damaged."""
-    try:
-        return reader(*arguments)
-    except records.Damaged as error:
-        raise ValueError(f"`folders` must hold whole files; {error}") from None
 
 
 def of_sweep(found: Iterable[sweep.Run]) -> Frame:
