@@ -32,7 +32,7 @@ class Plotter:
         self.out, self.styles, self._count = out, plots.styles_of(networks), 0
 
     def __call__(self, plot: Callable[..., None], *arguments: Any, caption: str, **options: Any) -> page.Picture:
-        """The picture of a plot that takes the styles of networks."""
+        """The picture of a plot."""
         self._count += 1
         names = [f"plot-{self._count:02}-{plot.__name__.replace('_', '-')}.{kind}" for kind in ("svg", "png")]
         for name in names:
@@ -40,7 +40,7 @@ class Plotter:
         return page.Picture(names[0], caption, names)
 
     def of_networks(self, plot: Callable[..., None], *arguments: Any, **options: Any) -> page.Picture:
-        """The picture of a plot of networks."""
+        """The picture of a plot that takes the styles of networks."""
         return self(plot, *arguments, styles=self.styles, **options)
 
     def along(self, panels: Mapping[str, Frame], caption: str, *, log: bool = False) -> Parts:

@@ -149,9 +149,8 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 def _config(path: Path, fields: dict[str, Any]) -> TrainConfig:
     """The configuration that a folder was left with; where it is older than a setting, with the default."""
-    unknown = sorted(set(fields) - set(TrainConfig.settings()))
     runs.check_begun(path, fields)
-    if unknown:
+    if unknown := sorted(fields.keys() - TrainConfig.settings().keys()):
         raise ValueError(f"`folders` must hold runs of fields that are known here; {path} has {', '.join(unknown)}.")
     try:
         return TrainConfig.of_saved(fields)
