@@ -69,7 +69,8 @@ def read(folders: Iterable[Path]) -> Found:
     """Everything below the folders, each once.
 
     Raises:
-      ValueError: there is no run, or one that is damaged, unknown or there twice, or a network was not measured alike.
+      ValueError: there is no run, or one that is damaged, unknown or there twice, or the runs of a network were
+        measured on other images or with other quantizers.
     """
     folders = list(folders)
     paths: dict[Path, Path] = {}
@@ -248,11 +249,7 @@ def _placed(runs: Frame, searches: Sequence[Path]) -> Frame:
 
 
 def _named(group: Frame, prefix: str = "") -> Frame:
-    """What is shown together: by task, in it methods as they are listed, the plain one first, then by setting.
-
-    Raises:
-      ValueError: a network has a seed twice, or its runs were measured on other images or with other quantizers.
-    """
+    """What is shown together: by task, in it by network; raises ValueError where `read` says so of a network."""
     networks.refuse_twice(zip(group["path"], zip(group["key"], group["seed"], strict=True), strict=True))
     names, keys = networks.names(group["plain"]), group["plain"].map(networks.key)
     group = group.assign(network=keys.map(names.get), rank=keys.map(list(names).index))
