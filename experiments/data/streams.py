@@ -127,12 +127,9 @@ class Stream:
         that cannot be read, and says which.
         """
         split = Split(np.empty((len(indices), *self.shape), np.uint8), np.empty(len(indices), np.int32))
-
-        def fill(row: int) -> None:
-            split.images[row], split.labels[row] = self._row(int(indices[row]), augment)
-
         with ThreadPoolExecutor() as threads:
-            list(threads.map(fill, range(len(indices))))
+            for row, made in enumerate(threads.map(lambda i: self._row(i, augment), indices)):
+                split.images[row], split.labels[row] = made
         return split
 
     def _row(self, i: int, augment: tuple[int, int] | None) -> tuple[np.ndarray, int]:
