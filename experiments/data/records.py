@@ -6,7 +6,6 @@ Small ones are decoded once and cached as plain arrays, large ones are streams.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -54,10 +53,9 @@ def find(name: str, data_dir: Path | None) -> Any:
     if not is_there:
         raise FileNotFoundError(f"{must} nothing is at {path}. {command} {root}` prepares it.")
     info: Any = builder.info
-    missing = {*about.splits} - {*info.splits}
-    if missing:
-        split = min(missing)
-        raise ValueError(f"`data_dir` holds only a part of {name}, in {path}: no split {split!r} is known there.")
+    for split in sorted(about.splits):
+        if split not in info.splits:
+            raise ValueError(f"`data_dir` holds only a part of {name}, in {path}: no split {split!r} is known there.")
     # A builder of known code has those beside the first in its proto alone.
     formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
     if FileFormat.ARRAY_RECORD.value not in formats:
@@ -124,8 +122,15 @@ def _check_files(name: str, builder: Any, split: str) -> None:
 def load(name: str, data_dir: Path | None, report: Report | None) -> tuple[Split | Stream, Split | Stream]:
     """The images for training and for testing of a data set of `DATASETS`; arguments and errors are `data.load`'s."""
     about, builder = DATASETS[name], find(name, data_dir)
-    read = _streamed if about.is_large else functools.partial(_decoded, report=report)
-    train, test = (read(name, builder, split) for split in about.splits)
+
+    def read(split: str) -> Split | Stream:
+        rows = _Rows(builder, split, about.num_classes)
+        if not about.is_large:
+            return _decoded(name, builder, split, rows, report)
+        indices, shift = np.arange(len(rows)), np.zeros(len(rows), np.int32)
+        return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, about.num_classes)
+
+    train, test = map(read, about.splits)
     return train, test
 
 
@@ -176,28 +181,18 @@ def _pixels(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError:
         raise ValueError("its image is of no known format") from None
-    with image:
-        found, wanted = (image.height, image.width, image.mode), (*shape[:2], mode)
-        if found != wanted:
-            form = "{} x {} of mode {}"
-            raise ValueError(f"its image is {form.format(*found)}, not {form.format(*wanted)}")
-        # Pillow makes 8 bits of any number of them; a PNG file tells it in byte 24.
-        if image.format == "PNG" and encoded[24] != 8:
-            raise ValueError(f"its image has {encoded[24]} bits a channel, not 8")
-        return np.asarray(image).reshape(shape)
+    found, wanted = f"{image.height} x {image.width} of mode {image.mode}", f"{shape[0]} x {shape[1]} of mode {mode}"
+    if found != wanted:
+        raise ValueError(f"its image is {found}, not {wanted}")
+    # Pillow makes 8 bits of any number of them; a PNG file tells it in byte 24.
+    if image.format == "PNG" and encoded[24] != 8:
+        raise ValueError(f"its image has {encoded[24]} bits a channel, not 8")
+    return np.asarray(image).reshape(shape)
 
 
-def _streamed(name: str, builder: Any, split: str) -> Stream:
-    num_classes = DATASETS[name].num_classes
-    rows = _Rows(builder, split, num_classes)
-    indices, shift = np.arange(len(rows)), np.zeros(len(rows), np.int32)
-    return Stream(rows, f"{builder.info.full_name} {split}", STREAM_SIDE, indices, shift, num_classes)
-
-
-def _decoded(name: str, builder: Any, split: str, report: Report | None) -> Split:
+def _decoded(name: str, builder: Any, split: str, rows: _Rows, report: Report | None) -> Split:
     """A split of a prepared data set, from the cache or decoded into it."""
-    rows, shape = _Rows(builder, split, DATASETS[name].num_classes), builder.info.features["image"].shape
-    paths = builder.info.splits[split].filepaths
+    shape, paths = builder.info.features["image"].shape, builder.info.splits[split].filepaths
     content = _content(paths)
     cache = files.cache_folder() / f"{builder.info.full_name.replace('/', '-')}-{split}-{content}.npz"
     cached = _read_cache(cache, (len(rows), *shape))
