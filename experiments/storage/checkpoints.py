@@ -8,7 +8,6 @@ misses other damage once in four billion times; SHA-256 costs twice as much. Ver
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -17,7 +16,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +47,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """Those of one run folder, to be read; with `keep` the last so many are kept, and this process writes them."""
 
     def __init__(self, run: Path, *, keep: int | None = None) -> None:
-        self.run, options = run, None
-        if keep is not None:
-            # One process writes; the others do not take part.
-            writer = jax.process_index()
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=False,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(writer, {writer}),
-            )
+        # One process writes; the others do not take part.
+        self.run, this = run, jax.process_index()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=keep is not None,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(this, {this}),
+        )
         # What a checkpoint is does not depend on what the last one looks like.
         self._manager = _Manager(
             (run / "checkpoint").absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -74,10 +71,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def save(self, step: int, state: PyTree) -> None:
         """Writes one of `state`, a dict of trees of arrays, unless a later one is there already."""
         if step > max(self.steps(), default=-1):
-            arguments, saved = ocp.args.StandardSave(state), digests(state)
+            metadata = {"digests": digests(state)}
             with files.on_disk(self.run), _quiet_callbacks():
                 try:
-                    self._manager.save(step, args=arguments, custom_metadata={"digests": saved})
+                    self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata)
                 except ValueError as error:
                     # What tensorstore makes of an error of the disk.
                     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -94,10 +91,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         reasons: dict[int, str] = {}
         for step in self.steps():
             try:
-                saved = self._saved_digests(step)
+                metadata = json.loads((self.run / "checkpoint" / str(step) / METADATA).read_bytes())
                 with _quiet_callbacks():
                     restored = self._manager.restore(step, args=ocp.args.StandardRestore(like))
-                _check(saved, restored)
+                saved = (metadata.get("custom_metadata") or {}).get("digests")
+                differing = set() if saved is None else saved.items() ^ digests(restored).items()
+                if differing:
+                    raise ValueError(f"array {min(name for name, _ in differing)} is not what was saved")
             except Exception as error:  # whatever a damaged file raises
                 reasons[step] = str(error).split("\n")[0][:200]
             else:
@@ -107,19 +107,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step, reason = next(iter(reasons.items()))
         raise Failed(f"No checkpoint in {self.run} can be read (the last is that of step {step}: {reason}).")
 
-    def _saved_digests(self, step: int) -> dict[str, str] | None:
-        """What a step was saved with; None in version 0.1."""
-        metadata = json.loads((self.run / "checkpoint" / str(step) / METADATA).read_bytes())
-        return (metadata.get("custom_metadata") or {}).get("digests")
-
     def set_aside(self, steps: list[int]) -> None:
         """Moves damaged ones to RUN/damaged-STEP."""
         with files.on_disk(self.run):
             for step in steps:
-                aside = self.run / f"damaged-{step}"
-                more = (self.run / f"damaged-{step}-{i}" for i in itertools.count(2))
+                aside, more = self.run / f"damaged-{step}", itertools.count(2)
                 while aside.exists():
-                    aside = next(more)
+                    aside = self.run / f"damaged-{step}-{next(more)}"
                 (self.run / "checkpoint" / str(step)).rename(aside)
         if steps:
             self._manager.reload()
@@ -127,30 +121,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
 def digests(state: PyTree) -> dict[str, str]:
     """The digest of every array of a tree, by its path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _digest(np.asarray(array))
-        for path, array in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def _check(saved: Mapping[str, str] | None, restored: PyTree) -> None:
-    """Raises ValueError where an array is not that of its digest, or there is one of them without the other."""
-    if saved is None:
-        return
-    found = digests(restored)
-    for name in sorted(saved.keys() | found.keys()):
-        if saved.get(name) != found.get(name):
-            raise ValueError(f"array {name} is not what was saved")
-
-
-def _digest(array: np.ndarray) -> str:
-    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return f"{_name(array.dtype)}{array.shape} {zlib.crc32(content):08x}"
-
-
-@functools.cache
-def _name(kind: np.dtype) -> str:
-    return kind.name  # which takes as long as the rest
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = f"{array.dtype.name}{array.shape} {zlib.crc32(content):08x}"
+    return found
 
 
 @contextlib.contextmanager
