@@ -22,9 +22,9 @@ from experiments.storage import files
 from experiments.storage.files import Failed
 
 Kind = TypeVar("Kind")
-STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-# Decorates the TypedDict of a record, and those in it: no other entry, and no value of another type.
-schema = pydantic.with_config(STRICT)
+# Decorates the TypedDict of a record, and those in it: no other entry.
+schema = pydantic.with_config(pydantic.ConfigDict(extra="forbid"))
+_adapter = functools.cache(pydantic.TypeAdapter)
 # Numbers by name, such as an evaluation.
 Numbers = dict[str, bool | int | float | None]
 
@@ -65,7 +65,7 @@ def read_lines(path: Path, kind: type[Kind] = dict[str, Any]) -> list[Kind]:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record and its digest, whole or not at all."""
-    files.write(path, json.dumps(_signed(record), indent=2, allow_nan=False) + "\n")
+    write_settings(path, _signed(record))
 
 
 def append(path: Path, *added: Mapping[str, Any]) -> None:
@@ -141,36 +141,25 @@ def _refused(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-@functools.cache
-def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    # A TypedDict brings its own.
-    return pydantic.TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
-
-
 def _checked(path: Path, content: bytes, kind: Any, where: str = "", before: str | None = "") -> tuple[Any, str]:
     """The record of some bytes, and its digest, "" without one; with `before` None it is not compared."""
-    digest = ""
     try:
         record = json.loads(content.decode(), parse_constant=_refused)
-        if isinstance(record, dict):
-            told = record.pop("sha256", None)
-            # Of one without it too: a number that is too large for JSON is an error here.
-            found = _digest(record, before or "")
-            if told is not None and before is not None and told != found:
-                raise Damaged(path, f"{where}what it says is not what was written")
-            digest = str(told or "")
-        _adapter(kind).validate_python(record)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Damaged(path, f"{where}{f'`{place}`: ' if place else ''}{_rule(first)}") from None
+        told = record.pop("sha256", None) if isinstance(record, dict) else None
+        # Of one without it too: a number that is too large for JSON is an error here.
+        found = _digest(record, before or "")
+        if before is not None and told not in (None, found):
+            raise ValueError("what it says is not what was written")
+        _adapter(kind).validate_python(record, strict=True)
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"{where}{str(error)[:200]}") from None
-    return record, digest
+        reason = _rule(error) if isinstance(error, pydantic.ValidationError) else str(error)[:200]
+        raise Damaged(path, where + reason) from None
+    return record, str(told or "")
 
 
-def _rule(error: Any) -> str:
-    """What is wrong, as one says it, and the value."""
-    message = error["msg"][:1].lower() + error["msg"][1:]
-    is_missing = error["type"] == "missing"
-    return message if is_missing else f"{message}; got {str(error['input'])[:60]!r}"
+def _rule(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong: where, what, as one says it, and the value."""
+    first: Any = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    message = (f"`{place}`: " if place else "") + first["msg"][:1].lower() + first["msg"][1:]
+    return message if first["type"] == "missing" else f"{message}; got {str(first['input'])[:60]!r}"
