@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, cast
+from typing import Any, Literal, NotRequired
 
 import jax
 import numpy as np
@@ -73,8 +72,10 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             self._is_done = status(path) == "done"
             if not self._is_done:
                 self._begin()
-            if not _has_checkpoints(path):
-                (path / "checkpoint").mkdir()
+            folder = path / "checkpoint"
+            if folder.exists() and not folder.is_dir():
+                raise FileExistsError(f"`out` must be a run folder; {folder} is no folder.")
+            folder.mkdir(exist_ok=True)
             self._checkpoints = Checkpoints(path, keep=2)
             self._exit = undo.pop_all()
 
@@ -124,14 +125,12 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     def _begin(self) -> None:
         """Records that, and where, a part of the run takes place."""
-        file, now = self.path / "environment.json", cast(Environment, environment.current())
-        first = records.read(file, Environment, may_be_empty=True)
+        first, now = _environment(self.path), environment.current()
         if first:
-            first["continued"] = [*first.get("continued", []), now]
+            record = {**first, "continued": [*first.get("continued", []), now]}
         else:
-            first = now
-            first["config"] = records.read(self.path / "config.json")
-        records.write(file, first)
+            record = {**now, "config": records.read(self.path / "config.json")}
+        records.write(self.path / "environment.json", record)
         self.status("running")
 
     def _forget_after(self, step: int, steps_per_epoch: int) -> None:
@@ -150,14 +149,6 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         text = records.lines(kept)
         if file.exists() and text.encode() != file.read_bytes():
             files.write(file, text)
-
-
-def _has_checkpoints(path: Path) -> bool:
-    """Whether there is a folder of checkpoints; raises FileExistsError where something else has its name."""
-    folder = path / "checkpoint"
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise FileExistsError(f"`out` must be a run folder; {folder} is no folder.")
-    return folder.exists()
 
 
 def status(path: Path) -> str | None:
@@ -184,21 +175,29 @@ def config(path: Path) -> TrainConfig:
 def check_same(path: Path, config: TrainConfig, may_differ: Collection[str]) -> None:
     """Raises FileExistsError at the folder of another run, by its configuration, Damaged where that was changed."""
     claims.check_same(path, config, may_differ)
-    begun = records.read(path / "environment.json", Environment, may_be_empty=True).get("config")
+    begun = _environment(path).get("config")
     found = begun and claims.difference(begun, config, may_differ)
     if found:
         name, theirs, ours = found
-        told = f"`{name}` is {ours!r}, but the run began with {theirs!r}"
-        raise records.Damaged(path / "config.json", told)
+        raise _changed(path, name, repr(ours), repr(theirs))
 
 
 def check_begun(path: Path, settings: Mapping[str, Any]) -> None:
     """Raises Damaged where settings of a run are not those with which it began, which version 0.1 did not record."""
-    begun = records.read(path / "environment.json", Environment, may_be_empty=True).get("config", settings)
+    begun = _environment(path).get("config", settings)
     for name in sorted(settings.keys() | begun.keys()):
         found, wanted = (repr(each[name]) if name in each else "missing" for each in (settings, begun))
         if found != wanted:
-            raise records.Damaged(path / "config.json", f"`{name}` is {found}, but the run began with {wanted}")
+            raise _changed(path, name, found, wanted)
+
+
+def _environment(path: Path) -> Environment:
+    """environment.json; empty where there is none, or a crash of the machine has left it empty."""
+    return records.read(path / "environment.json", Environment, may_be_empty=True)
+
+
+def _changed(path: Path, name: str, found: str, wanted: str) -> records.Damaged:
+    return records.Damaged(path / "config.json", f"`{name}` is {found}, but the run began with {wanted}")
 
 
 def load_variables(path: Path) -> PyTree:
