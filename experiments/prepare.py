@@ -44,8 +44,7 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
 def prepare(name: str, root: Path) -> None:
     """Downloads and prepares a data set that is not in `root`.
 
-    Raises:
-      files.Failed: TensorFlow or files to be fetched by hand are missing, or the download failed; says which.
+    Raises files.Failed where TensorFlow or files to be fetched by hand are missing, or the download fails; says which.
     """
     # It may be megabytes of wheels away: say so before anything is downloaded.
     if importlib.util.find_spec("tensorflow") is None:

@@ -40,7 +40,6 @@ def folder(data_dir: Path | None) -> Path:
 def find(name: str, data_dir: Path | None) -> Any:
     """The tensorflow-datasets builder of a data set of `DATASETS` that is there and whole; raises as `data.load`."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.file_adapters import FileFormat
 
     root, about = folder(data_dir), DATASETS[name]
     builder_name, _, config = about.name.partition("/")
@@ -58,11 +57,11 @@ def find(name: str, data_dir: Path | None) -> Any:
             raise ValueError(f"`data_dir` holds only a part of {name}, in {path}: no split {split!r} is known there.")
     # A builder of known code has those beside the first in its proto alone.
     formats = {info.file_format.value, *info.as_proto.alternative_file_formats}
-    if FileFormat.ARRAY_RECORD.value not in formats:
+    if "array_record" not in formats:
         found = f"by its dataset_info.json, what is in {path} is {' and '.join(sorted(formats))}"
         raise ValueError(f"{must} {found}. {command} ANOTHER_FOLDER` prepares it.")
-    if info.file_format != FileFormat.ARRAY_RECORD:
-        info.set_file_format(FileFormat.ARRAY_RECORD, override=True, override_if_initialized=True)
+    if info.file_format.value != "array_record":
+        info.set_file_format("array_record", override=True, override_if_initialized=True)
     _check_features(name, path / "features.json")
     for split in about.splits:
         _check_files(name, builder, split)

@@ -91,15 +91,13 @@ def refuse_links(path: Path) -> None:
     for base, folders, names in os.walk(path):
         for name in (*folders, *names):
             each = Path(base, name)
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another process has renamed it
                 info = each.lstat()
-            except FileNotFoundError:  # another process has renamed it
-                continue
-            is_plain = stat.S_ISREG(info.st_mode) and info.st_nlink <= 1
-            if not (is_plain or stat.S_ISDIR(info.st_mode)):
-                raise FileExistsError(
-                    f"`out` must be a folder without links and devices; {each} is one. Name another, or remove it."
-                )
+                is_plain = stat.S_ISREG(info.st_mode) and info.st_nlink <= 1
+                if not (is_plain or stat.S_ISDIR(info.st_mode)):
+                    raise FileExistsError(
+                        f"`out` must be a folder without links and devices; {each} is one. Name another, or remove it."
+                    )
 
 
 def cache_folder() -> Path:
