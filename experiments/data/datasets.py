@@ -39,16 +39,12 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None, report: records.Report | None = None) -> Dataset:
-    """Loads one of `DATASETS`.
+    """Loads one of `DATASETS`, from a folder of prepared tensorflow-datasets (`records.folder`) or "digits" from none.
 
-    Args:
-      name: which.
-      data_dir: folder of the prepared tensorflow-datasets (`records.folder`); not used by "digits".
-      report: called with (images decoded, images in all) while a data set is decoded for the first time.
+    `report` is called with (images decoded, images in all) while a data set is decoded for the first time.
 
-    Raises:
-      FileNotFoundError: the data set is not prepared there; says which command prepares it.
-      ValueError: unknown name, or what is there is in another format, damaged or only a part; says what.
+    Raises FileNotFoundError where the data set is not prepared there, with the command that prepares it; ValueError for
+    an unknown name, and where what is there is in another format, damaged or only a part.
     """
     errors.one_of("dataset", name, DATASETS)
     if name == "digits":

@@ -23,9 +23,7 @@ def alter(dataset: data.Dataset, rate: float, kind: str, seed: int) -> data.Data
     alone; for the first two, a higher rate alters those of a lower rate and more. Called after `data.subset`, it leaves
     the validation labels true. Test labels stay.
 
-    Raises:
-      ValueError: a rate outside [0, 1] (called `label_noise`), an unknown kind (called `label_noise_kind`), or
-        "asymmetric" of a stream.
+    Raises ValueError for a rate outside [0, 1] (called `label_noise`), an unknown kind, and "asymmetric" of a stream.
 
     >>> noisy = alter(data.load("digits"), 0.8, "symmetric", seed=0)
     >>> int((noisy.train.labels != noisy.true_labels).sum()), noisy.train.size
