@@ -29,9 +29,8 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path | None = Non
     if name == "digits":
         cli.console.print("digits comes with scikit-learn: there is nothing to prepare")
         return
-    state = "already there"
     try:
-        builder = records.find(name, data_dir)
+        builder, state = records.find(name, data_dir), "already there"
     except FileNotFoundError:
         prepare(name, records.folder(data_dir))
         builder, state = records.find(name, data_dir), "prepared"
