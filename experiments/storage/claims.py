@@ -67,9 +67,7 @@ def claim(path: Path, besides: Collection[str] = (), unless: str | None = None) 
         )
         # Looked for last: another process may write it at this moment.
         if is_taken and not (unless and (path / unless).exists()):
-            raise FileExistsError(
-                f"`out` must be a new or empty folder; {path} exists. Name another, or remove it first."
-            )
+            raise _taken(f"{path} exists.")
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -95,19 +93,21 @@ def claim_same(path: Path, config: Grouped, may_differ: Collection[str] = (), be
 
 def check_same(path: Path, config: Grouped, may_differ: Collection[str]) -> None:
     """Raises FileExistsError at the folder of another run, with the first setting that differs, or a damaged one."""
-    wanted = "`out` must be a new or empty folder, or that of the same run"
+    file, or_same = path / "config.json", ", or that of the same run"
     try:
-        there = records.read(path / "config.json")
+        there = records.read(file)
     except records.Damaged as error:
-        raise FileExistsError(f"{wanted}; {error} Name another, or remove it first.") from None
+        raise _taken(str(error), or_same) from None
     if not there:
-        raise FileExistsError(f"{wanted}; {path / 'config.json'} is damaged. Name another, or remove it first.")
+        raise _taken(f"{file} is damaged.", or_same)
     found = difference(there, config, may_differ)
     if found is not None:
         name, theirs, ours = found
-        raise FileExistsError(
-            f"{wanted}; {path} has {name} {theirs!r}, not {ours!r}. Name another, or remove it first."
-        )
+        raise _taken(f"{path} has {name} {theirs!r}, not {ours!r}.", or_same)
+
+
+def _taken(reason: str, or_same: str = "") -> FileExistsError:
+    return FileExistsError(f"`out` must be a new or empty folder{or_same}; {reason} Name another, or remove it first.")
 
 
 def difference(there: Mapping[str, Any], config: Grouped, may_differ: Collection[str]) -> tuple[str, Any, Any] | None:
