@@ -92,9 +92,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         for step in self.steps():
             try:
                 metadata = json.loads((self.run / "checkpoint" / str(step) / METADATA).read_bytes())
+                saved = (metadata.get("custom_metadata") or {}).get("digests")  # none in version 0.1
                 with _quiet_callbacks():
                     restored = self._manager.restore(step, args=ocp.args.StandardRestore(like))
-                saved = (metadata.get("custom_metadata") or {}).get("digests")
                 differing = set() if saved is None else saved.items() ^ digests(restored).items()
                 if differing:
                     raise ValueError(f"array {min(name for name, _ in differing)} is not what was saved")
