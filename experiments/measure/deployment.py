@@ -65,7 +65,6 @@ class ExportConfig:
             raise ArgumentError(f"`activations` int8 needs `bits` of at most 8, and 8 in `storage`; got {got}.")
 
 
-@records.schema
 class Exported(TypedDict):
     """A file: sizes in bytes, accuracies as fractions, times in milliseconds.
 

@@ -32,7 +32,6 @@ FINE = 200
 Values = list[float | None]
 
 
-@records.schema
 class Line(TypedDict):
     """The part of a line that is in the basin, over several of them."""
 
@@ -41,7 +40,6 @@ class Line(TypedDict):
     n: NotRequired[int]
 
 
-@records.schema
 class Basin(TypedDict):
     """The size of the basin in lines and plane."""
 
@@ -49,7 +47,6 @@ class Basin(TypedDict):
     plane: float
 
 
-@records.schema
 class Center(TypedDict):
     """What a run has at its weights."""
 
@@ -57,7 +54,6 @@ class Center(TypedDict):
     accuracy: float
 
 
-@records.schema
 class Surface(TypedDict):
     """What is around one run: `around`."""
 
@@ -69,7 +65,6 @@ class Surface(TypedDict):
     not_finite: NotRequired[int]
 
 
-@records.schema
 class Barrier(TypedDict):
     """How far loss and error, a fraction, rise between two runs."""
 
@@ -77,7 +72,6 @@ class Barrier(TypedDict):
     error: float | None
 
 
-@records.schema
 class Barriers(TypedDict):
     """Those on each split."""
 
@@ -85,7 +79,6 @@ class Barriers(TypedDict):
     test: Barrier
 
 
-@records.schema
 class Segment(TypedDict):
     """What is between two runs: `between`."""
 
@@ -95,7 +88,6 @@ class Segment(TypedDict):
     test: NotRequired[dict[str, Values]]
 
 
-@records.schema
 class Segments(TypedDict):
     """What is between the first run and others."""
 
@@ -103,7 +95,6 @@ class Segments(TypedDict):
     to: dict[str, Segment]
 
 
-@records.schema
 class Drawn(TypedDict):
     """What was drawn: `LandscapeConfig`."""
 

@@ -38,7 +38,6 @@ SEARCHED = ("rho", "gamma", "sigma", "suppress", "learning_rate", "weight_decay"
 Values = tuple[NonNegative, ...]
 
 
-@records.schema
 class Setting(TypedDict, total=False):
     """The settings of a combination or trial; null is one that its method has not."""
 
@@ -50,7 +49,6 @@ class Setting(TypedDict, total=False):
     weight_decay: float | None
 
 
-@records.schema
 class Tried(Setting):
     """A combination or trial, and its validation accuracy (a fraction): mean and deviation over n seeds."""
 
@@ -60,7 +58,6 @@ class Tried(Setting):
     std: float | None
 
 
-@records.schema
 class Best(Setting):
     """That of them which was chosen."""
 

@@ -22,7 +22,7 @@ from experiments.storage import files
 from experiments.storage.files import Failed
 
 Kind = TypeVar("Kind")
-# Decorates the TypedDict of a record, and those in it: no other entry.
+# Decorates the TypedDict of a record, also for those in it: no other entry.
 schema = pydantic.with_config(pydantic.ConfigDict(extra="forbid"))
 _adapter = functools.cache(pydantic.TypeAdapter)
 # Numbers by name, such as an evaluation.
