@@ -1,4 +1,4 @@
-"""Types of fields with their rules, and the check of a dataclass by them.
+"""Types of fields with their rules, and dataclasses that are checked by them.
 
 A number or a word is written `Count | Literal["all"]`, the number first: the word says what None would leave open.
 """
@@ -24,16 +24,11 @@ Fraction = Annotated[float, errors.fraction]
 
 
 class Checked:
-    """A dataclass that `check` has passed."""
+    """A dataclass; ArgumentError where a field breaks the rule of its type, TypeError where it is of another kind."""
 
     def __post_init__(self) -> None:
-        check(self)
-
-
-def check(config: Any) -> None:
-    """Raises ArgumentError where a field of a dataclass breaks the rule of its type, TypeError for another kind."""
-    for name, kind in types_of(type(config)).items():
-        _check(name, getattr(config, name), kind)
+        for name, kind in types_of(type(self)).items():
+            _check(name, getattr(self, name), kind)
 
 
 def check_once(argument: str, values: Sequence[Any]) -> None:

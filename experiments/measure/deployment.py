@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from typing_extensions import TypedDict
 
-from experiments.config.fields import Bits, Count, check, check_once, number
+from experiments.config.fields import Bits, Checked, Count, check_once, number
 from experiments.measure import saved
 from experiments.measure.saved import Saved
 from experiments.storage import environment, files, records
@@ -30,7 +30,7 @@ UNPACKED = ("session.disable_quant_qdq", "1")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """What to write."""
 
     bits: tuple[Bits, ...] = (8, 4, 2)
@@ -54,7 +54,7 @@ class ExportConfig:
     """Timed calls of one image, in turn over all files."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for name in ("bits", "storage"):
             if not getattr(self, name):
                 raise ArgumentError(f"`{name}` must name at least one.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments.config.fields import Count, Positive, Several, Whole, check
+from experiments.config.fields import Checked, Count, Positive, Several, Whole
 from hero_jax import curvature, spectrum
 from hero_jax.errors import ArgumentError
 
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class HessianConfig:
+class HessianConfig(Checked):
     """What to measure, and how well."""
 
     split: Literal["train", "test"] = "train"
@@ -40,7 +40,7 @@ class HessianConfig:
     """Of all random vectors."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.max_products < self.eigenvalues:
             raise ArgumentError(
                 f"`max_products` must be at least the {self.eigenvalues} eigenvalues; got {self.max_products}."

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from typing_extensions import TypedDict
 
-from experiments.config.fields import Count, Positive, Several, Whole, check
+from experiments.config.fields import Checked, Count, Positive, Several, Whole
 from experiments.measure import saved
 from experiments.measure.saved import Saved
 from experiments.storage import environment, records
@@ -119,7 +119,7 @@ class LandscapeRecord(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class LandscapeConfig:
+class LandscapeConfig(Checked):
     """What to draw."""
 
     images: Count = 1000
@@ -138,7 +138,7 @@ class LandscapeConfig:
     """Of all random directions, the same for all runs."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if not self.levels or list(self.levels) != sorted(set(self.levels)):
             raise ArgumentError(f"`levels` must be at least one number, in ascending order; got {self.levels}.")
 

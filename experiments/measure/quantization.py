@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.config.fields import Bits, Count, Several, Whole, check, check_once, number
+from experiments.config.fields import Bits, Checked, Count, Several, Whole, check_once, number
 from experiments.measure import saved
 from experiments.measure.saved import Saved
 from experiments.training import compiled
@@ -29,7 +29,7 @@ _optimized = jax.jit(rounding.optimized, static_argnames="spec")
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
+class QuantizeConfig(Checked):
     """How to quantize."""
 
     specs: tuple[str, ...] = ("channel-narrow", "channel-stretched")
@@ -52,7 +52,7 @@ class QuantizeConfig:
     """Of the probes."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if not (self.specs and self.bits and self.steps):
             raise ArgumentError("`specs`, `bits` and `steps` must each name at least one.")
         for step in self.steps:
