@@ -1,10 +1,7 @@
 """Many runs: each configuration with each seed in a folder of its own, then measured; what is there is not made again.
 
-OUT/config.json         what the sweep is
-OUT/runs/NAME-sSEED/    a run folder (`runs`), and with it
-    measured.json       accuracy at each bit width, top Hessian eigenvalue and Hessian norm of the run, by `Measuring`
-
-A run that another process is writing is left to it. `workers` says where the runs are made.
+OUT/config.json says what the sweep is; each folder OUT/runs/NAME-sSEED has measured.json besides what `runs` leaves. A
+run that another process is writing is left to it. `workers` says where the runs are made.
 """
 
 from __future__ import annotations
@@ -37,16 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Measuring(Checked):
-    """What is measured of a run that has ended."""
+    """What is measured of a run that has ended: accuracy by quantizer and width, the Hessian of so many images."""
 
     specs: tuple[str, ...] = ("channel-narrow",)
-    """Names of the quantizers: GRANULARITY-GRID[-RANGE], see hero_jax.quantize.named."""
     bits: tuple[Bits, ...] = (8, 6, 5, 4, 3, 2)
-    """Bit widths of the weights."""
     curvature_size: Count = 500
-    """Training images for the Hessian."""
     curvature_products: Count = 200
-    """Most Hessian-vector products for the top eigenvalue."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,12 +124,8 @@ def run_all(
 
     Args:
       configs: resolved configurations by name, whose own seed does not matter.
-      seeds: seeds of each.
       dataset: the data as loaded: each configuration holds out and leaves out its own part.
-      out: where the run folders are: `out`/runs/NAME-sSEED.
       begin: for a reporter of all runs, and for one of each that is made here.
-      measuring: what is measured of each; None: nothing.
-      engine: where the runs are made.
 
     Returns:
       The runs that ended well, by configuration and seed.
@@ -145,8 +134,12 @@ def run_all(
       FileExistsError: a folder holds a run of another configuration.
       Failed: some are left, to the processes that are writing them or since their workers died.
     """
-    made = [(name, dataclasses.replace(config, seed=seed)) for name, config in configs.items() for seed in seeds]
-    jobs = [_Job(name, run, (out / "runs" / f"{name}-s{run.seed}").absolute(), measuring) for name, run in made]
+    folder = (out / "runs").absolute()
+    jobs = [
+        _Job(name, dataclasses.replace(config, seed=seed), folder / f"{name}-s{seed}", measuring)
+        for name, config in configs.items()
+        for seed in seeds
+    ]
     report, count = begin("all runs", len(jobs)), itertools.count(1)
 
     def done(job: _Job) -> None:
@@ -154,12 +147,10 @@ def run_all(
             logger.info("%s diverged; the others go on", job)
         report(next(count), {})
 
-    left = []
+    left = [job for job in jobs if not job.has_ended()]
     for job in jobs:
-        if job.has_ended():
+        if job not in left:
             done(job)
-        else:
-            left.append(job)
     if engine.is_here:
         make = _maker(dataset, begin)
         for job in left:
@@ -183,11 +174,9 @@ def check(configs: Mapping[str, TrainConfig], dataset: data.Dataset) -> None:
         compiled.check_batch_size(run.budget.batch_size, compiled.subset(run, dataset).train.size)
 
 
-def _silent(description: str, total: int) -> Callable[[int, Mapping[str, float]], None]:
-    return lambda done, metrics: None
-
-
-def _maker(dataset: data.Dataset, begin: Begin = _silent) -> Callable[[_Job], None]:
+def _maker(
+    dataset: data.Dataset, begin: Begin = lambda description, total: lambda done, metrics: None
+) -> Callable[[_Job], None]:
     """What makes what is left of runs, one after the other, with the programs of one configuration at a time."""
 
     @functools.lru_cache(maxsize=1)
