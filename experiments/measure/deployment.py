@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import statistics
 import time
@@ -20,6 +19,7 @@ from experiments.config.fields import Bits, Checked, Count, check_once, number
 from experiments.measure import saved
 from experiments.measure.saved import Saved
 from experiments.storage import environment, files, records
+from experiments.training import compiled
 from hero_jax import quantize
 from hero_jax.errors import ArgumentError
 from hero_jax.quantize import linen, rounding
@@ -105,12 +105,13 @@ class ExportRecord(TypedDict):
 def runtime() -> Any:
     """onnxruntime; raises ImportError that says how to get it."""
     try:
-        return importlib.import_module("onnxruntime")
+        import onnxruntime
     except ImportError as error:
         raise ImportError('`experiments.export` needs onnxruntime: pip install "hero_jax[onnx]"') from error
+    return onnxruntime
 
 
-def export(config: ExportConfig, run: Saved, out: Path, report: Callable[[str, int, int], None]) -> list[Exported]:
+def export(config: ExportConfig, run: Saved, out: Path, report: compiled.Report) -> list[Exported]:
     """Writes a file in floating point and one a bit width into a folder, and measures each."""
     test = run.test.first(number(config.images))
     batches = saved.batched(test.images)
@@ -207,9 +208,7 @@ def _compared(theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict[
     }
 
 
-def _milliseconds(
-    sessions: Sequence[Any], image: np.ndarray, repeats: int, report: Callable[[str, int, int], None]
-) -> list[float]:
+def _milliseconds(sessions: Sequence[Any], image: np.ndarray, repeats: int, report: compiled.Report) -> list[float]:
     """The median time of a call of each file, in turn."""
     times: list[list[float]] = [[] for _ in sessions]
     for i in range(repeats + 1):
@@ -227,28 +226,25 @@ def listed(path: Path) -> tuple[str, list[list[str]]]:
 
     A line: leaf, range of a rounded input or output, or constant; type, bits, shape, scales, bytes.
     """
+    rows: list[tuple[str, str, int | None, Sequence[int], int | None, int]] = []
     if path.suffix == ".safetensors":
         tree, spec = quantize.load(path)
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, quantize.QuantizedArray))
-        return spec.name, [_line_of(jax.tree_util.keystr(at, simple=True, separator="/"), x) for at, x in leaves]
-    found = quantize.onnx.inspect(path)
+        for at, x in jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, quantize.QuantizedArray)):
+            name = jax.tree_util.keystr(at, simple=True, separator="/")
+            if isinstance(x, quantize.QuantizedArray):
+                # In the file codes take their bit width.
+                sizes = -(-x.codes.size * x.bits // 8), *(y.nbytes for y in jax.tree.leaves((x.scale, x.zero_point)))
+                rows.append((name, f"packed {x.bits} bit", x.bits, x.codes.shape, x.scale.size, sum(sizes)))
+            else:
+                rows.append((name, x.dtype.name, None, x.shape, None, x.nbytes))
+    else:
+        found = quantize.onnx.inspect(path)
+        spec = found.spec
+        rows += [(name, x.type, x.bits, x.shape, x.num_scales, x.num_bytes) for name, x in found.quantized.items()]
+        rows += [(name, f"{low:.4g} to {high:.4g}", 8, (), 1, 5) for name, (low, high) in found.activations.items()]
+        rows += [(name, x.type, None, x.shape, None, x.num_bytes) for name, x in found.others.items()]
     lines = [
-        _line(name, leaf.type, str(leaf.bits), leaf.shape, f"{leaf.num_scales:,}", leaf.num_bytes)
-        for name, leaf in found.quantized.items()
+        [name, kind, str(bits or ""), " x ".join(map(str, shape)), f"{scales:,}" if scales else "", f"{num_bytes:,}"]
+        for name, kind, bits, shape, scales, num_bytes in rows
     ]
-    lines += [_line(key, f"{low:.4g} to {high:.4g}", "8", (), "1", 5) for key, (low, high) in found.activations.items()]
-    lines += [_line(name, x.type, "", x.shape, "", x.num_bytes) for name, x in found.others.items()]
-    return "floating point" if found.spec is None else found.spec.name, lines
-
-
-def _line_of(name: str, x: Any) -> list[str]:
-    """The line of a leaf of a safetensors file, whose codes take their bit width."""
-    if not isinstance(x, quantize.QuantizedArray):
-        return _line(name, x.dtype.name, "", x.shape, "", x.nbytes)
-    zeros = 0 if x.zero_point is None else x.zero_point.nbytes
-    num_bytes = -(-x.codes.size * x.bits // 8) + x.scale.nbytes + zeros
-    return _line(name, f"packed {x.bits} bit", str(x.bits), x.codes.shape, f"{x.scale.size:,}", num_bytes)
-
-
-def _line(name: str, kind: str, bits: str, shape: Sequence[int], scales: str, num_bytes: int) -> list[str]:
-    return [name, kind, bits, " x ".join(map(str, shape)), scales, f"{num_bytes:,}"]
+    return "floating point" if spec is None else spec.name, lines
