@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from experiments.config.fields import Checked, Count, Positive, Several, Whole
+from experiments.training import compiled
 from hero_jax import curvature, spectrum
 from hero_jax.errors import ArgumentError
 
@@ -47,9 +47,7 @@ class HessianConfig(Checked):
             )
 
 
-def measure(
-    config: HessianConfig, operator: curvature.Operator, report: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+def measure(config: HessianConfig, operator: curvature.Operator, report: compiled.Report) -> dict[str, Any]:
     """All quantities of one operator, as JSON values; `report(what, done, total)` is called after every product."""
     keys = jax.random.split(jax.random.key(config.seed), 3)
 

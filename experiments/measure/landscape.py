@@ -16,19 +16,17 @@ from experiments.config.fields import Checked, Count, Positive, Several, Whole
 from experiments.measure import saved
 from experiments.measure.saved import Saved
 from experiments.storage import environment, records
+from experiments.training import compiled
 from hero_jax import landscape
 from hero_jax.errors import ArgumentError, integer
 from hero_jax.evaluate import Spread
 
 PyTree = Any
-Report = Callable[[str, int, int], None]
 # From a quarter before the first network to a quarter after the second, in sixteenths: both are among them.
 BETWEEN = np.arange(-4, 21) / 16
 SPLITS = ("train", "test")
 # Steps across the radius, to which values are interpolated to measure a basin.
 FINE = 200
-
-
 Values = list[float | None]
 
 
@@ -143,7 +141,7 @@ class LandscapeConfig(Checked):
             raise ArgumentError(f"`levels` must be at least one number, in ascending order; got {self.levels}.")
 
 
-def load(folders: Sequence[Path], data_dir: Path | None, report: Report, images: int) -> dict[str, Saved]:
+def load(folders: Sequence[Path], data_dir: Path | None, report: compiled.Report, images: int) -> dict[str, Saved]:
     """Runs by name, with their first images; those of one model share what evaluates them."""
     names = _names(folders)
     runs = saved.load(folders, data_dir, report, images, lambda config: config.task.model).values()
@@ -159,7 +157,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
-def around(config: LandscapeConfig, network: Saved, report: Report) -> dict[str, Any]:
+def around(config: LandscapeConfig, network: Saved, report: compiled.Report) -> dict[str, Any]:
     """The lines and the plane through the weights of one run, and the size of the basin in them, as JSON values.
 
     BatchNorm normalises by the running statistics of the run at every point.
@@ -177,9 +175,8 @@ def around(config: LandscapeConfig, network: Saved, report: Report) -> dict[str,
         landscape.line(loss_fn, params, direction, steps, report=functools.partial(report, f"line {i}")).values["loss"]
         for i, direction in enumerate(directions, 1)
     ]
-    first, second = directions[:2]
     in_plane = functools.partial(report, "plane")
-    plane = landscape.plane(loss_fn, params, (first, second), steps, steps, report=in_plane).values
+    plane = landscape.plane(loss_fn, params, (directions[0], directions[1]), steps, steps, report=in_plane).values
     limit = center["loss"] + config.rise
     widths = [fraction_below(steps, line, limit) for line in lines]
     return {

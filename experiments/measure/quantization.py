@@ -105,7 +105,7 @@ def evaluate(
 
 
 def measure_layers(
-    config: QuantizeConfig, run: Saved, spec: quantize.QuantSpec, report: Callable[[str, int, int], None]
+    config: QuantizeConfig, run: Saved, spec: quantize.QuantSpec, report: compiled.Report
 ) -> dict[str, Any]:
     """Each layer quantized alone against its trace, and bits allocated to layers by the traces; training loss."""
     assert config.sensitivity != "none"

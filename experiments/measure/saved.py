@@ -42,10 +42,7 @@ def load(
 ) -> dict[Path, Saved]:
     """Runs by folder, with their first training images; those of which `alike` is the same share what is compiled.
 
-    all_test: with all test images of the data set, although a run was evaluated on some.
-
-    Raises:
-      ArgumentError: there is none, or they are of several data sets.
+    Raises ArgumentError where there is none, or they are of several data sets. `all_test` is that of `compiled.load`.
     """
     if not folders:
         raise ArgumentError("`folders` must name at least one run folder; got none.")

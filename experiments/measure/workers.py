@@ -52,14 +52,9 @@ class Engine:
     def make(self, jobs: Sequence[Job], begin: Callable[..., Maker], shared: Any, done: Callable[[Job], None]) -> None:
         """Gives `jobs`, values that can be pickled, to workers of Ray.
 
-        Whatever ends this ends the jobs under way as Ctrl-C does, and waits until they have; a second Ctrl-C does not.
-        What a job raises is raised here.
-
-        Args:
-          jobs: what is made.
-          begin: makes of `shared`, in each worker, what its jobs are given to; a function of a module.
-          shared: what all jobs need.
-          done: called here with each job when it has ended or is given up.
+        In each worker `begin`, a function of a module, makes of `shared` what its jobs are given to. `done` is called
+        here with each job when it has ended or is given up. What a job raises is raised here. Whatever ends this ends
+        the jobs under way as Ctrl-C does, and waits until they have; a second Ctrl-C does not.
         """
         ray = self._connected()
         num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
