@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import tyro
@@ -66,7 +66,13 @@ def run(main: Callable[..., Any], *, keep_compiled: bool = True) -> None:
         told = in_one_line(error)
         if told is None:
             raise
-        _leave(*told)
+        message, code = told
+        print(message, file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            # Else JAX would wait for the other processes, and they for this one.
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def in_one_line(error: BaseException) -> tuple[str, int] | None:
@@ -132,12 +138,3 @@ def _instructions() -> str:
     except (OSError, StopIteration):
         known = platform.processor()
     return hashlib.sha256(known.encode()).hexdigest()[:12]
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    """Exits; as one of several processes at once, since JAX would wait for the others, and they for this one."""
-    print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -21,7 +21,6 @@ from experiments.config.methods import Name
 from experiments.measure import sweep
 from experiments.measure.workers import Engine
 from experiments.storage import claims, environment, files, records
-from hero_jax import quantize
 
 # Fields in which a comparison may differ from the one that its folder holds: what is missing is trained and measured.
 MAY_DIFFER = ("seeds", "methods", "bits", "spec", "curvature_size", "curvature_products")
@@ -53,7 +52,6 @@ class CompareConfig(Grouped):
         super().__post_init__()
         if not self.methods:
             raise ValueError("`methods` must name at least one method; got none.")
-        quantize.named(self.spec)
         _ = self.measuring
 
     @property

@@ -27,12 +27,10 @@ from experiments.measure.saved import load
 from experiments.storage import claims, environment, files, records
 from hero_jax import quantize
 
-# What rows.csv has of each `QuantizedScore` besides accuracy and loss.
-MEASURED = ("flipped", "sqnr_db", "fraction", "ideal_bytes", "stored_bytes")
-
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> Frame:
     """One row for each run, specification, step and bit width of results.json."""
+    measured = ("flipped", "sqnr_db", "fraction", "ideal_bytes", "stored_bytes")
     return pd.DataFrame(
         {
             **{name: found[name] for name in ("spec", "step", "network")},
@@ -40,7 +38,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> Frame:
             "bits": "full" if row["bits"] is None else str(row["bits"]),
             **{name: row["metrics"][name] for name in ("accuracy", "loss")},
             "drop": row["drop"]["accuracy"],
-            **{name: row[name] for name in MEASURED},
+            **{name: row[name] for name in measured},
         }
         for found in results
         for i, rows in enumerate(found["seeds"])
@@ -105,12 +103,11 @@ def main(
         f"{first.config.task.dataset}: accuracy in percent on {images:,} images, kernels rounded after training; mean"
         f" \u00b1 standard deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
     )
-    rows = table_of(results)
-    rows["value"] = 100 * rows["accuracy"]
+    table = table_of(results)
+    rows = table.assign(value=100 * table["accuracy"])
     header, lines = cells(rows)
     with claims.undone(out):
-        plain = rows.drop(columns="value")
-        files.write(out / "rows.csv", plain.to_csv(index=False, lineterminator="\r\n", na_rep="nan"))
+        files.write(out / "rows.csv", table.to_csv(index=False, lineterminator="\r\n", na_rep="nan"))
         flat = [[*kind, *line] for kind, part in lines.items() for line in part]
         files.write(out / "table.md", f"{tables.markdown(['spec', 'step', *header], flat, left=3)}\n{text}\n")
         panels = {", ".join(kind): part for kind, part in rows.groupby(["spec", "step"], sort=False)}
