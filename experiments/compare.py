@@ -1,7 +1,4 @@
-"""Trains every method with several seeds, quantizes each network, measures its curvature, and prints one table.
-
-`python -m experiments.compare` is the main job: SGD, SAM, ASAM, GRAD L1 and HERO on the embedded digits images.
-"""
+"""The main job: `python -m experiments.compare`, SGD, SAM, ASAM, GRAD L1 and HERO on the digits in one table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Draws the loss around saved runs: `python -m experiments.landscape runs/sgd runs/hero`.
 
-The mean training loss along random filter-normalized lines and on a plane through the weights of each run, the same
-random draws for all, and along the straight line from the first run to each other one of its architecture. Leaves
-landscape.json, lines.png, plane.png and, where there is a second run of the same architecture, between.png.
+The mean training loss along random filter-normalized lines and on a plane through the weights of each run, and along
+the straight line from the first run to each other one of its architecture. Leaves landscape.json and a plot of each.
 """
 
 from __future__ import annotations

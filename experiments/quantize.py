@@ -1,8 +1,7 @@
 """Quantizes saved runs: `python -m experiments.quantize runs/digits-mlp-hero-s0 runs/digits-mlp-sgd-s0`.
 
-Accuracy at each bit width for named specifications and optional steps after rounding; runs that differ in their seed
-only are one network with a mean and a spread. Leaves table.md, rows.csv, results.json and bits.png; with
-`--sensitivity` also layers-*.png, and an allocation of bits to layers.
+Runs that differ in their seed only are one network with a mean and a spread. Leaves table.md, rows.csv, results.json
+and bits.png; with `--sensitivity` also layers-*.png, and an allocation of bits to layers.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
 """The whole set of experiments by one command: `python -m experiments.reproduce --dataset digits`.
 
-    search       the settings of each method on held-out images (`experiments.search`), which the other parts then take
-    accuracy     every method and variant, measured along training and at the end
-    noise        the methods after training on altered labels, by kind and rate, with what was memorized
-    cost         the methods on clean and on altered labels, each for as many epochs as the gradients of HERO allow it
-    ablations    HERO with one setting changed at a time
-    landscape    the loss around runs of SGD, ASAM and HERO, and between them (`experiments.landscape`)
-
-and after them the report (`experiments.report`); docs/experiments.md says what each shows. A search of your own takes
-the place of one with --out OUT/search/clean-NAME or noisy-NAME, where NAME is one of `plan.TUNED`. Each part can be run
-alone (`python -m experiments.reproduce accuracy`), and a command that was ended is given again.
+Each of `PARTS` goes to a folder of its own and can be run alone (`python -m experiments.reproduce accuracy`); after
+them comes the report. docs/experiments.md says what each trains and shows, and how a search of your own takes the place
+of one here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Searches the settings of a method: `python -m experiments.search --method hero --rho 0.5 1 2 --gamma 0 100`.
 
-Every combination is trained with the same seeds and judged by the accuracy after the last epoch on training images that
-are held out; the test images have no part in it. With --trials N, so many settings between the two values given of each
-are tried instead: `--rho 0.1 5 --gamma 1 1000 --trials 15`. Leaves search.json, search.png and the runs; a search that
-was ended is continued by the same command, and takes more seeds, and more values or trials.
+Every combination (or `--rho 0.1 5 --gamma 1 1000 --trials 15`: so many settings between) is trained with the same seeds
+and judged by the accuracy after the last epoch on held-out images. Leaves search.json, search.png and the runs.
 """
 
 from __future__ import annotations

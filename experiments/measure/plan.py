@@ -36,7 +36,6 @@ FACTORS: dict[str, dict[str, tuple[float, ...]]] = {
     "hero": {"rho": _RHO, "gamma": (0.1, 1.0, 10.0)},
     "hero-eigenvalue": {"rho": _RHO, "gamma": (1.0, 3.0, 10.0)},
 }
-# What is searched.
 TUNED = tuple(FACTORS)
 # Variants that are trained on altered labels.
 ON_NOISY = (
@@ -45,8 +44,6 @@ ON_NOISY = (
 )
 # Variants that are trained at equal cost.
 AT_EQUAL_COST = ("sgd", "msam", "nso", "sam", "sam-suppress", "asam", "grad_l1", "hero", "hero-late", "hero-part")
-# The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
-PUBLISHED: Settings = {"rho": 0.5, "gamma": 5.0}
 # SGD for so many times the epochs takes as many gradients as HERO with penalty "detached".
 LONGER = 4
 # What a command given again may change: it adds runs, and alters none that are there.
@@ -131,8 +128,9 @@ def variants(found: Mapping[str, Settings], epochs: int, batch_size: int) -> dic
         "hero-late": {"perturb_from": 0.75},
         "sam-part": {"ascent_batch_size": part},
         "hero-part": {"ascent_batch_size": part},
-        "asam-published": {"rho": PUBLISHED["rho"]},
-        "hero-published": PUBLISHED,
+        # The one setting of HERO that was published, and ASAM at the same rho: HERO with gamma 0.
+        "asam-published": {"rho": 0.5},
+        "hero-published": {"rho": 0.5, "gamma": 5.0},
         "sgd-longer": {"epochs": LONGER * epochs},
     }
     # The gamma of HERO is for a mean square; the rest of what was found for it is for the eigenvalue penalty too.
@@ -154,8 +152,7 @@ def _own(name: str) -> Settings:
 def ablations(rho: float, gamma: float, batch_size: int, eigenvalue_gamma: float | None) -> dict[str, Settings]:
     """Settings of HERO with one thing changed at a time, by name.
 
-    With the penalty "eigenvalue", which is of another size, gamma is `eigenvalue_gamma`, or where that is None the
-    preset.
+    With the penalty "eigenvalue", of another size, gamma is `eigenvalue_gamma`, or where that is None the preset.
     """
     plain = {"method": "hero", "rho": rho, "gamma": gamma}
     changed: list[Settings] = [

@@ -1,9 +1,8 @@
 """Searches of settings: what is tried, and how it is judged, which is by accuracy on images held out of train.
 
 A grid is every combination of the values given. Trials are points of a scrambled Sobol sequence with a fixed seed,
-between the least and the greatest value of each setting on a logarithmic scale. What is tried does not depend on what
-was found, so that methods with as many trials are searched alike, and the same search tries the same settings on any
-number of workers; more trials are added to those that are there. OUT/optuna.journal has the trials from the start, and
+between the least and the greatest value of each setting on a logarithmic scale: what is tried does not depend on what
+was found, so that methods with as many trials are searched alike. OUT/optuna.journal has the trials from the start, and
 the accuracy of each, over the seeds that it had then, once all have ended.
 """
 
