@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -52,13 +53,11 @@ def measure(config: HessianConfig, operator: curvature.Operator, report: compile
     keys = jax.random.split(jax.random.key(config.seed), 3)
 
     def watched(what: str, total: int) -> curvature.HostOperator:
-        done = 0
+        count = itertools.count(1)
 
         def product(vector: PyTree) -> PyTree:
-            nonlocal done
             result = jax.block_until_ready(operator(vector))
-            done += 1
-            report(what, done, total)
+            report(what, next(count), total)
             return result
 
         return curvature.HostOperator(product, operator.like)
