@@ -60,11 +60,7 @@ def main(
         report = progress.steps(display)
         (loaded,) = load((run,), data_dir, report, config.calibration, all_test=True).values()
         out = out or run / "export"
-        claims.claim(out, besides=OURS)
-        # What a killed export left: one that is whole has its record, and is refused.
-        for name in OURS:
-            (out / name).unlink(missing_ok=True)
-        with claims.undone(out):
+        with claims.results(out, OURS):
             rows = export(config, loaded, out, report)
             record: Any = {
                 "config": claims.to_json(config),

@@ -38,14 +38,13 @@ def main(
     with progress.bar() as display:
         report = progress.steps(display)
         _, trainer, variables, dataset = compiled.load(run, data_dir, report)
-        claims.claim(out, besides=("density.png", "layers.png"))
-        split = getattr(dataset, config.split).first(number(config.images))
-        measured = measure(config, trainer.hessian(variables, split), report)
-    record = {"config": claims.to_json(config), "run": run.name, "images": split.size, **measured}
-    plots.spectral_density(measured, out / "density.png")
-    plots.layer_traces(measured, out / "layers.png")
-    # Last, so that a folder with it is whole.
-    records.write(out / "curvature.json", record | {"environment": environment.current()})
+        with claims.results(out, ("density.png", "layers.png")):
+            split = getattr(dataset, config.split).first(number(config.images))
+            measured = measure(config, trainer.hessian(variables, split), report)
+            plots.spectral_density(measured, out / "density.png")
+            plots.layer_traces(measured, out / "layers.png")
+            record = {"config": claims.to_json(config), "run": run.name, "images": split.size, **measured}
+            records.write(out / "curvature.json", record | {"environment": environment.current()})
     pairs = zip(measured["eigenvalues"], measured["residuals"], measured["converged"], strict=True)
     lines = [[f"{value:.5g}", f"{residual:.1e}", "" if found else "not converged"] for value, residual, found in pairs]
     cli.console.print(tables.terminal(["eigenvalue", "residual", ""], lines))

@@ -38,30 +38,30 @@ def main(
         report = progress.steps(display)
         networks = load(folders, data_dir, report, config.images)
         out = out or folders[0] / "landscape"
-        claims.claim(out, besides=("lines.png", "plane.png", "between.png"))
-        surfaces = {
-            name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))
-            for name, network in networks.items()
-        }
-        (origin, first), *others = networks.items()
-        segments = {
-            name: between(first, network, functools.partial(report, f"{origin} to {name}"))
-            for name, network in others
-            if network.config.task.model == first.config.task.model
-        }
-    methods = {name: network.config.method.name for name, network in networks.items()}
-    record = {
-        "config": claims.to_json(config),
-        "images": {name: network.train.size for name, network in networks.items()},
-        "runs": surfaces,
-        "between": {"first": origin, "to": segments},
-    }
-    plots.landscape_lines(surfaces, methods, out / "lines.png")
-    plots.landscape_planes(surfaces, config.levels, out / "plane.png")
-    if segments:
-        plots.landscape_between(origin, segments, methods, out / "between.png")
-    # Last, so that a folder with it is whole.
-    records.write(out / "landscape.json", record | {"environment": environment.current()})
+        with claims.results(out, ("lines.png", "plane.png", "between.png")):
+            surfaces = {
+                name: around(config, network, lambda what, *steps, name=name: report(f"{name} {what}", *steps))
+                for name, network in networks.items()
+            }
+            (origin, first), *others = networks.items()
+            segments = {
+                name: between(first, network, functools.partial(report, f"{origin} to {name}"))
+                for name, network in others
+                if network.config.task.model == first.config.task.model
+            }
+            methods = {name: network.config.method.name for name, network in networks.items()}
+            plots.landscape_lines(surfaces, methods, out / "lines.png")
+            plots.landscape_planes(surfaces, config.levels, out / "plane.png")
+            if segments:
+                plots.landscape_between(origin, segments, methods, out / "between.png")
+            record = {
+                "config": claims.to_json(config),
+                "images": {name: network.train.size for name, network in networks.items()},
+                "runs": surfaces,
+                "between": {"first": origin, "to": segments},
+                "environment": environment.current(),
+            }
+            records.write(out / "landscape.json", record)
     header, lines = curvature.basins(surfaces)
     lines = [[*line, str(found["not_finite"])] for line, found in zip(lines, surfaces.values(), strict=True)]
     cli.console.print(tables.terminal([*header, "not finite"], lines))

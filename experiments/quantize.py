@@ -86,36 +86,37 @@ def main(
         loaded = load(folders, data_dir, report, config.calibration)
         groups = group_runs((path, run.config) for path, run in loaded.items())
         out = out or folders[0] / "quantize"
-        claims.claim(out)
-        for spec, step, (name, paths) in itertools.product(config.specs, config.steps, groups.items()):
-            seeds = []
-            for path in paths:
-                line = functools.partial(report, f"{path.name} {spec} {step}")
-                scores = evaluate(config, loaded[path], quantize.named(spec), step, line)
-                seeds.append([score._asdict() for score in scores])
-            results.append({"spec": spec, "step": step, "network": name, "seeds": seeds})
-        for name, paths in groups.items() if config.sensitivity != "none" else ():
-            layers[name] = measure_layers(config, loaded[paths[0]], quantize.named(config.specs[0]), report)
-    first = loaded[folders[0]]
-    images = min(number(config.images) or 10**9, first.test.size)
-    text = (
-        f"{first.config.task.dataset}: accuracy in percent on {images:,} images, kernels rounded after training; mean"
-        f" \u00b1 standard deviation over n seeds. Steps use {config.calibration} training images; nearest uses none."
-    )
-    table = table_of(results)
-    rows = table.assign(value=100 * table["accuracy"])
-    header, lines = cells(rows)
-    with claims.undone(out):
-        files.write(out / "rows.csv", table.to_csv(index=False, lineterminator="\r\n", na_rep="nan"))
-        flat = [[*kind, *line] for kind, part in lines.items() for line in part]
-        files.write(out / "table.md", f"{tables.markdown(['spec', 'step', *header], flat, left=3)}\n{text}\n")
-        panels = {", ".join(kind): part for kind, part in rows.groupby(["spec", "step"], sort=False)}
-        plots.over_bits(panels, out / "bits.png")
-        for i, measured in enumerate(layers.values()):
-            plots.sensitivity(measured["layers"], measured["correlation"]["trace"], out / f"layers-{i}.png")
-        record = {"config": claims.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
-        record |= {"results": results, "layers": layers, "environment": environment.current()}
-        records.write(out / "results.json", record)
+        ours = ("table.md", "rows.csv", "bits.png", *(f"layers-{i}.png" for i in range(len(groups))))
+        with claims.results(out, ours):
+            for spec, step, (name, paths) in itertools.product(config.specs, config.steps, groups.items()):
+                seeds = []
+                for path in paths:
+                    line = functools.partial(report, f"{path.name} {spec} {step}")
+                    scores = evaluate(config, loaded[path], quantize.named(spec), step, line)
+                    seeds.append([score._asdict() for score in scores])
+                results.append({"spec": spec, "step": step, "network": name, "seeds": seeds})
+            for name, paths in groups.items() if config.sensitivity != "none" else ():
+                layers[name] = measure_layers(config, loaded[paths[0]], quantize.named(config.specs[0]), report)
+            first = loaded[folders[0]]
+            images = min(number(config.images) or first.test.size, first.test.size)
+            text = (
+                f"{first.config.task.dataset}: accuracy in percent on {images:,} images, kernels rounded after"
+                " training; mean \u00b1 standard deviation over n seeds. Steps use"
+                f" {config.calibration} training images; nearest uses none."
+            )
+            table = table_of(results)
+            rows = table.assign(value=100 * table["accuracy"])
+            header, lines = cells(rows)
+            files.write(out / "rows.csv", table.to_csv(index=False, lineterminator="\r\n", na_rep="nan"))
+            flat = [[*kind, *line] for kind, part in lines.items() for line in part]
+            files.write(out / "table.md", f"{tables.markdown(['spec', 'step', *header], flat, left=3)}\n{text}\n")
+            panels = {", ".join(kind): part for kind, part in rows.groupby(["spec", "step"], sort=False)}
+            plots.over_bits(panels, out / "bits.png")
+            for i, measured in enumerate(layers.values()):
+                plots.sensitivity(measured["layers"], measured["correlation"]["trace"], out / f"layers-{i}.png")
+            record = {"config": claims.to_json(config), "runs": {k: [p.name for p in v] for k, v in groups.items()}}
+            record |= {"results": results, "layers": layers, "environment": environment.current()}
+            records.write(out / "results.json", record)
     for (spec, step), part in lines.items():
         cli.console.print(tables.terminal(header, part, f"weights {spec}, {step}"))
     cli.console.print(text)

@@ -72,8 +72,14 @@ def claim(path: Path, besides: Collection[str] = (), unless: str | None = None) 
 
 
 @contextlib.contextmanager
-def undone(path: Path) -> Iterator[None]:
-    """Where an error comes, takes away what was written into a folder that was claimed empty: so it is again."""
+def results(path: Path, ours: Collection[str]) -> Iterator[None]:
+    """Claims a folder for files that a record, written last, makes whole: without it they are made anew.
+
+    So those that a killed process left are taken away, and where an error comes, what was written until then.
+    """
+    claim(path, ours)
+    for name in ours:
+        (path / name).unlink(missing_ok=True)
     try:
         yield
     except BaseException:
