@@ -23,6 +23,7 @@ NonNegative = Annotated[float, errors.non_negative]
 Fraction = Annotated[float, errors.fraction]
 
 
+@dataclasses.dataclass(frozen=True)
 class Checked:
     """A dataclass; ArgumentError where a field breaks the rule of its type, TypeError where it is of another kind."""
 

@@ -42,23 +42,25 @@ class Grouped(Checked):
     @classmethod
     def presets(cls, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken on a data set beside the settings that are given."""
-        names = {name for group in groups(cls.kinds({})).values() for name in types_of(group)}
+        names = {name for kind in cls.groups({}).values() for name in types_of(kind)}
         return {name: x for name, x in presets.budget(dataset, given.get("model")).items() if name in names}
 
     @classmethod
-    def kinds(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The types of the fields of the configuration with these settings."""
-        return types_of(cls)
+    def groups(cls, settings: Mapping[str, Any]) -> dict[str, type]:
+        """The types of the fields that are groups, in the configuration with these settings."""
+        return {
+            name: kind for name, kind in types_of(cls).items() if isinstance(kind, type) and issubclass(kind, Checked)
+        }
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The configuration with these settings, and defaults alone for the others."""
-        left, kinds = dict(settings), cls.kinds(settings)
+        left = dict(settings)
         made = {
             group: kind(**{name: left.pop(name) for name in types_of(kind) if name in left})
-            for group, kind in groups(kinds).items()
+            for group, kind in cls.groups(settings).items()
         }
-        made |= {name: left.pop(name) for name in kinds if name in left}
+        made |= {name: left.pop(name) for name in types_of(cls) if name in left}
         if left:
             raise TypeError(f"`{next(iter(left))}` is no setting of {cls.__name__}.")
         return cls(**made)
@@ -66,27 +68,21 @@ class Grouped(Checked):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The type of every setting, by name."""
-        kinds = cls.kinds({})
-        own = {name: kind for name, kind in kinds.items() if name not in groups(kinds)}
-        return own | {name: kind for made in groups(kinds).values() for name, kind in types_of(made).items()}
+        groups = cls.groups({})
+        found = {name: kind for name, kind in types_of(cls).items() if name not in groups}
+        return found | {name: kind for group in groups.values() for name, kind in types_of(group).items()}
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, as they are saved."""
         found: dict[str, Any] = {}
-        kinds = types_of(type(self))
-        for name in kinds:
+        for name in types_of(type(self)):
             value = getattr(self, name)
-            found |= dataclasses.asdict(value) if name in groups(kinds) else {name: value}
+            found |= dataclasses.asdict(value) if isinstance(value, Checked) else {name: value}
         return found
 
     def replace(self, **settings: Any) -> Self:
         """This configuration with other settings, given by name."""
         return self.of(self.flat() | settings)
-
-
-def groups(kinds: Mapping[str, Any]) -> dict[str, type]:
-    """Those of the types of fields that are groups."""
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from experiments.config import methods, presets
 from experiments.config.fields import Whole, types_of
-from experiments.config.groups import Budget, Grouped, Labels, Layout, Optimizer, Pace, Task, Watch, groups
+from experiments.config.groups import Budget, Grouped, Labels, Layout, Optimizer, Pace, Task, Watch
 from hero_jax.errors import ArgumentError, one_of
 
 
@@ -46,8 +46,7 @@ class TrainConfig(Grouped):
           ArgumentError: a setting without a default is not there: presets of today say nothing of that run.
         """
         made = super().of_saved(settings)
-        parts = (getattr(made, group) for group in groups(types_of(cls)))
-        fields = (field for part in parts for field in dataclasses.fields(part))
+        fields = (field for kind in cls.groups(made.flat()).values() for field in dataclasses.fields(kind))
         needed = [field.name for field in fields if field.default is dataclasses.MISSING]
         for name in [*needed, "method"]:
             if name not in settings:
@@ -63,12 +62,12 @@ class TrainConfig(Grouped):
         return super().presets(dataset, given) | found
 
     @classmethod
-    def kinds(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The types of the fields; raises ArgumentError for a setting that the method, or HERO, does not have."""
+    def groups(cls, settings: Mapping[str, Any]) -> dict[str, type]:
+        """Those with the method; raises ArgumentError for a setting that the method, or HERO, does not have."""
         method = settings.get("method", "hero")
         one_of("method", method, methods.METHODS)
         methods.refuse_others(method, settings)
-        return types_of(cls) | {"method": methods.METHODS[method]}
+        return super().groups(settings) | {"method": methods.METHODS[method]}
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
