@@ -119,10 +119,9 @@ def export(config: ExportConfig, run: Saved, out: Path, report: compiled.Report)
     coded = _quantizer(config, run, variables)
 
     @jax.jit
-    def rounded(ranges: Any, variables: PyTree, images: Any) -> Any:
+    def in_jax(ranges: Any, variables: PyTree, images: Any) -> Any:
         return linen.quantized_activations(run.trainer.forward, ranges, 8)(variables, images)
 
-    plain = jax.jit(run.trainer.forward)
     rows, sessions = [], []
     for bits in (None, *config.bits):
         path = out / ("float32.onnx" if bits is None else f"bits-{bits}.onnx")
@@ -144,8 +143,7 @@ def export(config: ExportConfig, run: Saved, out: Path, report: compiled.Report)
         theirs, ours = [], []
         for i, images in enumerate(batches):
             theirs.append(opened.run(None, {"input": images})[0])
-            ranged = written.activations
-            ours.append(np.asarray(rounded(ranged, given, images) if ranged else plain(given, images)))
+            ours.append(np.asarray(in_jax(written.activations, given, images)))
             line(i + 2, len(batches) + 1)
         measured = _compared(np.concatenate(theirs), np.concatenate(ours), test.labels)
         rows.append({"bits": bits, "file": path.name, **_sizes(written), **measured})
@@ -186,14 +184,14 @@ def _opened(path: Path, threads: int, *settings: tuple[str, str]) -> Any:
 
 
 def _sizes(written: quantize.onnx.Saved) -> dict[str, Any]:
-    leaves = written.quantized.values()
-    codes, others = sum(math.prod(x.shape) for x in leaves), sum(written.in_float.values()) / 4
+    leaves, in_float = written.quantized.values(), sum(written.in_float.values())
+    codes = sum(math.prod(x.shape) for x in leaves)
     return {
         "types": ", ".join(sorted({leaf.type for leaf in leaves})) or "float32",
-        "coded": codes / (codes + others),
+        "coded": codes / (codes + in_float / 4),
         "num_bytes": written.num_bytes,
         "code_bytes": sum(leaf.num_bytes for leaf in leaves),
-        "ideal_bytes": sum(written.in_float.values()) + sum(math.prod(x.shape) * x.bits / 8 for x in leaves),
+        "ideal_bytes": in_float + sum(math.prod(x.shape) * x.bits / 8 for x in leaves),
     }
 
 
