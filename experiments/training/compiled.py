@@ -48,7 +48,7 @@ class Trainer(NamedTuple):
     hessian: that of the mean cross-entropy over a split, on trees without the statistics.
     """
 
-    layout: layouts.One
+    layout: layouts.Layout
     init: Callable[[int], TrainState]
     step: layouts.Step
     lower: Callable[..., jax.stages.Lowered]
@@ -168,14 +168,14 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
         indices, rows = ((batch_size,), np.int32), batch_size if is_streamed else size
         shapes = [((rows, *shape), np.uint8), ((rows,), np.int32), *([] if is_streamed else [indices])]
         arguments = (jax.ShapeDtypeStruct(*of_argument) for of_argument in shapes)
-        return compiled[kind].lower(jax.eval_shape(init, 0), *arguments)
+        return layout.lower(of_kind[kind], jax.eval_shape(init, 0), *arguments, streamed=is_streamed)
 
     measures = _measures(model.apply, pixels, layout)
     laid_out = functools.partial(layout.init, init)
     return Trainer(layout, laid_out, compiled_step, lower, kind_of, layout.compile(steps), *measures)
 
 
-def _measures(apply: Callable[..., Any], pixels: data.Pixels, layout: layouts.One) -> tuple[Callable[..., Any], ...]:
+def _measures(apply: Callable[..., Any], pixels: data.Pixels, layout: layouts.Layout) -> tuple[Callable[..., Any], ...]:
     """`evaluate`, `forward`, `statistics` and `hessian` of a `Trainer`."""
 
     def forward(variables: PyTree, images: jax.Array) -> jax.Array:
@@ -195,7 +195,7 @@ def _measures(apply: Callable[..., Any], pixels: data.Pixels, layout: layouts.On
         mask = {"params": True, "batch_stats": False}
         return curvature.hessian_operator(mean_loss, variables, curvature.Stream(batches), mask=mask)
 
-    shards = 1 if layout.examples is None else layout.examples.num_devices
+    shards = layout.examples.num_devices
     classify = classifier(forward, batch_size=-(-EVAL_BATCH // shards) * shards, sharding=layout.examples)
 
     def evaluate(variables: PyTree, split: data.Split | data.Stream) -> dict[str, float]:
