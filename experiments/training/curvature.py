@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ NORM_PROBES = 10
 
 
 def measure(
-    operator: Operator, keys: tuple[jax.Array, jax.Array], max_products: int, *, k: int = 1, v0: PyTree = None
+    operator: Operator, keys: Sequence[jax.Array], max_products: int, *, k: int = 1, v0: PyTree = None
 ) -> tuple[dict[str, Any], PyTree]:
     """The eigenvalue of largest magnitude and the Frobenius norm, with their errors, as JSON values; the eigenvectors.
 

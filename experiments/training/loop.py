@@ -83,8 +83,9 @@ def train(
             if wanted == _Wanted.INTERRUPTION:
                 raise KeyboardInterrupt
             if wanted == _Wanted.END and run.step < run.last:
-                message = f"max_minutes {config.pace.max_minutes} passed; step {run.step} of {run.last}."
-                run.status("interrupted", message)
+                if folder is not None:
+                    told = f"max_minutes {config.pace.max_minutes} passed; step {run.step} of {run.last}."
+                    folder.status("interrupted", told)
                 return Result(run.metrics, runs.evaluated(run.good))
     return Result(run.metrics or run.measured(_variables(run.good)), runs.evaluated(run.good))
 
@@ -131,21 +132,27 @@ class _Run:
         # Of the epoch begun; the host waits for the device only where it looks at them.
         self._losses: list[Any] = []
         host = self._on_host()
-        self._curvature = _Curvature(config, trainer, train, host.params)
+        # Those of the last measurement of the Hessian, from which the next begins: at first random, and none where it
+        # is never measured. The second one is followed too, so that its overtaking the first is seen.
+        key_start, *self._curvature_keys = jax.random.split(jax.random.key(config.seed), 3)
+        self._eigenvectors: PyTree = {}
+        if config.watch.every != "never":
+            self._curvature_images = train.first(config.watch.curvature_size)
+            pairs = jax.tree.map(lambda x: np.zeros((2, *x.shape), np.float32), host.params)
+            self._eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
         self._set_good(host)
         # Process 0 alone has the folder.
         restored = None if folder is None else folder.restore(self.good, self.steps_per_epoch)
         restored = layouts.from_first(restored, self.good)
         if restored is not None:
+            # What is empty on the devices stays so: the weights of MSAM that are evaluated are on the host alone.
+            saved = [restored[name] if jax.tree.leaves(tree) else tree for name, tree in self.state._asdict().items()]
             # Before its successor comes: the devices may not have room for both.
-            is_averaged = bool(self.state.averaged)
             del self.state
-            saved = TrainState(*(restored[name] for name in TrainState._fields))
-            self.state = trainer.layout.to_devices(saved if is_averaged else saved._replace(averaged={}))
+            self.state = trainer.layout.to_devices(TrainState(*saved))
             self.step = int(restored["step"])
             self._losses = [restored["losses"][: self.step % self.steps_per_epoch]]
-            self._curvature.eigenvectors = restored["eigenvectors"]
-            self.good = restored
+            self.good, self._eigenvectors = restored, restored["eigenvectors"]
             logger.info("done already" if self.step == self.last else f"continuing after step {self.step}")
         self.batches = self._read_ahead()
         self._calls, self._begun_at = 0, time.monotonic()
@@ -192,15 +199,13 @@ class _Run:
         speed = (self.step - first) * config.budget.batch_size / (time.monotonic() - started)
         row = {"epoch": epoch, "train_loss": float(losses.mean()), "images_per_second": speed}
         self._losses = []
-        is_last = self.step == self.last
-        is_measured = watch.every != "never" and (is_last or epoch % watch.every == 0)
         if epoch in self._evaluated:
             host = self._on_host()
             variables = _variables(host._asdict())
             self.metrics = self.measured(variables)
             row |= {"step": self.step, **self.metrics, **methods.metrics(host.opt_state)}
-            if is_measured:
-                row |= self._curvature(variables)
+            if watch.every != "never" and (self.step == self.last or epoch % watch.every == 0):
+                row |= self._measured_curvature(variables)
             if self.folder is not None:
                 self.folder.log(row)
             self._set_good(host)
@@ -210,16 +215,10 @@ class _Run:
     def save(self) -> None:
         """Writes a checkpoint of where the run is; no process goes on before process 0 has written it."""
         if int(self.good["step"]) != self.step:
-            losses = self._checked_losses()
-            self._set_good(self._on_host(), losses)
+            self._set_good(self._on_host())
         if self.folder is not None:
             self.folder.save(self.step, self.good)
         layouts.agreed(0)
-
-    def status(self, status: runs.State, message: str) -> None:
-        """Records where the run stands, if it has a folder."""
-        if self.folder is not None:
-            self.folder.status(status, message)
 
     def measured(self, variables: PyTree) -> dict[str, float]:
         """Accuracy and loss on the test images and those held out; of altered training labels, what was learnt."""
@@ -228,6 +227,14 @@ class _Run:
         if self._dataset.validation is not None:
             found |= {f"validation_{name}": value for name, value in evaluate(self._dataset.validation).items()}
         return found | {name: evaluate(split)["accuracy"] for name, split in self._altered.items()}
+
+    def _measured_curvature(self, variables: PyTree) -> dict[str, Any]:
+        """The top Hessian eigenvalue and the norm on `curvature_size` images."""
+        operator = self.trainer.hessian(variables, self._curvature_images)
+        start = {**operator.like, "params": self._eigenvectors}
+        found, vectors = curvature.measure(operator, self._curvature_keys, CURVATURE_PRODUCTS, k=2, v0=start)
+        self._eigenvectors = runs.snapshot(vectors["params"])
+        return found | {"curvature_images": self._curvature_images.size}
 
     @functools.cached_property
     def _altered(self) -> dict[str, data.Split]:
@@ -255,14 +262,13 @@ class _Run:
         """The state on the host of every process, with what is evaluated of it; all must call it."""
         return methods.on_host(self.config, self.trainer.layout.to_host(self.state))
 
-    def _set_good(self, host: TrainState, losses: np.ndarray | None = None) -> None:
+    def _set_good(self, host: TrainState) -> None:
         """Takes a state on the host, and the losses of the epoch begun, as the last good ones."""
+        losses = self._checked_losses()
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(host.params)):
             self._fail(f"The weights of {self.config.method.name} stopped being finite by step {self.step}.")
-        padded = np.zeros(self.steps_per_epoch, np.float32)
-        if losses is not None:
-            padded[: len(losses)] = losses
-        self.good = host._asdict() | {"losses": padded, "eigenvectors": self._curvature.eigenvectors}
+        padded = np.pad(losses, (0, self.steps_per_epoch - len(losses)))
+        self.good = host._asdict() | {"losses": padded, "eigenvectors": self._eigenvectors}
         if self.folder is not None:
             self.folder.keep(int(host.step), self.good)
 
@@ -282,34 +288,9 @@ class _Run:
         """Ends a run that has diverged."""
         message += f" The last good state is that of step {int(self.good['step'])}."
         message += " A smaller rho, gamma or learning_rate may help."
-        self.status("diverged", message)
+        if self.folder is not None:
+            self.folder.status("diverged", message)
         raise Diverged(message)
-
-
-class _Curvature:
-    """Measures the top Hessian eigenvalue and the norm on `curvature_size` images, where `every` asks for it.
-
-    eigenvectors: those of the last measurement, at first random ones, from which the next begins: a tree shaped like
-      the parameters with two vectors along a new first axis; empty without `every`.
-    """
-
-    def __init__(self, config: TrainConfig, trainer: Trainer, train: data.Split | data.Stream, params: PyTree) -> None:
-        self._trainer = trainer
-        key_start, *keys = jax.random.split(jax.random.key(config.seed), 3)
-        self._keys = keys[0], keys[1]
-        self.eigenvectors: PyTree = {}
-        if config.watch.every != "never":
-            self._images = train.first(config.watch.curvature_size)
-            # The second one is followed too, so that its overtaking the first is seen.
-            pairs = jax.tree.map(lambda x: np.zeros((2, *x.shape), np.float32), params)
-            self.eigenvectors = runs.snapshot(optax.tree.random_like(key_start, pairs, jax.random.normal))
-
-    def __call__(self, variables: PyTree) -> dict[str, Any]:
-        operator = self._trainer.hessian(variables, self._images)
-        start = {**operator.like, "params": self.eigenvectors}
-        found, vectors = curvature.measure(operator, self._keys, CURVATURE_PRODUCTS, k=2, v0=start)
-        self.eigenvectors = runs.snapshot(vectors["params"])
-        return found | {"curvature_images": self._images.size}
 
 
 def _variables(state: dict[str, PyTree]) -> PyTree:
