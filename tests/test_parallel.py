@@ -506,9 +506,9 @@ def test_layouts_that_do_not_fit_several_processes(monkeypatch):
     with pytest.raises(
         ValueError, match=r"`parallel` must be 'pmap', 'shard_map' or 'jit' with 2 processes; got 'none'"
     ):
-        layouts.layout(config("mlp", "sgd"))
+        layouts.Layout(config("mlp", "sgd"))
     with pytest.raises(ValueError, match=r"`devices` must be all 8 of the 2 processes; got 4"):
-        layouts.layout(config("mlp", "sgd", parallel="pmap", devices=4))
+        layouts.Layout(config("mlp", "sgd", parallel="pmap", devices=4))
 
 
 @pytest.mark.parametrize(

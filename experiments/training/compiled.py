@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Trainer(NamedTuple):
       and the indices of the whole batch on the host; `kind` is that of `methods.phases`. Of a stream:
       `(state, images, labels, kind=0)`, with those of the rows of this process (`layout.local_rows`), on the host.
     kind: the kind of a step, by its number.
-    lower: `(kind=0) -> the program of step`, for the devices of the layout, which need not be here; nothing is run.
+    lower: `() -> the program of step` for the devices of the layout, which need not be here; nothing is run.
     steps: `step` for the indices (steps, batch) of several batches, in one compiled call; not of a stream.
     evaluate: `(variables, split) -> {"accuracy": fraction, "loss": mean cross-entropy}`.
     forward: logits of raw images; as all that follow the step, without augmentation or weight decay.
@@ -51,7 +52,7 @@ class Trainer(NamedTuple):
     layout: layouts.Layout
     init: Callable[[int], TrainState]
     step: layouts.Step
-    lower: Callable[..., jax.stages.Lowered]
+    lower: Callable[[], jax.stages.Lowered]
     kind: Callable[[int], int]
     steps: layouts.Step
     evaluate: Callable[[PyTree, data.Split | data.Stream], dict[str, float]]
@@ -71,7 +72,7 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
     if is_streamed and calls > 1:
         raise ValueError(f"`steps_per_call` must be 1 for a data set that is streamed; got {calls}.")
     check_batch_size(batch_size, size)
-    layout = layouts.layout(config, devices)
+    layout = layouts.Layout(config, devices, streamed=is_streamed)
     axis_name, rows = layout.axis_name, batch_size // layout.num_parts
     if how.microbatch_size != "all" and rows % how.microbatch_size:
         raise ValueError(f"`microbatch_size` must divide the {rows} images of a part; got {how.microbatch_size}.")
@@ -89,14 +90,12 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
 
     def init(seed: int) -> TrainState:
         key_init, key_steps = jax.random.split(jax.random.key(seed))
-        variables = first_variables(key_init, jnp.zeros((1, *shape)))
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        variables = {"batch_stats": {}, **first_variables(key_init, jnp.zeros((1, *shape)))}
+        params, batch_stats = variables["params"], variables["batch_stats"]
         opt_state = methods.seeded(tx.init(params), jax.random.key_data(jax.random.fold_in(key_init, 1)))
         step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key_steps)
-        variables = {"params": params, "batch_stats": batch_stats}
         averaged = methods.averaged(config, variables, variables, step)
-        # A copy: what a step may overwrite must not be there twice.
-        return TrainState(params, batch_stats, jax.tree.map(jnp.copy, averaged), opt_state, step, key)
+        return TrainState(params, batch_stats, averaged, opt_state, step, key)
 
     def step(
         state: TrainState, images: jax.Array, y: jax.Array, indices: jax.Array | None = None, *, phase: methods.Phase
@@ -159,16 +158,16 @@ def build(config: TrainConfig, dataset: data.Dataset, devices: Sequence[Any] | N
 
         return jax.lax.scan(one, state, order)
 
-    compiled = [layout.compile(step_of_kind, streamed=is_streamed) for step_of_kind in of_kind]
+    compiled = list(map(layout.compile, of_kind))
 
     def compiled_step(*arguments: Any, kind: int = 0) -> tuple[TrainState, jax.Array]:
         return compiled[kind](*arguments)
 
-    def lower(kind: int = 0) -> jax.stages.Lowered:
-        indices, rows = ((batch_size,), np.int32), batch_size if is_streamed else size
-        shapes = [((rows, *shape), np.uint8), ((rows,), np.int32), *([] if is_streamed else [indices])]
-        arguments = (jax.ShapeDtypeStruct(*of_argument) for of_argument in shapes)
-        return layout.lower(of_kind[kind], jax.eval_shape(init, 0), *arguments, streamed=is_streamed)
+    def lower() -> jax.stages.Lowered:
+        rows = batch_size if is_streamed else size
+        shapes = [((rows, *shape), np.uint8), ((rows,), np.int32), ((batch_size,), np.int32)]
+        arguments = itertools.starmap(jax.ShapeDtypeStruct, shapes[:2] if is_streamed else shapes)
+        return layout.lower(of_kind[0], jax.eval_shape(init, 0), *arguments)
 
     measures = _measures(model.apply, pixels, layout)
     laid_out = functools.partial(layout.init, init)

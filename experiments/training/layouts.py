@@ -67,21 +67,24 @@ class Layout:
     examples: sharding of the examples that are evaluated at a time, over the devices of this process.
 
     Args:
-      devices: the devices of the mesh; one where `parallel` is "none".
-      parallel: "none", "jit", or "pmap" or "shard_map", where every device takes the step on its rows.
-      groups: of one device.
-      shard_params: split parameters, optimizer state and gradients over the devices, each leaf along its largest axis
-        that the number of devices divides, or whole where there is none. The network gathers the parameters in every
-        pass. With "jit".
+      config: a resolved configuration.
+      devices: those that there are; by default JAX's.
+      streamed: a step takes the images and labels of a batch, not indices.
+
+    Raises:
+      ValueError: the configuration does not fit the devices.
     """
 
-    def __init__(self, devices: Sequence[Any], parallel: str, groups: int, shard_params: bool) -> None:
-        self._devices, self._parallel, self._shard_params = list(devices), parallel, shard_params
-        is_mapped = groups > 1 or parallel in ("pmap", "shard_map")
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None, *, streamed: bool = False) -> None:
+        how = config.layout
+        self._parallel, self._shard_params, self._devices = how.parallel, how.shard_params, _chosen(config, devices)
+        is_mapped = how.groups > 1 or how.parallel in ("pmap", "shard_map")
         self.axis_name = AXIS if is_mapped else None
-        self.num_parts = groups * len(devices) if is_mapped else 1
+        self.num_parts = how.groups * len(self._devices) if is_mapped else 1
+        # The axis of the batch in what a step takes beside the state; None for what is whole on every device.
+        self._is_streamed, self._axes = streamed, (0, 0) if streamed else (None, None, -1)
         # Whether the program takes a batch as (parts, rows of a part).
-        self._is_stacked = groups > 1 or parallel == "pmap"
+        self._is_stacked = how.groups > 1 or how.parallel == "pmap"
         self._mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))  # Auto axes; make_mesh makes Explicit ones
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
         local = [i for i, device in enumerate(self._devices) if device.process_index == jax.process_index()]
@@ -130,30 +133,21 @@ class Layout:
             return grads
         return jax.lax.with_sharding_constraint(grads, jax.tree.map(self._along_largest, grads))
 
-    def compile(self, step: Step, *, streamed: bool = False) -> Step:
-        """The step, or several in one call, compiled for this layout.
-
-        It takes the indices of global batches, (batch) or (steps, batch), and gives their mean losses. With `streamed`,
-        it takes the images and labels of the rows of this process (`local_rows`), from the host.
-        """
-        program = self._program(step, streamed)
+    def compile(self, step: Step) -> Step:
+        """The step, or several in one call, compiled: it takes global indices, or the `local_rows` of a stream."""
+        program = self._program(step)
 
         def run(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
-            if streamed:
-                return program(state, *(self._placed(x, axis=0) for x in arguments))
-            *whole, indices = arguments
-            local = indices[..., self.local_rows(indices.shape[-1])]
-            return program(state, *whole, self._placed(local, axis=indices.ndim - 1))
+            if not self._is_streamed:
+                *whole, indices = arguments
+                arguments = *whole, indices[..., self.local_rows(indices.shape[-1])]
+            placed = (self._placed(x, axis) for x, axis in zip(arguments, self._axes, strict=True))
+            return program(state, *placed)
 
         return run
 
-    def lower(
-        self, step: Step, state: TrainState, *arguments: jax.ShapeDtypeStruct, streamed: bool
-    ) -> jax.stages.Lowered:
-        """The program of `compile` for these shapes (those of the whole batch), lowered for the devices of the layout.
-
-        They need not be here; nothing is run.
-        """
+    def lower(self, step: Step, state: TrainState, *arguments: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """The program of a step on these shapes, of the whole batch; the devices need not be here: nothing is run."""
 
         def laid_out(x: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
             if axis is None:
@@ -162,13 +156,13 @@ class Layout:
             return x.update(shape=(*parts, *x.shape[1:]), sharding=self._by_rows(0))
 
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, self._shardings(state))
-        return self._program(step, streamed).lower(state, *map(laid_out, arguments, _axes(streamed)))
+        placed = (laid_out(x, axis) for x, axis in zip(arguments, self._axes, strict=True))
+        return self._program(step).lower(state, *placed)
 
-    def _program(self, step: Step, streamed: bool) -> Any:
+    def _program(self, step: Step) -> Any:
         """The compiled step; what has an axis of the batch is made by `_placed`."""
-        axes = _axes(streamed)
-        # Of what every device has a copy of, nothing is mapped, and so it has no leading axis outside.
-        stacked: Any = {"in_axes": (None, *(None if axis is None else 0 for axis in axes)), "out_axes": None}
+        # What every device has a copy of is not mapped, and so has no leading axis outside.
+        stacked: Any = {"in_axes": (None, *(None if axis is None else 0 for axis in self._axes)), "out_axes": None}
         if self._parallel == "pmap":
             return jax.pmap(step, AXIS, donate_argnums=0, devices=self._devices, **stacked)
 
@@ -177,25 +171,25 @@ class Layout:
             if self._is_stacked:
                 mapped = jax.vmap(step, axis_name=AXIS, **stacked)
             elif self._parallel == "shard_map":
-                of_rows = [
-                    PartitionSpec() if axis is None else self._by_rows(axis % x.ndim).spec
-                    for x, axis in zip(arguments, axes, strict=True)
-                ]
-                specs: Any = {"in_specs": (PartitionSpec(), *of_rows), "out_specs": PartitionSpec()}
-                mapped = jax.shard_map(step, mesh=self._mesh, **specs)
+                placed = zip(arguments, self._axes, strict=True)
+                specs = [PartitionSpec() if axis is None else self._by_rows(axis % x.ndim).spec for x, axis in placed]
+                mapped = jax.shard_map(
+                    step, mesh=self._mesh, in_specs=(PartitionSpec(), *specs), out_specs=PartitionSpec()
+                )
             state, loss = mapped(state, *arguments)
             return jax.lax.with_sharding_constraint(state, self._shardings(state)), loss
 
         return jax.jit(laid_out, donate_argnums=0)
 
-    def _placed(self, x: np.ndarray, axis: int) -> Any:
-        """The rows of this process, along `axis`, as the program takes them, stacked as (parts, ..., rows, ...)."""
-        if self._is_stacked:
-            parts = self.num_parts * self.examples.num_devices // len(self._devices)
-            return np.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
-        if self._parallel == "none":
+    def _placed(self, x: Any, axis: int | None) -> Any:
+        """An argument as the program takes it: the rows of this process, where its parts are stacked those of each."""
+        if axis is None or (self._parallel == "none" and not self._is_stacked):
             return x
-        return jax.make_array_from_process_local_data(self._by_rows(axis), x)
+        place = axis % x.ndim
+        if not self._is_stacked:
+            return jax.make_array_from_process_local_data(self._by_rows(place), x)
+        parts = self.num_parts * self.examples.num_devices // len(self._devices)
+        return np.moveaxis(x.reshape(*x.shape[:place], parts, -1, *x.shape[place + 1 :]), place, 0)
 
     def _by_rows(self, axis: int) -> NamedSharding:
         """A part on every device along an axis, that of the batch."""
@@ -217,24 +211,14 @@ class Layout:
         return self._by_rows(max(dividing, key=lambda axis: leaf.shape[axis]))
 
 
-def _axes(streamed: bool) -> tuple[int | None, ...]:
-    """Of the arguments of a step, after the state, the axis of the batch; None for what is whole on every device."""
-    return (0, 0) if streamed else (None, None, -1)
-
-
 def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on their devices; each brings what its own devices hold."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-def layout(config: TrainConfig, devices: Sequence[Any] | None = None) -> Layout:
-    """The layout of a resolved configuration on these devices, or those there are.
-
-    Raises:
-      ValueError: it does not fit them.
-    """
+def _chosen(config: TrainConfig, devices: Sequence[Any] | None) -> list[Any]:
+    """The devices that a configuration takes, in the order of the processes: the rows of a process are neighbors."""
     how, batch_size, processes = config.layout, config.budget.batch_size, jax.process_count()
-    # Ordered by process, so that the rows of a process are neighbors.
     available = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     wanted = how.devices if how.devices != "all" else 1 if how.parallel == "none" else len(available)
     parts, name = wanted * how.groups, "groups" if how.parallel == "none" else "devices"
@@ -248,7 +232,7 @@ def layout(config: TrainConfig, devices: Sequence[Any] | None = None) -> Layout:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
     if not how.sync and how.parallel != "none" and wanted == 1:
         raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
-    return Layout(available[:wanted], how.parallel, how.groups, how.shard_params)
+    return available[:wanted]
 
 
 def with_devices(config: TrainConfig) -> TrainConfig:
@@ -285,14 +269,14 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     the process itself.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
     if distributed:
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"`{name}` has no effect with `distributed`, which asks the cluster; got {value!r}.")
-    elif len(missing) == 3:
-        return
     elif coordinator is None or num_processes is None or process_id is None:
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == 3:
+            return
         raise ValueError(f"`coordinator`, `num_processes` and `process_id` go together; {missing[0]} is missing.")
     else:
         if not re.fullmatch(r".+:\d+", coordinator):
