@@ -21,9 +21,8 @@ def measure(
     """The eigenvalue of largest magnitude and the Frobenius norm, with their errors, as JSON values; the eigenvectors.
 
     Args:
-      operator: the Hessian.
       keys: of the start vectors, and of the probes of the norm.
-      max_products: most products to spend on the eigenvalue.
+      max_products: for the eigenvalue.
       k: eigenvectors to follow: with a second one its overtaking the first is seen.
       v0: start vectors, along a new first axis; None: random ones.
     """

@@ -34,14 +34,14 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 def leave_at_once() -> None:
     """Makes a signal end the process with one line: while modules are imported, and after all, no work is lost."""
+
+    def leave(number: int, frame: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(130)
+
     for number in ending():
-        signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: Any) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")
-    os._exit(130)
+        signal.signal(number, leave)
 
 
 def ending() -> list[signal.Signals]:
