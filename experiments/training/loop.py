@@ -163,8 +163,7 @@ class _Run:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         order = self._order(epoch)[done : done + self.config.pace.steps_per_call]
         if self.config.pace.steps_per_call > 1:
-            images, labels = self._train
-            self.state, losses = self.trainer.steps(self.state, images, labels, order)
+            self.state, losses = self.trainer.steps(self.state, *self._train, order)
         else:
             batch = next(self.batches) if self._is_streamed else (order[0],)
             self.state, losses = self.trainer.step(self.state, *self._train, *batch, kind=self.trainer.kind(self.step))
