@@ -25,7 +25,7 @@ from hero_jax import errors
 
 # Height and width of the images of a stream.
 STREAM_SIDE = 224
-# Images that are decoded between two reports.
+# Images that are read at once when a split is decoded.
 CHUNK = 500
 
 # Called with (done, total) while something long goes on.
@@ -141,19 +141,34 @@ class _Rows:
 
     def __init__(self, builder: Any, split: str, num_classes: int) -> None:
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
 
         self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
         self._num_classes = num_classes
+        self._made_of = builder, split, num_classes
+
+    def __reduce__(self) -> Any:
+        # The parser cannot be pickled: another process opens the files itself.
+        return _Rows, self._made_of
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row i; raises ValueError where it is not what it must be, and says what."""
-        from tensorflow_datasets.proto import tf_example_pb2
+        return self._row(self._records[i])
 
-        example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
-        features = example.FromString(self._records[i]).features.feature
+    def __getitems__(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """These rows, whose bytes are read at once, which is faster, or one by one where some cannot be read."""
+        try:
+            records = self._records.__getitems__(list(indices))
+        except Exception:  # whatever the reader raises, without telling which
+            records = map(self._records.__getitem__, indices)
+        return map(self._row, records)
+
+    def _row(self, record: bytes) -> dict[str, Any]:
+        features = self._parse(record).features.feature
         image, label = _only(features, "image", "bytes_list"), _only(features, "label", "int64_list")
         if not 0 <= label < self._num_classes:
             raise ValueError(f"its label {label} is not in 0..{self._num_classes - 1}")
@@ -198,13 +213,15 @@ def _decoded(name: str, builder: Any, split: str, rows: _Rows, report: Report | 
     if cached is not None:
         return cached
     decoded = Split(np.empty((len(rows), *shape), np.uint8), np.empty(len(rows), np.int32))
-    for i in range(len(rows)):
-        with _damage(name, f"record {i} of split {split!r} in {builder.data_path} cannot be read"):
-            row = rows[i]
-            decoded.images[i], decoded.labels[i] = _pixels(row["image"], shape), row["label"]
-        done = i + 1
-        if report is not None and (done % CHUNK == 0 or done == len(rows)):
-            report(done, len(rows))
+    for start in range(0, len(rows), CHUNK):
+        indices = range(start, min(start + CHUNK, len(rows)))
+        chunk = rows.__getitems__(indices)
+        for i in indices:
+            with _damage(name, f"record {i} of split {split!r} in {builder.data_path} cannot be read"):
+                row = next(chunk)
+                decoded.images[i], decoded.labels[i] = _pixels(row["image"], shape), row["label"]
+        if report is not None:
+            report(indices.stop, len(rows))
     if _content(paths) != content:
         raise _damaged(name, f"split {split!r} in {builder.data_path} changed while it was read")
     try:
