@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import stat
@@ -58,17 +57,31 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def append(path: Path, lines: str) -> None:
-    """Adds lines to a file, all or none of them (`atomic`).
+    """Adds lines to a file, all or none of them, and waits until they are on the disk.
 
     A last line that a killed process left unfinished is dropped. Raises Failed where the disk does not take them, or
     the file is a link.
     """
     with on_disk(path):
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        before = path.read_bytes() if path.exists() else b""
-    with atomic(path) as file:
-        file.write(before[: before.rfind(b"\n") + 1] + lines.encode())
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            before, left = os.fstat(handle).st_size, lines.encode()
+            if before and os.pread(handle, 1, before - 1) != b"\n":
+                before = path.read_bytes().rfind(b"\n") + 1
+                os.ftruncate(handle, before)
+            try:
+                while left:
+                    left = left[os.write(handle, left) :]
+                os.fsync(handle)
+            except BaseException:
+                os.ftruncate(handle, before)
+                if not before:
+                    path.unlink()
+                raise
+            if not before:
+                _sync_names(path.parent)
+        finally:
+            os.close(handle)
 
 
 def _sync_names(folder: Path) -> None:
