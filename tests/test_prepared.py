@@ -437,9 +437,11 @@ RECORDS = {
 }
 
 
-def test_a_stream_reads_the_same_in_another_process(tmp_path):
+@pytest.mark.parametrize("change", [{}, {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}])
+def test_a_stream_reads_the_same_in_another_process(change, tmp_path):
     rows = [{"image": encoded(pixels("train", i, (300, 320, 3))), "label": i} for i in range(3)]
-    write_prepared(tmp_path, "imagenette/320px-v2", "1.0.0", {"train": rows, "validation": rows})
+    folder = write_prepared(tmp_path, "imagenette/320px-v2", "1.0.0", {"train": rows, "validation": rows})
+    (folder / "dataset_info.json").write_text(json.dumps(described(folder) | change))
     split = data.load("imagenette", tmp_path).train
     again = pickle.loads(pickle.dumps(split))
     for ours, theirs in zip(split.first(3), again.first(3), strict=True):

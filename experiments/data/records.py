@@ -60,12 +60,17 @@ def find(name: str, data_dir: Path | None) -> Any:
     if "array_record" not in formats:
         found = f"by its dataset_info.json, what is in {path} is {' and '.join(sorted(formats))}"
         raise ValueError(f"{must} {found}. {command} ANOTHER_FOLDER` prepares it.")
-    if info.file_format.value != "array_record":
-        info.set_file_format("array_record", override=True, override_if_initialized=True)
+    _take_array_record(info)
     _check_features(name, path / "features.json")
     for split in about.splits:
         _check_files(name, builder, split)
     return builder
+
+
+def _take_array_record(info: Any) -> None:
+    """Of a data set in several formats, this one; a builder that was pickled has the first again."""
+    if info.file_format.value != "array_record":
+        info.set_file_format("array_record", override=True, override_if_initialized=True)
 
 
 def one_line(error: Exception) -> str:
@@ -143,6 +148,7 @@ class _Rows:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.proto import tf_example_pb2
 
+        _take_array_record(builder.info)
         self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
         self._num_classes = num_classes
