@@ -37,6 +37,7 @@ def count(variables):
         ("resnet50", 10, (65, 33, 3), 25_557_032 - 990 * 2049),
         ("vit_tiny", 10, (32, 32, 3), 2_693_194),
         ("vit_tiny", 7, (8, 12, 1), 2_693_194 - 2 * 16 * 192 - (64 - 6) * 192 - 3 * 193),
+        ("vit_large", 1000, (224, 224, 3), 304_324_584),
         ("mlp", 10, (8, 8, 1), 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
     ],
 )
@@ -59,6 +60,7 @@ def test_parameter_counts(name, num_classes, shape, expected):
         ("resnet18", 64, {"conv": 32, "stage1_block1": 16, "stage2_block1/conv1": 8, "stage4_block2": 2}),
         ("resnet50", 64, {"conv": 32, "stage2_block1/conv1": 16, "stage2_block1/conv2": 8, "stage4_block3": 2}),
         ("vit_tiny", 32, {"patches": 8}),
+        ("vit_large", 224, {"patches": 14}),
     ],
 )
 def test_downsampling(name, size, expected):
@@ -102,7 +104,7 @@ def test_shortcuts_are_projections_where_the_shape_changes(resnet):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_bfloat16_computes_low_and_keeps_float32_parameters_and_statistics(name):
     model = models.create(name, 3, dtype=jnp.bfloat16)
-    x = jnp.zeros((2, 8, 8, 3))
+    x = jnp.zeros((2, 16, 16, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])

@@ -25,7 +25,7 @@ from hero_jax.models.resnet import (
     resnet56,
 )
 from hero_jax.models.vgg import VGG, vgg19_bn
-from hero_jax.models.vit import VisionTransformer, vit_tiny
+from hero_jax.models.vit import VisionTransformer, vit_large, vit_tiny
 from hero_jax.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "resnet50",
     "resnet56",
     "vgg19_bn",
+    "vit_large",
     "vit_tiny",
     "wide_resnet",
 ]
@@ -63,6 +64,7 @@ MODELS = {
     "vit_tiny": vit_tiny,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "vit_large": vit_large,
 }
 
 

@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al., ICLR 2021) for small images."""
+"""Vision transformers (Dosovitskiy et al., ICLR 2021) for small images and for those of ImageNet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from hero_jax.errors import ArgumentError
 
-__all__ = ["EncoderBlock", "VisionTransformer", "vit_tiny"]
+__all__ = ["EncoderBlock", "VisionTransformer", "vit_large", "vit_tiny"]
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -101,3 +101,13 @@ def vit_tiny(num_classes: int = 10, *, axis_name: str | None = None, **options: 
     """
     del axis_name
     return VisionTransformer(num_classes, **options)
+
+
+def vit_large(num_classes: int = 1000, *, axis_name: str | None = None, **options: Any) -> VisionTransformer:
+    """Builds the `VisionTransformer` ViT-L/16: 304,324,584 parameters with 1,000 classes on 224 x 224 x 3 images.
+
+    Sizes are those of the paper's table 1. `axis_name` changes nothing, since there is no BatchNorm.
+    """
+    del axis_name
+    sizes: dict[str, Any] = {"patch": 16, "width": 1024, "depth": 24, "heads": 16}
+    return VisionTransformer(num_classes, **sizes | options)
