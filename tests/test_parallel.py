@@ -28,8 +28,10 @@ LAYOUTS = {
     "shard_map": {"parallel": "shard_map"},
     "jit": {"parallel": "jit"},
     "sharded": {"parallel": "jit", "shard_params": True},
+    # Two copies, each split over four devices; of two processes each has one.
+    "hybrid": {"parallel": "jit", "shard_params": True, "shard_devices": 4},
 }
-OF_PROCESSES = {name: LAYOUTS[name] for name in ("pmap", "shard_map", "sharded")}
+OF_PROCESSES = {name: LAYOUTS[name] for name in ("pmap", "shard_map", "sharded", "hybrid")}
 SIZES = {"epochs": 2, "batch_size": 16}
 # Two processes run this on 4 devices each: HERO on the network with BatchNorm.
 PROCESS = """
@@ -425,19 +427,24 @@ class TestMSharpness:
         assert np.abs(after.batch_stats["bn"]["var"] / whole - 1).max() > 1e-4
 
 
-def test_sharded_parameters_and_optimizer_state_stay_split():
+@pytest.mark.parametrize(("layout", "sharing"), [("sharded", 8), ("hybrid", 4)])
+def test_sharded_parameters_and_optimizer_state_stay_split(layout, sharing):
     images = dataset("mlp")
-    trainer = build(config("mlp", "hero", parallel="jit", shard_params=True), images)
+    trainer = build(config("mlp", "hero", **LAYOUTS[layout]), images)
     state = trainer.init(0)
     for _ in range(2):
         for tree in (state.params, state.opt_state):
             for leaf in jax.tree.leaves(tree):
-                is_split = any(size and size % 8 == 0 for size in leaf.shape)
+                is_split = any(size and size % sharing == 0 for size in leaf.shape)
                 sizes = {shard.data.size for shard in leaf.addressable_shards}
-                assert sizes == {leaf.size // 8 if is_split else leaf.size}
+                assert sizes == {leaf.size // sharing if is_split else leaf.size}
         kernel = state.params["dense1"]["kernel"]
         assert kernel.shape == (64, 16)
-        assert kernel.addressable_shards[0].data.shape == (8, 16)  # the largest axis
+        assert kernel.addressable_shards[0].data.shape == (64 // sharing, 16)  # the largest axis
+        # Neighbours share a copy.
+        assert [shard.index[0].start or 0 for shard in kernel.addressable_shards] == [
+            i % sharing * (64 // sharing) for i in range(8)
+        ]
         state, _ = trainer.step(state, *trainer.layout.replicate(images.train), np.arange(16))
     copied = build(config("mlp", "hero", parallel="jit"), images).init(0)
     assert copied.params["dense1"]["kernel"].addressable_shards[0].data.shape == (64, 16)
@@ -463,6 +470,8 @@ def test_rows_of_a_batch_are_altered_as_in_the_whole_batch():
         ({"devices": 0, "parallel": "jit"}, r"`devices` must be an integer >= 1; got 0"),
         ({"shard_params": True}, r"`shard_params` needs parallel 'jit'; got parallel 'none'"),
         ({"shard_params": True, "parallel": "pmap"}, r"`shard_params` needs parallel 'jit'; got parallel 'pmap'"),
+        ({"shard_devices": 2, "parallel": "jit"}, r"`shard_devices` has no effect without `shard_params`; got 2"),
+        ({"shard_devices": 0, "parallel": "jit"}, r"`shard_devices` must be an integer >= 1; got 0"),
         ({"sync": False}, r"`sync` must be True on one device without `groups` to differ; got False and groups 1"),
         ({"sync": False, "parallel": "jit"}, r"`sync` must be True with parallel 'jit', where .*; got False"),
         ({"groups": 4}, r"`groups` needs sync False and parallel 'none' .*; got 4 with sync True and parallel 'none'"),
@@ -494,6 +503,10 @@ def test_bad_configurations(options, message):
         ({"sync": False, "groups": 5}, r"`batch_size` must be a multiple of the 5 groups; got 16"),
         ({"parallel": "jit", "devices": 16}, r"`devices` must be at most 8, which is what there is; got 16"),
         ({"parallel": "pmap", "devices": 1, "sync": False}, r"`sync` must be True on 1 device: .*; got False"),
+        (
+            {"parallel": "jit", "shard_params": True, "shard_devices": 3},
+            r"`shard_devices` must divide the 8 devices; got 3",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(options, message):

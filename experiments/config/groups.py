@@ -172,6 +172,8 @@ class Layout(Checked):
     """Devices to use, those of all processes together (not with none)."""
     shard_params: bool = False
     """Split parameters and optimizer state over the devices instead of a copy on each (jit)."""
+    shard_devices: Count | Literal["all"] = "all"
+    """Neighbours that share a copy with `--shard-params`: with 8, on hosts of eight devices, every host has one."""
     sync: bool = True
     """Perturb, and normalize in BatchNorm, by the whole batch; False: by the part of it on each device (pmap,
     shard_map) or in each of `groups` (none), which is m-sharpness."""
@@ -193,6 +195,8 @@ class Layout(Checked):
             raise ArgumentError(f"`devices` must be 1 with parallel 'none'; got {self.devices}.")
         if self.shard_params and self.parallel != "jit":
             raise ArgumentError(f"`shard_params` needs parallel 'jit'; got parallel {self.parallel!r}.")
+        if self.shard_devices != "all" and not self.shard_params:
+            raise ArgumentError(f"`shard_devices` has no effect without `shard_params`; got {self.shard_devices}.")
         if not self.sync and self.parallel == "jit":
             raise ArgumentError("`sync` must be True with parallel 'jit', where XLA sees one batch; got False.")
         if not self.sync and self.parallel == "none" and self.groups == 1:

@@ -86,13 +86,14 @@ class TrainConfig(Grouped):
         The layout is one of them, unless it says what is perturbed, or normalized in BatchNorm, together.
         """
         has_parts = not self.layout.sync or self.layout.microbatch_size != "all"
-        layout = set() if has_parts else {"parallel", "devices", "shard_params"}
+        layout = set() if has_parts else {"parallel", "devices", "shard_params", "shard_devices"}
         return {*types_of(Pace), "remat", *layout}
 
     def on_one_device(self) -> TrainConfig:
         """This configuration for work on its results, which needs no layout."""
         sync = self.layout.sync or self.layout.parallel != "none"
-        return self.replace(parallel="none", devices="all", shard_params=False, sync=sync, **dataclasses.asdict(Pace()))
+        whole: dict[str, Any] = {"parallel": "none", "devices": "all", "shard_params": False, "shard_devices": "all"}
+        return self.replace(**whole, sync=sync, **dataclasses.asdict(Pace()))
 
 
 def resolve(method: str = "hero", dataset: str = "digits", **settings: Any) -> TrainConfig:

@@ -11,7 +11,8 @@ process reads and sends the images of its own rows.
     none, in groups      on one device                   `groups` parts, by vmap   the step, over the vmapped axis
     pmap, shard_map      a copy on every device          a part on every device    the step, over the mapped axis
     jit                  a copy on every device, or      a part on every device    XLA, where the program of one
-                         split over them (FSDP)                                    device needs it
+                         split over all (FSDP) or over                             device needs it
+                         neighbours (hybrid)
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from hero_jax import errors
 
 PyTree = Any
 logger = logging.getLogger(__name__)
-AXIS = "data"
+# The axes of the mesh: copies of the parameters, and the devices that share one; the batch is split over both.
+COPIES, AXIS = "copies", "data"
 # How long, in seconds, a process waits for the others: to join, without a sign of life, at the end.
 JOIN_TIMEOUT = 300
 HEARTBEAT_TIMEOUT = 60
@@ -85,7 +87,10 @@ class Layout:
         self._is_streamed, self._axes = streamed, (0, 0) if streamed else (None, None, -1)
         # Whether the program takes a batch as (parts, rows of a part).
         self._is_stacked = how.groups > 1 or how.parallel == "pmap"
-        self._mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))  # Auto axes; make_mesh makes Explicit ones
+        self._sharing = len(self._devices) if how.shard_devices == "all" else how.shard_devices
+        axes, sizes = ((AXIS,), (-1,)) if how.shard_devices == "all" else ((COPIES, AXIS), (-1, self._sharing))
+        # Auto axes; make_mesh makes Explicit ones.
+        self._mesh = jax.sharding.Mesh(np.array(self._devices).reshape(sizes), axes)
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
         local = [i for i, device in enumerate(self._devices) if device.process_index == jax.process_index()]
         self._local = slice(local[0], local[-1] + 1)
@@ -166,7 +171,8 @@ class Layout:
         if self._parallel == "pmap":
             return jax.pmap(step, AXIS, donate_argnums=0, devices=self._devices, **stacked)
 
-        def laid_out(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
+        # By this name profiles and the cache of compiled programs know it.
+        def step_laid_out(state: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
             mapped = step
             if self._is_stacked:
                 mapped = jax.vmap(step, axis_name=AXIS, **stacked)
@@ -179,7 +185,7 @@ class Layout:
             state, loss = mapped(state, *arguments)
             return jax.lax.with_sharding_constraint(state, self._shardings(state)), loss
 
-        return jax.jit(laid_out, donate_argnums=0)
+        return jax.jit(step_laid_out, donate_argnums=0)
 
     def _placed(self, x: Any, axis: int | None) -> Any:
         """An argument as the program takes it: the rows of this process, where its parts are stacked those of each."""
@@ -193,7 +199,7 @@ class Layout:
 
     def _by_rows(self, axis: int) -> NamedSharding:
         """A part on every device along an axis, that of the batch."""
-        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, AXIS))
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, self._mesh.axis_names))
 
     def _shardings(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of the state."""
@@ -204,11 +210,12 @@ class Layout:
         return whole._replace(**jax.tree.map(self._along_largest, split))
 
     def _along_largest(self, leaf: jax.Array) -> NamedSharding:
-        """Split along the largest axis that the devices divide, or a copy on each."""
-        dividing = [axis for axis, size in enumerate(leaf.shape) if size and size % len(self._devices) == 0]
+        """Split along the largest axis that the devices that share a copy divide, or a copy on each."""
+        dividing = [axis for axis, size in enumerate(leaf.shape) if size and size % self._sharing == 0]
         if not dividing:
             return self._replicated
-        return self._by_rows(max(dividing, key=lambda axis: leaf.shape[axis]))
+        largest = max(dividing, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * largest, AXIS))
 
 
 def _laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -230,6 +237,8 @@ def _chosen(config: TrainConfig, devices: Sequence[Any] | None) -> list[Any]:
         raise ValueError(f"`devices` must be all {len(available)} of the {processes} processes; got {wanted}.")
     if batch_size % parts:
         raise ValueError(f"`batch_size` must be a multiple of the {parts} {name}; got {batch_size}.")
+    if how.shard_devices != "all" and wanted % how.shard_devices:
+        raise ValueError(f"`shard_devices` must divide the {wanted} devices; got {how.shard_devices}.")
     if not how.sync and how.parallel != "none" and wanted == 1:
         raise ValueError("`sync` must be True on 1 device: there are no others to differ from; got False.")
     return available[:wanted]
