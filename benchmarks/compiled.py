@@ -19,6 +19,10 @@ collectives: by kind, with the bytes of the whole arrays that they reduce or gat
 collectives in those of the parameters: data parallelism needs one for each gradient that is averaged.
 
 arguments: parameters, optimizer state, batch, and a data set that is held in memory, which lies on every device.
+
+floors: the time that a step cannot be shorter than, of chips whose peaks are known (CHIPS): operations by the peak of
+bfloat16, traffic with the memory by its bandwidth, and what collectives send by that of all links of a chip: the bytes
+once to gather or to scatter them, twice for an all-reduce, which does both.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -73,6 +77,19 @@ TARGETS = {
     "v5e-256": "v5e:16x16",
     "v5p-512": "v5p:8x8x8",
 }
+
+
+class Chip(NamedTuple):
+    """Peaks of a chip: bfloat16 in Tflop/s, memory in GiB and in GB/s, all links in one direction in GB/s."""
+
+    teraflops: float
+    memory_gib: float
+    memory_gb: float
+    links_gb: float
+
+
+# By `device_kind`; Google's pages of the two (cloud.google.com/tpu/docs), in November 2026.
+CHIPS = {"TPU v5 lite": Chip(197, 16, 819, 200), "TPU v5": Chip(459, 95, 2765, 600)}
 # Of the data sets, the number of training images and the shape of one.
 SHAPES = {
     "cifar10": (50_000, 32, 32, 3),
@@ -110,6 +127,8 @@ class Arguments:
     """jit, shard_map or pmap, of several devices; one has none."""
     shard_params: bool = False
     """Split parameters and optimizer state over the devices."""
+    shard_devices: int | Literal["all"] = "all"
+    """Neighbours that share a copy with `--shard-params`; h100x2x8 with 8: a copy on each host."""
     remat: bool = False
     """Compute again in backward passes what a step would keep."""
     dtype: str = "float32"
@@ -126,7 +145,7 @@ class Arguments:
     def config(self, method: str, num_devices: int) -> TrainConfig:
         """The run of a method."""
         layout: dict[str, Any] = {} if num_devices == 1 else {"parallel": self.parallel}
-        names = ("model", "batch_size", "shard_params", "remat", "dtype")
+        names = ("model", "batch_size", "shard_params", "shard_devices", "remat", "dtype")
         return resolve(method, self.dataset, **layout, **{name: getattr(self, name) for name in names})
 
 
@@ -268,10 +287,24 @@ def measure(arguments: Arguments, devices: list[Any]) -> list[dict[str, Any]]:
             "moved_mib": cost["bytes accessed"] / 2**20 if "bytes accessed" in cost else None,
             "compile_seconds": seconds,
         }
+        row["floors_ms"] = floors(devices[0].device_kind, row)
         first = (rows or [row])[0]
         ratios = {f"{key}_ratio": row[key] / first[key] for key in ("kernels", "temporary_mib") if first[key]}
         rows.append(row | ratios)
     return rows
+
+
+def floors(kind: str, row: dict[str, Any]) -> dict[str, float] | None:
+    """The floors of a row in ms: "arithmetic", "memory" and "links"; None of another chip than those of CHIPS."""
+    chip = CHIPS.get(kind)
+    if chip is None or row["gigaflops"] is None or row["moved_mib"] is None:
+        return None
+    sent = sum((2 if name == "all-reduce" else 1) * found["bytes"] for name, found in row["collectives"].items())
+    return {
+        "arithmetic": row["gigaflops"] / chip.teraflops,
+        "memory": row["moved_mib"] * 2**20 / chip.memory_gb / 1e6,
+        "links": sent / chip.links_gb / 1e6,
+    }
 
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -293,6 +326,10 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         "compile": lambda row: f"{row['compile_seconds']:.0f}",
         "Gflop": lambda row: "" if row["gigaflops"] is None else f"{row['gigaflops']:.1f}",
         "moved": lambda row: "" if row["moved_mib"] is None else f"{row['moved_mib']:,.0f}",
+        **{
+            f"{name} ms": lambda row, name=name: f"{row['floors_ms'][name]:.2f}" if row.get("floors_ms") else ""
+            for name in ("arithmetic", "memory", "links")
+        },
         "gradients": lambda row: f"{row['gradients']:.2f}" if row["collectives"] else "",
         "collectives": collectives,
     }
@@ -316,11 +353,20 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
     return drawn if len(columns) > split else drawn[:1]
 
 
+def network(record: dict[str, Any]) -> str:
+    """The network of a record, and its batch."""
+    config = Arguments(**record["arguments"]).config("sgd", record["device"]["count"])
+    low = ", bfloat16" * (config.layout.dtype == "bfloat16")
+    return f"{config.task.model}, batch {config.budget.batch_size:,}{low}"
+
+
 def layout(record: dict[str, Any]) -> str:
     """How the step of a record lies on its devices."""
     arguments = record["arguments"]
     where = "one device" if record["device"]["count"] == 1 else arguments["parallel"]
-    return where + ", split" * arguments["shard_params"] + ", remat" * arguments["remat"]
+    sharing = arguments.get("shard_devices", "all")  # not in older records
+    split = ", split" + f" over {sharing}" * (sharing != "all")
+    return where + split * arguments["shard_params"] + ", remat" * arguments["remat"]
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
@@ -336,7 +382,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         f"One training step of {config.task.model} on {arguments.dataset} in {arguments.dtype}, batch"
         f" {config.budget.batch_size}, compiled for {devices[0].device_kind} x {len(devices)} ({layout(record)}) and"
         " not run. Temporary memory, arguments, traffic with the memory (moved) and collectives in MiB of one device,"
-        f" compile in seconds; gradients: the bytes of collectives in those of the parameters. jax {jax.__version__}."
+        " compile in seconds; ms: floors by the peaks of the chip; gradients: the bytes of collectives in those of the"
+        f" parameters. jax {jax.__version__}."
     )
     records.write_record(arguments.out, record)
 

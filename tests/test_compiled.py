@@ -75,6 +75,15 @@ ENTRY %main (a: bf16[4], b: f32[3]) -> f32[3] {
 """)["collectives"] == {"all-gather": {"count": 1, "bytes": 64}, "all-reduce": {"count": 1, "bytes": 20}}
 
 
+def test_floors():
+    """A millisecond of each on a v5e: an all-reduce sends twice what it reduces, a gather what it gives."""
+    collectives = {"all-reduce": {"count": 3, "bytes": 90_000_000}, "all-gather": {"count": 1, "bytes": 20_000_000}}
+    row = {"gigaflops": 197.0, "moved_mib": 819e6 / 2**20, "collectives": collectives}
+    assert compiled.floors("TPU v5 lite", row) == pytest.approx({"arithmetic": 1, "memory": 1, "links": 1})
+    assert compiled.floors("NVIDIA H100 80GB HBM3", row) is None
+    assert compiled.floors("TPU v5", row | {"gigaflops": None}) is None
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="XLA's compiler for it is absent.")
 def test_steps_for_eight_gpus():
     """Kernels, memory and collectives of HERO beside SGD, whose gradient is reduced at once."""
@@ -127,6 +136,8 @@ def test_shapes_are_those_of_the_data_set(dataset):
         # XLA's partitioner reduces the two terms of the product of some leaves apart.
         ({}, 1, 0.06),
         ({"shard_params": True}, 2, 0.06),
+        # XLA:CPU reduces over all devices at once, and gathers in the halves.
+        ({"shard_params": True, "shard_devices": 2}, 2, 0.06),
     ],
 )
 def test_collectives_are_one_for_each_gradient(options, per_gradient, more):

@@ -152,7 +152,8 @@ def test_shown_agreement_is_that_of_the_records():
 
 def test_shown_programs_are_those_of_the_records():
     """What a step is compiled to for a GPU: kernels, memory, collectives."""
-    header = ["target", "layout", "method", "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients", "collectives"]
+    header = ["network", "target", "layout", "method", "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients"]
+    header.append("collectives")
     lines = []
     for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
         record = json.loads(path.read_text())
@@ -162,12 +163,13 @@ def test_shown_programs_are_those_of_the_records():
             shown = [
                 cell[name] for name in ("kernels", "x SGD", "copies", "temp", "x SGD's", "gradients", "collectives")
             ]
-            lines.append([record["arguments"]["target"], compiled.layout(record), cell["method"], *shown])
-    alone = [line for line in lines if line[0] == "h100"]
+            where = (compiled.network(record), record["arguments"]["target"], compiled.layout(record))
+            lines.append([*where, cell["method"], *shown])
+    alone = [line for line in lines if line[1] == "h100"]
     assert len(alone) > 5
-    made = tables.markdown(header, lines, left=3).splitlines()
+    made = tables.markdown(header, lines, left=4).splitlines()
     assert table_below(ROOT / "results" / "compiled" / "README.md", made[0]) == made
-    made = tables.markdown(header[1:-2], [line[1:-2] for line in alone], left=2).splitlines()
+    made = tables.markdown(header[2:-2], [line[2:-2] for line in alone], left=2).splitlines()
     assert table_below(ROOT / "docs" / "cost.md", made[0]) == made
 
 
