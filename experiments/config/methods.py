@@ -55,6 +55,12 @@ class Method(_Without, Checked):
     """What is trained; `--method NAME --help` shows its settings. sgd, noise (SGD around weights with noise), ema (SGD
     whose averaged weights are evaluated), nso (noise of both signs), msam (momentum-SAM), sam, asam, grad_l1, hero."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = type(self).method
+        if self.method != wanted:
+            raise ArgumentError(f"`method` must be {wanted!r} in {type(self).__name__}; got {self.method!r}.")
+
     @property
     def name(self) -> Name:
         """That of the method."""
