@@ -87,8 +87,7 @@ class Layout:
         self._is_streamed, self._axes = streamed, (0, 0) if streamed else (None, None, -1)
         # Whether the program takes a batch as (parts, rows of a part).
         self._is_stacked = how.groups > 1 or how.parallel == "pmap"
-        self._sharing = len(self._devices) if how.shard_devices == "all" else how.shard_devices
-        axes, sizes = ((AXIS,), (-1,)) if how.shard_devices == "all" else ((COPIES, AXIS), (-1, self._sharing))
+        axes, sizes = ((AXIS,), (-1,)) if how.shard_devices == "all" else ((COPIES, AXIS), (-1, how.shard_devices))
         # Auto axes; make_mesh makes Explicit ones.
         self._mesh = jax.sharding.Mesh(np.array(self._devices).reshape(sizes), axes)
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
@@ -211,7 +210,7 @@ class Layout:
 
     def _along_largest(self, leaf: jax.Array) -> NamedSharding:
         """Split along the largest axis that the devices that share a copy divide, or a copy on each."""
-        dividing = [axis for axis, size in enumerate(leaf.shape) if size and size % self._sharing == 0]
+        dividing = [axis for axis, size in enumerate(leaf.shape) if size and size % self._mesh.shape[AXIS] == 0]
         if not dividing:
             return self._replicated
         largest = max(dividing, key=lambda axis: leaf.shape[axis])
