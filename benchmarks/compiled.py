@@ -80,16 +80,15 @@ TARGETS = {
 
 
 class Chip(NamedTuple):
-    """Peaks of a chip: bfloat16 in Tflop/s, memory in GiB and in GB/s, all links in one direction in GB/s."""
+    """Peaks of a chip: bfloat16 in Tflop/s, memory and, in one direction, all links in GB/s."""
 
     teraflops: float
-    memory_gib: float
     memory_gb: float
     links_gb: float
 
 
 # By `device_kind`; Google's pages of the two (cloud.google.com/tpu/docs), in November 2026.
-CHIPS = {"TPU v5 lite": Chip(197, 16, 819, 200), "TPU v5": Chip(459, 95, 2765, 600)}
+CHIPS = {"TPU v5 lite": Chip(197, 819, 200), "TPU v5": Chip(459, 2765, 600)}
 # Of the data sets, the number of training images and the shape of one.
 SHAPES = {
     "cifar10": (50_000, 32, 32, 3),
