@@ -152,8 +152,8 @@ def test_shown_agreement_is_that_of_the_records():
 
 def test_shown_programs_are_those_of_the_records():
     """What a step is compiled to for a GPU: kernels, memory, collectives."""
-    header = ["network", "target", "layout", "method", "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients"]
-    header.append("collectives")
+    where = ["network", "target", "layout", "method"]
+    header = [*where, "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients", "collectives"]
     lines = []
     for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
         record = json.loads(path.read_text())
@@ -163,11 +163,11 @@ def test_shown_programs_are_those_of_the_records():
             shown = [
                 cell[name] for name in ("kernels", "x SGD", "copies", "temp", "x SGD's", "gradients", "collectives")
             ]
-            where = (compiled.network(record), record["arguments"]["target"], compiled.layout(record))
-            lines.append([*where, cell["method"], *shown])
+            step = [compiled.network(record), record["arguments"]["target"], compiled.layout(record), cell["method"]]
+            lines.append([*step, *shown])
     alone = [line for line in lines if line[1] == "h100"]
     assert len(alone) > 5
-    made = tables.markdown(header, lines, left=4).splitlines()
+    made = tables.markdown(header, lines, left=len(where)).splitlines()
     assert table_below(ROOT / "results" / "compiled" / "README.md", made[0]) == made
     made = tables.markdown(header[2:-2], [line[2:-2] for line in alone], left=2).splitlines()
     assert table_below(ROOT / "docs" / "cost.md", made[0]) == made

@@ -5,8 +5,12 @@ from __future__ import annotations
 from experiments.analysis import page, sections, tables
 from experiments.analysis.tables import Frame
 
-HEADER = {"gradients": "gradients per step", "ms_per_step": "ms per step", "epochs": "epochs"}
-HEADER |= {"gradients_in_all": "gradients in all"}
+HEADER = {
+    "gradients": "gradients per step",
+    "ms_per_step": "ms per step",
+    "epochs": "epochs",
+    "gradients_in_all": "gradients in all",
+}
 # Those that are the same in all runs of a network, with their formats.
 COUNTS = {"gradients": ".4g", "epochs": ".0f", "gradients_in_all": ",.0f"}
 COUNTED = (

@@ -3,5 +3,15 @@
 from experiments.data.datasets import DATASETS, Dataset, crop_and_flip, epoch_order, load, normalize, subset
 from experiments.data.streams import Pixels, Split, Stream
 
-__all__ = ["DATASETS", "Dataset", "Pixels", "Split", "Stream"]
-__all__ += ["crop_and_flip", "epoch_order", "load", "normalize", "subset"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Pixels",
+    "Split",
+    "Stream",
+    "crop_and_flip",
+    "epoch_order",
+    "load",
+    "normalize",
+    "subset",
+]
