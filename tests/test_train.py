@@ -1,5 +1,6 @@
 """The trainer and its run folders: what is in them, divergence, BatchNorm statistics, reproducibility."""
 
+import dataclasses
 import json
 
 import chex
@@ -103,6 +104,13 @@ def test_presets_name_what_there_is():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         resolve(**options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_refuses_the_name_of_another(method):
+    other = next(name for name in METHODS if name != method)
+    with pytest.raises(ValueError, match=rf"`method` must be '{method}' in \w+; got '{other}'"):
+        dataclasses.replace(resolve(method).method, method=other)
 
 
 @pytest.mark.parametrize(("field", "values"), [("scope", ("global", "leaf")), ("reduction", ("mean", "sum"))])
