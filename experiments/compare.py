@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import cli, data, progress
-from experiments.analysis import plots, sections, tables, tidy
+from experiments.analysis import plots, sections, tables, tidy, verdict
 from experiments.analysis.tables import Frame
 from experiments.config import Budget, Grouped, Labels, Task, TrainConfig, resolve
 from experiments.config.fields import Bits, Count, Whole, number
@@ -90,6 +90,15 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
     )
 
 
+def verdicts(rows: Frame, eigenvalues: Frame, config: CompareConfig) -> list[str]:
+    """Who is ahead in full precision, at the fewest bits and in curvature, and whether by more than chance."""
+    widths = ["full", *map(str, sorted(config.bits)[:1])]
+    metrics = {f"{tidy.width_label(width)}, points": tidy.width_label(width, config.spec) for width in widths}
+    ends = {name: sections.at_end(rows, {metric: ""}) for name, metric in metrics.items()}
+    top = "top eigenvalue"
+    return verdict.verdicts(ends | {top: eigenvalues}, sections.networks(rows), [top])
+
+
 def main(
     config: Annotated[CompareConfig, tyro.conf.arg(name="")],
     out: Path | None = None,
@@ -126,16 +135,18 @@ def main(
     ]
     record = {"config": claims.to_json(config), "environment": environment.current(), "results": results}
     records.write(out / "results.json", record)
-    files.write(out / "table.md", f"{tables.markdown(header, lines)}\n{text}\n")
-    plots.over_bits({config.spec: rows.dropna(subset="bits")}, out / "bits.png")
     eigenvalues = sections.at_end(rows, {"eigenvalue": ""})
     eigenvalues["value"] = eigenvalues["value"].abs()
+    told = "\n".join(verdicts(rows, eigenvalues, config))
+    files.write(out / "table.md", f"{tables.markdown(header, lines)}\n{text}\n\n{told}\n".rstrip("\n") + "\n")
+    plots.over_bits({config.spec: rows.dropna(subset="bits")}, out / "bits.png")
     plots.each_run(eigenvalues, "|top Hessian eigenvalue|", out / "eigenvalues.png", log=True)
     loss = "training loss\n(at the unperturbed weights)"
     curves = {loss: sections.along(rows, "train_loss"), "accuracy, %": sections.along(rows, "accuracy")}
     plots.along_epochs(curves, out / "training.png", log=[loss])
     cli.console.print(tables.terminal(header, lines))
     cli.console.print(text)
+    cli.console.print(told)
     cli.console.print(f"{time.monotonic() - started:.0f} s. Table, plots and runs are in {out}.")
 
 

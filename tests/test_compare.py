@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
+from scipy import stats
 
 from experiments import cli, compare, reproduce
-from experiments.analysis import tables, tidy
+from experiments.analysis import tables, tidy, verdict
 from experiments.compare import CompareConfig
 from experiments.measure import sweep
 from experiments.training import loop
@@ -51,6 +53,54 @@ def test_leaves_a_table_plots_results_and_runs(finished):
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
 
 
+def ends(values):
+    """A frame of the values of each network, one of each seed."""
+    cells = [(name, seed, value) for name, of in values.items() for seed, value in enumerate(of)]
+    return pandas.DataFrame(cells, columns=["network", "seed", "value"])
+
+
+def test_verdict_is_that_of_a_paired_t_test_for_all_pairs():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=8)
+    seen = set()
+    for gain in np.linspace(0.5, 2, 8):
+        values = {"A": base, "B": base + gain + 0.5 * rng.normal(size=8), "C": base - 3}
+        told, _ = verdict.verdicts({"full, points": ends(values)}, list(values))
+        mean, p = np.mean(values["B"] - base), stats.ttest_rel(values["B"], base).pvalue
+        sem = stats.sem(values["B"] - base)
+        kind = "more than chance" if 3 * p < 0.05 else "chance can explain that"
+        assert told == f"full, points: B is {mean:.2f} \u00b1 {sem:.2f} above A ({kind})."
+        seen.add(kind)
+    assert len(seen) == 2
+
+
+def test_verdict_names_the_next_best_and_the_lowest():
+    values = {"A": [3.0, 3.1, 3.2], "B": [1.0, 1.2, 1.1], "C": [1.1, 1.2, 1.3]}
+    told = verdict.verdicts({"top eigenvalue": ends(values)}, list(values), ["top eigenvalue"])
+    assert told == [
+        "top eigenvalue: B is 2 \u00b1 0.058 below A (more than chance) and 0.1 \u00b1 0.058 below C (chance can"
+        " explain that).",
+        "Chance: paired t tests at 5 %, corrected for all 3 pairs of methods.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"A": [1.0], "B": [2.0]}, "x: B is 1.00 above A (one seed says nothing about chance)."),
+        ({"A": [1.0, 1.0], "B": [2.0, 2.0]}, "x: B is 1.00 \u00b1 0.00 above A (more than chance)."),
+        ({"A": [1.0, 2.0], "B": [1.0, 2.0]}, "x: A is 0.00 \u00b1 0.00 above B (chance can explain that)."),
+    ],
+)
+def test_verdict_of_few_runs(values, told):
+    assert verdict.verdicts({"x": ends(values)}, list(values))[0] == told
+
+
+def test_no_verdict_without_a_rival():
+    assert verdict.verdicts({"x": ends({"A": [1.0, 2.0]})}, ["A"]) == []
+    assert verdict.verdicts({"x": ends({"A": [1.0], "B": [math.nan]})}, ["A", "B"]) == []
+
+
 def test_table_shows_the_mean_and_deviation_of_the_results(finished):
     record = json.loads((finished / "results.json").read_text())
     table = (finished / "table.md").read_text()
@@ -60,6 +110,8 @@ def test_table_shows_the_mean_and_deviation_of_the_results(finished):
         assert f"{np.mean(values):.2f} \u00b1 {np.std(values, ddof=1):.2f}" in line
     assert "364 test images" in table
     assert "channel-narrow" in table
+    assert "\n2 bit, points: " in table
+    assert table.endswith("\nChance: paired t tests at 5 %.\n")
 
 
 def test_full_precision_row_is_the_accuracy_of_the_run(finished):
