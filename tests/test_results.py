@@ -4,6 +4,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import pandas
 import pytest
 
 from benchmarks import compiled
@@ -43,7 +44,7 @@ def table_below(path, header):
 @pytest.mark.parametrize(
     ("name", "pages"),
     [
-        ("cifar10-small", ("results/cifar10-small/README.md", "docs/results.md", "README.md")),
+        ("cifar10-small", ("results/cifar10-small/README.md", "docs/results.md")),
         ("digits-reproduce", ("results/digits-reproduce/README.md",)),
         ("digits-cheap", ("results/digits-cheap/README.md",)),
     ],
@@ -99,13 +100,162 @@ def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
     names = list(dict.fromkeys(end["network"]))
     expected = {tuple(line) for line in tables.lines(tables.texts(found, dict.fromkeys(names, 10)), names, rates)}
     header = "| method | 20 % altered | 40 % | 60 % | 80 % |"
-    docs, readme = (
-        {tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in table_below(path, header)[2:]}
-        for path in (ROOT / "docs" / "results.md", ROOT / "README.md")
-    )
-    assert docs == expected
-    # Under other names.
-    assert {row[1:] for row in readme} <= {row[1:] for row in expected}
+    shown = table_below(ROOT / "docs" / "results.md", header)[2:]
+    assert {tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in shown} == expected
+
+
+def test_the_main_job_in_the_docs_is_that_of_its_record():
+    made = (ROOT / "results" / "digits" / "table.md").read_text().splitlines()
+    made = made[: next((i for i, line in enumerate(made) if not line.startswith("|")), len(made))]
+    assert len(made) == 2 + 5
+    assert table_below(ROOT / "docs" / "experiments.md", made[0]) == made
+
+
+def test_costs_in_the_readme_are_those_of_the_record():
+    """Gradients per step and time of each transformation, ResNet20."""
+    rows = json.loads((ROOT / "results" / "step-cost-methods-cpu.json").read_text())["rows"]
+    costs = {row["method"]: (f"{row['floor']:.1f}", f"{row['ratio']:.2f}") for row in rows}
+    header = "| transformation | direction | gradients per step | time, x SGD | take it |"
+    shown = [line.strip("| ").split(" | ") for line in table_below(ROOT / "README.md", header)[2:]]
+    names = ["msam", "sam", "sam suppressed", "nso", "grad_l1", "hero detached"]
+    assert [tuple(line[2:4]) for line in shown] == [costs[name] for name in names]
+
+
+def step_costs(name):
+    """The rows of a record of benchmarks.step_cost by method, and its commit."""
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return {row["method"]: row for row in record["rows"]}, record["environment"]["commit"]
+
+
+def test_step_costs_by_network_are_those_of_the_records():
+    networks = {
+        "ResNet20, batch 64": "step-cost-cpu",
+        "ViT, batch 32": "step-cost-vit-cpu",
+        "MobileNetV2, batch 16": "step-cost-mobilenet-cpu",
+    }
+    found = {title: step_costs(name) for title, name in networks.items()}
+    page = ROOT / "docs" / "cost.md"
+    first, second = (rows for rows, _ in list(found.values())[:2])
+    methods = [name for name in first if name != "sgd" and not name.startswith("torch")]
+    shown = {"sam": "SAM", "asam": "ASAM", "grad_l1": "GRAD L1"}
+    lines = []
+    for name in methods:
+        times = [f"{rows[name]['ratio']:.2f}" if name in rows else "" for rows, _ in found.values()]
+        operations = [f"{rows[name]['flop_ratio']:.2f}" for rows in (first, second)]
+        lines.append([shown.get(name, name.replace("hero", "HERO")), *times, *operations])
+    seconds = [f"{1000 * rows['sgd']['seconds']:.0f} ms" for rows, _ in found.values()]
+    lines.append(["a step of SGD", *seconds, "", ""])
+    made = tables.markdown(["time, x SGD", *networks, "operations, ResNet20", "operations, ViT"], lines).splitlines()
+    assert table_below(page, made[0]) == made
+    for _, commit in found.values():
+        assert commit in page.read_text()
+
+
+def test_costs_of_cheaper_steps_are_those_of_the_record():
+    rows, commit = step_costs("step-cost-methods-cpu")
+    names = {
+        "sgd": "SGD",
+        "msam": "MSAM",
+        "sam quarter": "SAM on a quarter of the batch",
+        "sam": "SAM",
+        "sam suppressed": "SAM with suppression",
+        "nso": "NSO",
+        "hero quarter": "HERO detached on a quarter of the batch",
+        "hero by difference": "HERO detached by differences",
+        "hero detached": "HERO detached",
+    }
+    lines = []
+    for name, title in names.items():
+        row = rows[name]
+        cells = [f"{row['floor']}", f"{row['ratio']:.2f}", f"{row['flop_ratio']:.2f}", f"{row['temporary_mib']:.0f}"]
+        lines.append([title, *cells])
+    page = ROOT / "docs" / "cost.md"
+    header = ["method", "floor, gradients", "time, x SGD", "operations, x SGD", "temporary MiB"]
+    made = tables.markdown(header, lines).splitlines()
+    assert table_below(page, made[0]) == made
+    assert commit in page.read_text()
+
+
+# The rows of docs/which-method.md on digits: the network on clean labels and that on altered ones, each searched there.
+ON_DIGITS = {
+    "SGD": ("SGD", "SGD (weight_decay 0.008)"),
+    "SGD, averaged weights": ("EMA (weight_decay 0.002)", "EMA (weight_decay 0.008)"),
+    "MSAM": ("MSAM (rho 0.15)", "MSAM (rho 0.6)"),
+    "SAM": ("SAM", "SAM (rho 0.2)"),
+    "SAM, suppression": ("SAM (rho 0.05, suppress 0.25)", "SAM (suppress 0.5)"),
+    "ASAM": ("ASAM (rho 2.5)", "ASAM (rho 2.0)"),
+    "ASAM around 3-bit noise": ("ASAM (rho 2.5, noise_bits 3)", "ASAM (rho 2.0, noise_bits 3)"),
+    "NSO": ("NSO (sigma 0.08)", "NSO (sigma 0.08)"),
+    "HERO on a quarter": ("HERO (ascent_batch_size 16)", "HERO (rho 2.0, gamma 10.0, ascent_batch_size 16)"),
+    "GRAD L1": ("GRAD L1", "GRAD L1 (gamma 0.009, learning_rate 0.2)"),
+    "HERO": ("HERO", "HERO (rho 2.0, gamma 10.0)"),
+    "HERO, suppression": ("HERO (suppress 0.5)", "HERO (rho 2.0, gamma 10.0, suppress 0.5)"),
+}
+# On CIFAR-10: the archive, and the network in it.
+ON_CIFAR10 = {
+    "SGD, weight decay 5e-4": ("cifar10-small", "SGD"),
+    "SGD, weight decay 5e-3": ("cifar10-cheap", "SGD"),
+    "MSAM": ("cifar10-cheap", "MSAM"),
+    "SAM": ("cifar10-small", "SAM"),
+    "SAM, suppression": ("cifar10-cheap", "SAM (suppress 0.5)"),
+    "ASAM": ("cifar10-small", "ASAM"),
+    "NSO": ("cifar10-cheap", "NSO"),
+    "HERO on a quarter": ("cifar10-cheap", "HERO (ascent_batch_size 16)"),
+    "GRAD L1": ("cifar10-small", "GRAD L1"),
+    "HERO": ("cifar10-small", "HERO (gamma 50.0)"),
+}
+
+
+def choices(rows, columns):
+    """The table of these rows in Markdown, a line for each network; a column is (metric, rate of altered labels)."""
+    ends = []
+    for title, (metric, rate) in columns.items():
+        ends.append(sections.at_end(rows[rows["noise"] == rate], {metric: title}))
+    labels = ["n", *columns]
+    networks = list(dict.fromkeys(rows["network"]))
+    steps = rows[rows["metric"] == "gradients"].groupby("network")["value"].agg(set)
+    lines = []
+    for name, *cells in tables.lines(tables.means(pandas.concat(ends)), networks, labels):
+        (gradients,) = steps[name]
+        lines.append([name, f"{gradients:g}", *cells])
+    return tables.markdown(["method", "gradients", *labels], lines).splitlines()
+
+
+def test_shown_choices_on_digits_are_those_of_the_records(tmp_path):
+    rows = archived("digits-cheap", tmp_path)
+    found = []
+    for name, (clean, altered) in ON_DIGITS.items():
+        here = rows[
+            ((rows["noise"] == 0) & (rows["network"] == clean)) | ((rows["noise"] > 0) & (rows["network"] == altered))
+        ]
+        found.append(here.assign(network=name))
+    columns = {
+        "clean labels": ("accuracy", 0),
+        "2 bit": ("2 bit, channel-narrow", 0),
+        "40 % altered": ("accuracy", 0.4),
+        "chosen epoch": ("at_best_validation", 0.4),
+        "80 % altered": ("accuracy", 0.8),
+    }
+    made = choices(pandas.concat(found), columns)
+    assert len(made) == 2 + len(ON_DIGITS)
+    assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
+
+
+def test_shown_choices_on_cifar10_are_those_of_the_records(tmp_path):
+    archives = {name: archived(name, tmp_path / name) for name in ("cifar10-small", "cifar10-cheap")}
+    found = []
+    for name, (archive, network) in ON_CIFAR10.items():
+        rows = archives[archive]
+        found.append(rows[rows["network"] == network].assign(network=name))
+    columns = {
+        "clean": ("accuracy", 0),
+        "40 % altered": ("accuracy", 0.4),
+        "chosen epoch": ("at_best_validation", 0.4),
+        "80 %": ("accuracy", 0.8),
+    }
+    made = choices(pandas.concat(found), columns)
+    assert len(made) == 2 + len(ON_CIFAR10)
+    assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
 
 
 def exported():
@@ -171,6 +321,26 @@ def test_shown_programs_are_those_of_the_records():
     assert table_below(ROOT / "results" / "compiled" / "README.md", made[0]) == made
     made = tables.markdown(header[2:-2], [line[2:-2] for line in alone], left=2).splitlines()
     assert table_below(ROOT / "docs" / "cost.md", made[0]) == made
+
+
+def test_shown_scale_is_that_of_the_records():
+    """What a step takes of each of many chips: memory, the floors of its time, what is sent."""
+    where = ["network", "chips", "layout", "method"]
+    header = [*where, "GiB", "arithmetic ms", "memory ms", "links ms", "sent MiB", "gradients"]
+    lines = []
+    for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            if row.get("floors_ms") is None:  # of a GPU, or an older record
+                continue
+            used = (row["argument_mib"] + row["temporary_mib"]) / 1024
+            sent = sum(kind["bytes"] for kind in row["collectives"].values()) / 2**20
+            step = [compiled.network(record), record["arguments"]["target"], compiled.layout(record), row["method"]]
+            floors = [f"{row['floors_ms'][name]:.1f}" for name in ("arithmetic", "memory", "links")]
+            lines.append([*step, f"{used:.2f}", *floors, f"{sent:.0f}", f"{row['gradients']:.2f}"])
+    assert {line[3] for line in lines} == {"sgd", "sam", "hero"}
+    made = tables.markdown(header, lines, left=len(where)).splitlines()
+    assert table_below(ROOT / "docs" / "scale.md", made[0]) == made
 
 
 def test_the_network_of_the_guide_is_that_of_its_record():
