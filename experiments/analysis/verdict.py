@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from scipy import stats
-
 from experiments.analysis import tables
 from experiments.analysis.tables import Frame
 
@@ -43,11 +41,13 @@ def verdicts(ends: Mapping[str, Frame], networks: Sequence[str], lowest: Collect
 
 def _difference(rows: Frame, title: str, networks: tuple[str, str], pairs: int) -> str:
     """How far the first of two networks is above the second, or below it, and whether that is more than chance."""
+    from scipy import special  # which takes a quarter of a second of every command's help
+
     found = tables.differences(rows[rows["network"].isin(networks)].assign(label=title), networks[1])
     ((_, mean, error, n),) = found.itertuples()
     side = f"{'above' if mean >= 0 else 'below'} {networks[1]}"
     amount = tables.cell(abs(mean), error, tables.FORMATS.get(title, tables.FIXED))
     if n < 2:
         return f"{amount} {side} (one seed says nothing about chance)"
-    p = 2 * stats.t.sf(abs(mean) / error, n - 1) * pairs if error else float(mean == 0)
+    p = 2 * special.stdtr(n - 1, -abs(mean) / error) * pairs if error else float(mean == 0)
     return f"{amount} {side} ({'more than chance' if p < LEVEL else 'chance can explain that'})"
