@@ -88,11 +88,12 @@ def test_floors():
 def test_steps_for_eight_gpus():
     """Kernels, memory and collectives of HERO beside SGD, whose gradient is reduced at once."""
     arguments = compiled.Arguments(
-        target="h100x8", dataset="fashion_mnist", model="mlp", batch_size=64, methods=("hero",), parallel="shard_map"
+        target="h100x8", dataset="fashion_mnist", model="mlp", batch_size=4096, methods=("hero",), parallel="shard_map"
     )
     sgd, hero = compiled.measure(arguments, compiled.devices_of("h100x8"))
     assert sgd["kernels"] < hero["kernels"] <= 3.5 * sgd["kernels"]
-    assert hero["temporary_mib"] <= 2.5 * sgd["temporary_mib"]
+    # With a batch beside which the 4 MiB that cuBLAS may ask for (jax 0.12) do not count.
+    assert hero["temporary_mib"] <= 1.7 * sgd["temporary_mib"]
     # The loss goes with the gradient.
     assert {name: of_kind["count"] for name, of_kind in sgd["collectives"].items()} == {"all-reduce": 1}
     assert {name: of_kind["count"] for name, of_kind in hero["collectives"].items()} == {"all-reduce": 3}
