@@ -150,7 +150,8 @@ def no_masked_nodes(argument: str, tree: PyTree) -> None:
             raise ArgumentError(
                 f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at"
                 f" {_path('params', path)} it is masked."
-                " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition."
+                " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition; of frozen"
+                " leaves, a `perturb_mask` too, and zero updates after it."
             )
 
 

@@ -177,14 +177,20 @@ def msam_eval_params(state: OptState, params: PyTree) -> PyTree:
 
     Source: see `msam`; the convention is that of `optax.contrib.schedule_free_eval_params`.
     """
-    inside = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+    inside = _states(state)
     if len(inside) != 1:
         raise ArgumentError(
-            f"`msam_eval_params(state=...)` must have one MsamState in it; got {len(inside)} in {errors.brief(state)}."
+            f"`msam_eval_params(state=...)` must have one MsamState in it; got {len(inside)} in {errors.brief(state)}"
+            + (": the state comes first, then the parameters." if _states(params) else ".")
         )
     _check.matching_tree("state.weights", inside[0].weights, params)
     # A copy, since a step may overwrite the state.
     return jax.tree.map(jnp.copy, inside[0].weights)
+
+
+def _states(tree: PyTree) -> list[MsamState]:
+    """Those in a tree."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
 
 
 def _is_state(x: Any) -> bool:

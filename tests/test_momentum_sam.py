@@ -552,5 +552,7 @@ def test_eval_params_needs_one_state():
     for state, found in ((optax.adam(0.1).init(params), "0 in a tuple"), (two, "2 in a PartitionState")):
         with pytest.raises(hero_jax.ArgumentError, match=rf"\(state=...\)` must have one MsamState .*; got {found}.$"):
             hero_jax.msam_eval_params(state, params)
+    with pytest.raises(hero_jax.ArgumentError, match=r"got 0 in a dict: the state comes first, then the parameters.$"):
+        hero_jax.msam_eval_params(params, tx.init(params))
     with pytest.raises(hero_jax.ArgumentError, match=r"^`state.weights` must have the shapes of `params`; at params\["):
         hero_jax.msam_eval_params(tx.init(params), params | {"bias": jnp.ones(3)})
