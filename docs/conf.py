@@ -51,45 +51,68 @@ napoleon_attr_annotations = False
 default_role = "code"
 
 
+def is_private(module: str) -> bool:
+    """Whether a part of its name begins with an underscore."""
+    return any(part.startswith("_") for part in module.split("."))
+
+
 def public_modules() -> list[str]:
-    """The modules of hero_jax that are public, the packages before what is in them."""
+    """The modules of hero_jax that are public, in the order of its docstring."""
     root = str(Path(hero_jax.__file__).parent)
     found = [module.name for module in pkgutil.walk_packages([root], "hero_jax.")]
-    return [name for name in found if not any(part.startswith("_") for part in name.split("."))]
+    public = [name for name in found if not is_private(name)]
+    listed = inspect.getdoc(hero_jax) or ""
+    return sorted(public, key=lambda name: (listed.index(".".join(name.split(".")[:2]) + " "), name))
 
 
 def write_api() -> None:
-    """A page for each public module: its docstring, and every name in its `__all__` that is its own."""
-    pages = []
+    """A page for each public module, and one that lists all public names."""
+    pages, lines, written = [], [], set()
     for name in public_modules():
-        module = importlib.import_module(name)
-        blocks, plain = [], []
-        for each in module.__all__:
-            found = getattr(module, each)
-            if inspect.ismodule(found):
-                continue
-            if not (inspect.isclass(found) or inspect.isfunction(found)):
-                plain.append(f"* `{each}` = `{found!r}`" if len(repr(found)) < 100 else f"* `{each}`")
-            elif found.__module__ == name:
-                line = inspect.getsourcelines(found)[1]
-                blocks.append((line, _block(name, each, found)))
-        if not blocks:
-            continue
-        text = inspect.getdoc(module) or ""
-        summary, _, rest = text.partition("\n\n")
-        heading = f"# {name}\n\n{' '.join(summary.split())}"
-        parts = [heading, f"```text\n{rest}\n```" if rest else "", "\n".join(plain)]
-        parts += [block for _, block in sorted(blocks)]
-        (MADE["api"] / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-        pages.append(name)
+        text, summary, own = api_page(name)
+        if own:
+            (MADE["api"] / f"{name}.md").write_text(text)
+            pages.append(name)
+            written |= set(own.values())
+            names = ", ".join(f"{{py:obj}}`~{name}.{each}`" for each in own)
+            lines.append(f"| [{name.removeprefix('hero_jax.')}]({name}.md) | {summary.replace('|', '')} | {names} |")
+    modules = [importlib.import_module(name) for name in ("hero_jax", *public_modules())]
+    missing = {found for module in modules for found in code_of(module).values()} - written
+    if missing:
+        raise ValueError(f"public and on no page: {missing}")
     about = "Every public name, by module: its formula, arguments, errors, cost, an example and the source."
-    (MADE["api"] / "index.md").write_text(_index("API reference", about, pages))
+    table = "\n".join(["| module | what it is | names |", "| --- | --- | --- |", *lines])
+    (MADE["api"] / "index.md").write_text(_index("API reference", f"{about}\n\n{table}", pages, hidden=True))
 
 
-def _index(title: str, about: str, pages: list[str]) -> str:
+def api_page(name: str) -> tuple[str, str, dict[str, Any]]:
+    """The page of a module, the first line of its docstring, and the functions and classes that are its own."""
+    module = importlib.import_module(name)
+    code = code_of(module)
+    own = {each: found for each, found in code.items() if found.__module__ == name or is_private(found.__module__)}
+    own = dict(sorted(own.items(), key=lambda item: inspect.getsourcelines(item[1])[1]))
+    summary, _, rest = (inspect.getdoc(module) or "").partition("\n\n")
+    summary = " ".join(summary.split())
+    constants = {each: getattr(module, each) for each in module.__all__ if each not in code}
+    shown = {each: repr(found) for each, found in constants.items() if not inspect.ismodule(found)}
+    values = {each: f" = `{text}`" if len(text) < 100 else "" for each, text in shown.items()}
+    parts = [f"# {name}\n\n{summary}", f"```text\n{rest}\n```" if rest else ""]
+    parts.append("\n".join(f"* `{each}`{value}" for each, value in values.items()))
+    parts += [_block(name, each, found) for each, found in own.items()]
+    return "\n\n".join(part for part in parts if part) + "\n", summary, own
+
+
+def code_of(module: Any) -> dict[str, Any]:
+    """The public functions and classes of a module by name."""
+    public = {each: getattr(module, each) for each in module.__all__}
+    return {each: found for each, found in public.items() if inspect.isclass(found) or inspect.isfunction(found)}
+
+
+def _index(title: str, about: str, pages: list[str], *, hidden: bool = False) -> str:
     """A page that lists pages."""
     listed = "\n".join(pages)
-    return f"# {title}\n\n{about}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
+    option = ":hidden:" if hidden else ":maxdepth: 1"
+    return f"# {title}\n\n{about}\n\n```{{toctree}}\n{option}\n\n{listed}\n```\n"
 
 
 def _block(module: str, name: str, found: object) -> str:
