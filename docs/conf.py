@@ -155,7 +155,7 @@ def linked(text: str, path: Path, page: str) -> str:
 
     def target(match: re.Match[str]) -> str:
         link, anchor = match[1], match[2] or ""
-        if link.startswith("https:") or not link:
+        if re.match(r"[a-z]+:", link) or not link:
             return match[0]
         found = (path.parent / link).resolve()
         place = ROOT / "docs" / pages[found] if found in pages else found
@@ -185,14 +185,16 @@ def docstring(app: Sphinx, what: str, name: str, found: object, options: object,
             made.append(f"::\n\n{block}")
         elif block.startswith(">>>"):
             made.append(block)
-        elif re.match(r"[a-z_]\w*(, \w+)*: ", block):  # fields of a class
+        elif what == "class" and re.match(r"[a-z_]\w*(, \w+)*: ", block):  # its fields
             made.append("Attributes:\n" + textwrap.indent(escaped(block), "  "))
         else:
             made.append(escaped(block))
     lines[:] = "\n\n".join(made).splitlines()
 
 
-def signature(app: Sphinx, what: str, name: str, found: object, options: object, args: str, returned: str) -> Any:
+def signature(
+    app: Sphinx, what: str, name: str, found: object, options: object, args: str, returned: str
+) -> tuple[Any, ...]:
     """Without what Sphinx writes around the name of a type that stands for itself."""
     plain = (part and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", part) for part in (args, returned))
     return tuple(plain)
@@ -209,7 +211,8 @@ def escaped(text: str) -> str:
 
 def setup(app: Sphinx) -> None:
     for folder in MADE.values():
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir()
     write_api()
     write_copies()

@@ -86,12 +86,12 @@ def caption(config: CompareConfig, dataset: data.Dataset) -> str:
         f" accuracy in percent on {tested:,} test images, {spread}. Bits: weights rounded after training,"
         f" grid {config.spec}, kernels only. Top eigenvalue: largest in magnitude of the Hessian"
         f" of the mean training loss on {measured:,} images, to a relative residual of 1e-3 (a star marks rows where"
-        " some run did not reach it)."
+        " some run did not reach it); a low one may only mean that the training images are fitted."
     )
 
 
 def verdicts(rows: Frame, eigenvalues: Frame, config: CompareConfig) -> list[str]:
-    """Who is ahead in full precision, at the fewest bits and in curvature, and whether by more than chance."""
+    """Which method has the best mean in full precision, at the fewest bits and in curvature, and by how much."""
     widths = ["full", *map(str, sorted(config.bits)[:1])]
     metrics = {f"{tidy.width_label(width)}, points": tidy.width_label(width, config.spec) for width in widths}
     ends = {name: sections.at_end(rows, {metric: ""}) for name, metric in metrics.items()}
@@ -146,7 +146,8 @@ def main(
     plots.along_epochs(curves, out / "training.png", log=[loss])
     cli.console.print(tables.terminal(header, lines))
     cli.console.print(text)
-    cli.console.print(told)
+    if told:
+        cli.console.print(told)
     cli.console.print(f"{time.monotonic() - started:.0f} s. Table, plots and runs are in {out}.")
 
 

@@ -73,6 +73,11 @@ def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "para
 
     Names the first path that differs.
     """
+    if type(tree) is tuple and type(params) is not tuple:
+        raise ArgumentError(
+            f"`{argument}` must have the structure of `{than}`; it is a tuple of {len(tree)}: drop the value or the"
+            " auxiliary output."
+        )
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     wanted, params_structure = jax.tree_util.tree_flatten_with_path(params)
     for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
@@ -150,8 +155,8 @@ def no_masked_nodes(argument: str, tree: PyTree) -> None:
             raise ArgumentError(
                 f"`{argument}` must be the whole tree, since `grad_fn` needs all of it; at"
                 f" {_path('params', path)} it is masked."
-                " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition; of frozen"
-                " leaves, a `perturb_mask` too, and zero updates after it."
+                " Give the transformation a `mask` instead of wrapping it in optax.masked or optax.partition. Where"
+                " leaves are frozen, leave them out by `perturb_mask` too, or hand over the trained ones alone."
             )
 
 

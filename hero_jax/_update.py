@@ -333,11 +333,6 @@ def _checked_grad_fn(name: str, argument: str, grad_fn: Any) -> Callable[[PyTree
 
     def checked_grad_fn(params: PyTree) -> PyTree:
         grads = grad_fn(params)
-        if isinstance(grads, tuple) and not isinstance(params, tuple):
-            raise ArgumentError(
-                f"`{argument}(params)` must have the structure of `params`; it is a tuple of {len(grads)}: drop the"
-                " value or the auxiliary output."
-            )
         _check.matching_tree(f"{argument}(params)", grads, params)
         return grads
 

@@ -68,8 +68,8 @@ def test_verdict_is_that_of_a_paired_t_test_for_all_pairs():
         told, _ = verdict.verdicts({"full, points": ends(values)}, list(values))
         mean, p = np.mean(values["B"] - base), stats.ttest_rel(values["B"], base).pvalue
         sem = stats.sem(values["B"] - base)
-        kind = "more than chance" if 3 * p < 0.05 else "chance can explain that"
-        assert told == f"full, points: B is {mean:.2f} \u00b1 {sem:.2f} above A ({kind})."
+        kind = "significant" if 3 * p < 0.05 else "not significant"
+        assert told == f"full, points: B has the highest mean, {mean:.2f} \u00b1 {sem:.2f} above A ({kind})."
         seen.add(kind)
     assert len(seen) == 2
 
@@ -78,22 +78,30 @@ def test_verdict_names_the_next_best_and_the_lowest():
     values = {"A": [3.0, 3.1, 3.2], "B": [1.0, 1.2, 1.1], "C": [1.1, 1.2, 1.3]}
     told = verdict.verdicts({"top eigenvalue": ends(values)}, list(values), ["top eigenvalue"])
     assert told == [
-        "top eigenvalue: B is 2 \u00b1 0.058 below A (more than chance) and 0.1 \u00b1 0.058 below C (chance can"
-        " explain that).",
-        "Chance: paired t tests at 5 %, corrected for all 3 pairs of methods.",
+        "top eigenvalue: B has the lowest mean, 2 \u00b1 0.058 below A (significant) and 0.1 \u00b1 0.058 below C (not"
+        " significant).",
+        "Significant: paired t tests at 5 % for each line, corrected for all 3 pairs of methods.",
     ]
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"A": [1.0], "B": [2.0]}, "x: B is 1.00 above A (one seed says nothing about chance)."),
-        ({"A": [1.0, 1.0], "B": [2.0, 2.0]}, "x: B is 1.00 \u00b1 0.00 above A (more than chance)."),
-        ({"A": [1.0, 2.0], "B": [1.0, 2.0]}, "x: A is 0.00 \u00b1 0.00 above B (chance can explain that)."),
+        ({"A": [1.0], "B": [2.0]}, "1.00 above A (one seed, not tested)"),
+        ({"A": [97.8, 98.08], "B": [98.08, 98.36]}, "0.28 \u00b1 0.00 above A (the same in every seed, not tested)"),
+        ({"A": [1.0, 2.0], "B": [1.0, 2.0]}, "0.00 \u00b1 0.00 from B (the same in every seed, not tested)"),
     ],
 )
 def test_verdict_of_few_runs(values, told):
-    assert verdict.verdicts({"x": ends(values)}, list(values))[0] == told
+    assert verdict.verdicts({"x": ends(values)}, list(values))[0].partition(" mean, ")[2] == f"{told}."
+
+
+def test_verdict_is_over_the_seeds_that_both_have():
+    rows = ends({"A": [1.0, 2.0, 3.0], "B": [9.0, 2.5, 2.9]})
+    (told, _) = verdict.verdicts({"x": rows[(rows["network"] == "A") | (rows["seed"] > 0)]}, ["A", "B"])
+    assert told == "x: B has the highest mean, 0.20 \u00b1 0.30 above A (not significant)."
+    apart = rows[(rows["network"] == "A") == (rows["seed"] == 0)]
+    assert verdict.verdicts({"x": apart}, ["A", "B"])[0].endswith("not to be compared with A (no common seed).")
 
 
 def test_no_verdict_without_a_rival():
@@ -111,7 +119,7 @@ def test_table_shows_the_mean_and_deviation_of_the_results(finished):
     assert "364 test images" in table
     assert "channel-narrow" in table
     assert "\n2 bit, points: " in table
-    assert table.endswith("\nChance: paired t tests at 5 %.\n")
+    assert table.endswith("\nSignificant: paired t tests at 5 % for each line.\n")
 
 
 def test_full_precision_row_is_the_accuracy_of_the_run(finished):

@@ -248,10 +248,10 @@ def test_shown_choices_on_cifar10_are_those_of_the_records(tmp_path):
         rows = archives[archive]
         found.append(rows[rows["network"] == network].assign(network=name))
     columns = {
-        "clean": ("accuracy", 0),
+        "clean labels": ("accuracy", 0),
         "40 % altered": ("accuracy", 0.4),
         "chosen epoch": ("at_best_validation", 0.4),
-        "80 %": ("accuracy", 0.8),
+        "80 % altered": ("accuracy", 0.8),
     }
     made = choices(pandas.concat(found), columns)
     assert len(made) == 2 + len(ON_CIFAR10)
