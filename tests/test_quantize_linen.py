@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import hero_jax
 from hero_jax.quantize import QuantSpec, dequantize, fake_quantize, linen, quantize, rounding
 
 
@@ -208,6 +209,12 @@ class TestBiasCorrection:
         )
         assert jnp.abs(before).max() > 0.01
         np.testing.assert_allclose(after, 0, atol=1e-6)
+
+    def test_takes_parameters_and_not_variables(self):
+        variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+        correct = linen.bias_correction(nn.Dense(2).apply, variables, [jnp.ones((1, 3))])
+        with pytest.raises(hero_jax.ArgumentError, match=r"`quantized` must have the leaves .*; it lacks kernel\.$"):
+            correct(variables)
 
     def test_nothing_to_correct(self):
         class Bare(nn.Module):

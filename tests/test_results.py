@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import compiled
 from experiments.analysis import deployment, page, sections, summary, tables, tidy
+from experiments.config import presets
 from experiments.measure.deployment import ExportRecord
 from experiments.storage import records
 
@@ -174,6 +175,21 @@ def test_costs_of_cheaper_steps_are_those_of_the_record():
     made = tables.markdown(header, lines).splitlines()
     assert table_below(page, made[0]) == made
     assert commit in page.read_text()
+
+
+def test_values_to_begin_with_are_those_of_the_presets():
+    columns = {
+        "SAM rho": ("sam", "rho"),
+        "ASAM rho": ("asam", "rho"),
+        "GRAD L1 gamma": ("grad_l1", "gamma"),
+        "HERO rho": ("hero", "rho"),
+        "HERO gamma": ("hero", "gamma"),
+    }
+    lines = []
+    for name in presets.DATASETS:
+        lines.append([name, *(f"{presets.settings(name, method)[key]:g}" for method, key in columns.values())])
+    made = tables.markdown(["data set", *columns], lines).splitlines()
+    assert table_below(ROOT / "docs" / "training.md", made[0]) == made
 
 
 # The rows of docs/which-method.md on digits: the network on clean labels and that on altered ones, each searched there.

@@ -406,6 +406,8 @@ def bias_correction(
                 "`bias_correction(pairs=...)` must name a BatchNorm: no Conv or Dense has its own bias."
             )
         new, stats = _flat(quantized), _flat(variables.get("batch_stats", {}))
+        if missing := [key for key in kernels.values() if key not in new]:
+            raise ArgumentError(f"`quantized` must have the leaves of `variables['params']`; it lacks {missing[0]}.")
         change = {key: _tree.wide(new[key]) - _tree.wide(params[key]) for key in kernels.values()}
         shifts = _mean_over(batches, functools.partial(measure, variables, change))
         for path, shift in shifts.items():
