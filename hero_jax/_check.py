@@ -82,8 +82,9 @@ def matching_tree(argument: str, tree: PyTree, params: PyTree, than: str = "para
     wanted, params_structure = jax.tree_util.tree_flatten_with_path(params)
     for (path, leaf), (params_path, params_leaf) in zip(found, wanted, strict=False):
         if path != params_path:
+            has = f"has {_path(than, path)}" if path else "is one array"
             raise ArgumentError(
-                f"`{argument}` must have the structure of `{than}`; it has {_path(than, path)} where `{than}` has"
+                f"`{argument}` must have the structure of `{than}`; it {has} where `{than}` has"
                 f" {_path(than, params_path)}."
             )
         if jnp.shape(leaf) != jnp.shape(params_leaf):

@@ -892,6 +892,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=told):
             tx.update(grad_fn(params), tx.init(params), params, grad_fn=lambda p: (grad_fn(p), {"accuracy": 1.0}))
 
+    def test_grad_fn_that_is_the_loss(self, case):
+        params, grad_fn = case
+        tx = hero_jax.hero(0.1, 1.0)
+        with pytest.raises(
+            ValueError, match=r"`grad_fn\(params\)` must have .*; it is one array where `params` has params"
+        ):
+            tx.update(grad_fn(params), tx.init(params), params, grad_fn=lambda p: jnp.sum(p["w"]))
+
     def test_integer_parameters(self):
         tx = hero_jax.hero(0.1, 1.0)
         params = {"w": jnp.ones((2, 3)), "n": jnp.arange(3)}
