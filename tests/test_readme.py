@@ -58,6 +58,12 @@ def test_commands_are_all_found():
     assert {module for module, _ in COMMANDS} == set(MAINS)
 
 
+def test_no_line_is_a_comment():
+    """The site leaves out a line that begins with a percent sign."""
+    for path, text in PAGES.items():
+        assert not re.search(r"^\s*%", text, re.MULTILINE), path
+
+
 def test_links_lead_somewhere():
     for path, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#]+)\)", text):
