@@ -274,6 +274,22 @@ def test_shown_choices_on_cifar10_are_those_of_the_records(tmp_path):
     assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
 
 
+def test_shown_pilots_are_those_of_the_records():
+    """Every second evaluation of each run."""
+    lines = []
+    for folder in sorted((ROOT / "results" / "cifar10-protocol2").glob("pilot-*")):
+        config = json.loads((folder / "config.json").read_text())
+        assert json.loads((folder / "status.json").read_text())["status"] == "done"
+        for line in (folder / "metrics.jsonl").read_text().splitlines()[1::2]:
+            found = json.loads(line)
+            shares = [f"{100 * found[name]:.1f}" for name in ("accuracy", "memorized")]
+            run = [f"{config['train_size']:,}", str(config["epochs"]), str(found["epoch"])]
+            lines.append([*run, f"{found['train_loss']:.3f}", *shares])
+    header = ["images", "epochs", "epoch", "training loss", "accuracy", "wrong labels learned"]
+    made = tables.markdown(header, lines, left=3).splitlines()
+    assert table_below(ROOT / "results" / "cifar10-protocol2" / "README.md", made[0]) == made
+
+
 def exported():
     """The records of results/deployment: digits first, then by network, weights and layers."""
     found = [records.read(path, ExportRecord) for path in sorted((ROOT / "results" / "deployment").glob("*.json"))]
