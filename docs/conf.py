@@ -4,6 +4,7 @@ The first page is the README. Pages of the API are made from the docstrings; tho
 how to contribute are the files of the repository. What is made lies in docs/api, docs/records and docs/project.
 """
 
+import functools
 import importlib
 import inspect
 import os
@@ -128,6 +129,7 @@ def _block(module: str, name: str, found: object) -> str:
     return f"```{{eval-rst}}\n.. autoclass:: {module}.{name}{option}\n```"
 
 
+@functools.cache
 def records() -> dict[Path, str]:
     """The pages of results by their path, and their place in the site."""
     results = ROOT / "results"
@@ -136,10 +138,15 @@ def records() -> dict[Path, str]:
     return {path: f"records/{name}.md" for path, name in found.items()}
 
 
+@functools.cache
+def copies() -> dict[Path, str]:
+    """The files that are pages of the site as they are, and their place in it."""
+    return records() | {ROOT / name: page for name, page in PROJECT.items()}
+
+
 def write_copies() -> None:
     """The pages of results and of the project."""
-    copies = records() | {ROOT / name: page for name, page in PROJECT.items()}
-    for path, page in copies.items():
+    for path, page in copies().items():
         text = path.read_text()
         heading = "" if text.startswith("# ") else f"# {Path(page).stem}\n\n"
         (ROOT / "docs" / page).write_text(heading + linked(text, path, page))
@@ -150,7 +157,7 @@ def write_copies() -> None:
 
 def linked(text: str, path: Path, page: str) -> str:
     """The text of a file of the repository as that of a page: what it links to is on the site wherever it is there."""
-    pages = records() | {ROOT / name: place for name, place in PROJECT.items()} | {ROOT / "README.md": "index.md"}
+    pages = copies() | {ROOT / "README.md": "index.md"}
     pages |= {path.parent: place for path, place in records().items() if path.parent.name != "results"}
 
     def target(match: re.Match[str]) -> str:

@@ -112,20 +112,20 @@ def test_the_main_job_in_the_docs_is_that_of_its_record():
     assert table_below(ROOT / "docs" / "experiments.md", made[0]) == made
 
 
-def test_costs_in_the_readme_are_those_of_the_record():
-    """Gradients per step and time of each transformation, ResNet20."""
-    rows = json.loads((ROOT / "results" / "step-cost-methods-cpu.json").read_text())["rows"]
-    costs = {row["method"]: (f"{row['floor']:.1f}", f"{row['ratio']:.2f}") for row in rows}
-    header = "| transformation | direction | gradients per step | time, x SGD | take it |"
-    shown = [line.strip("| ").split(" | ") for line in table_below(ROOT / "README.md", header)[2:]]
-    names = ["msam", "sam", "sam suppressed", "nso", "grad_l1", "hero detached"]
-    assert [tuple(line[2:4]) for line in shown] == [costs[name] for name in names]
-
-
 def step_costs(name):
     """The rows of a record of benchmarks.step_cost by method, and its commit."""
     record = json.loads((ROOT / "results" / f"{name}.json").read_text())
     return {row["method"]: row for row in record["rows"]}, record["environment"]["commit"]
+
+
+def test_costs_in_the_readme_are_those_of_the_record():
+    """Gradients per step and time of each transformation, ResNet20."""
+    rows, _ = step_costs("step-cost-methods-cpu")
+    costs = {name: (f"{row['floor']:.1f}", f"{row['ratio']:.2f}") for name, row in rows.items()}
+    header = "| transformation | direction | gradients per step | time, x SGD | take it |"
+    shown = [line.strip("| ").split(" | ") for line in table_below(ROOT / "README.md", header)[2:]]
+    names = ["msam", "sam", "sam suppressed", "nso", "grad_l1", "hero detached"]
+    assert [tuple(line[2:4]) for line in shown] == [costs[name] for name in names]
 
 
 def test_step_costs_by_network_are_those_of_the_records():
@@ -220,6 +220,12 @@ ON_CIFAR10 = {
     "GRAD L1": ("cifar10-small", "GRAD L1"),
     "HERO": ("cifar10-small", "HERO (gamma 50.0)"),
 }
+# Their columns with altered labels: (metric, rate).
+WITH_ALTERED_LABELS = {
+    "40 % altered": ("accuracy", 0.4),
+    "chosen epoch": ("at_best_validation", 0.4),
+    "80 % altered": ("accuracy", 0.8),
+}
 
 
 def choices(rows, columns):
@@ -245,14 +251,8 @@ def test_shown_choices_on_digits_are_those_of_the_records(tmp_path):
             ((rows["noise"] == 0) & (rows["network"] == clean)) | ((rows["noise"] > 0) & (rows["network"] == altered))
         ]
         found.append(here.assign(network=name))
-    columns = {
-        "clean labels": ("accuracy", 0),
-        "2 bit": ("2 bit, channel-narrow", 0),
-        "40 % altered": ("accuracy", 0.4),
-        "chosen epoch": ("at_best_validation", 0.4),
-        "80 % altered": ("accuracy", 0.8),
-    }
-    made = choices(pandas.concat(found), columns)
+    clean = {"clean labels": ("accuracy", 0), "2 bit": ("2 bit, channel-narrow", 0)}
+    made = choices(pandas.concat(found), clean | WITH_ALTERED_LABELS)
     assert len(made) == 2 + len(ON_DIGITS)
     assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
 
@@ -263,13 +263,7 @@ def test_shown_choices_on_cifar10_are_those_of_the_records(tmp_path):
     for name, (archive, network) in ON_CIFAR10.items():
         rows = archives[archive]
         found.append(rows[rows["network"] == network].assign(network=name))
-    columns = {
-        "clean labels": ("accuracy", 0),
-        "40 % altered": ("accuracy", 0.4),
-        "chosen epoch": ("at_best_validation", 0.4),
-        "80 % altered": ("accuracy", 0.8),
-    }
-    made = choices(pandas.concat(found), columns)
+    made = choices(pandas.concat(found), {"clean labels": ("accuracy", 0)} | WITH_ALTERED_LABELS)
     assert len(made) == 2 + len(ON_CIFAR10)
     assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
 
@@ -332,13 +326,18 @@ def test_shown_agreement_is_that_of_the_records():
     assert table_below(ROOT / "results" / "deployment" / "README.md", made[0]) == made
 
 
+def programs():
+    """The records of results/compiled by name."""
+    paths = sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem)
+    return [json.loads(path.read_text()) for path in paths]
+
+
 def test_shown_programs_are_those_of_the_records():
     """What a step is compiled to for a GPU: kernels, memory, collectives."""
     where = ["network", "target", "layout", "method"]
     header = [*where, "kernels", "x SGD", "copies", "MiB", "x SGD", "gradients", "collectives"]
     lines = []
-    for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
-        record = json.loads(path.read_text())
+    for record in programs():
         names, cells = compiled.cells(record["rows"])
         for line in cells:
             cell = dict(zip(names, line, strict=True))
@@ -360,8 +359,7 @@ def test_shown_scale_is_that_of_the_records():
     where = ["network", "chips", "layout", "method"]
     header = [*where, "GiB", "arithmetic ms", "memory ms", "links ms", "sent MiB", "gradients"]
     lines = []
-    for path in sorted((ROOT / "results" / "compiled").glob("*.json"), key=lambda path: path.stem):
-        record = json.loads(path.read_text())
+    for record in programs():
         for row in record["rows"]:
             if row.get("floors_ms") is None:  # of a GPU, or an older record
                 continue
