@@ -50,9 +50,10 @@ def test_every_method_learns_digits(digits, method):
 
 # What a method takes and leaves out unless it is given.
 OPTIONAL = {
-    "nso": {"noise_bits"},
-    "sam": {"noise_bits", "ascent_decay", "ascent_batch_size"},
-    "grad_l1": {"noise_bits", "penalty_batch_size"},
+    "noise": {"ema_decay"},
+    "nso": {"noise_bits", "ema_decay"},
+    "sam": {"noise_bits", "ema_decay", "ascent_decay", "ascent_batch_size"},
+    "grad_l1": {"noise_bits", "ema_decay", "penalty_batch_size"},
 }
 OPTIONAL["asam"] = OPTIONAL["sam"]
 OPTIONAL["hero"] = OPTIONAL["sam"] | OPTIONAL["grad_l1"]
@@ -150,8 +151,9 @@ def test_noise_moves_the_point_of_every_pass_and_not_the_weights(digits, method,
     assert not np.allclose(draws[0]["dense1"]["kernel"], draws[1]["dense1"]["kernel"])
 
 
-def test_ema_evaluates_and_saves_the_average_of_the_steps(digits, tmp_path):
-    config = short(method="ema", epochs=2, ema_decay=0.6)
+@pytest.mark.parametrize("method", ["ema", "sam"])
+def test_ema_evaluates_and_saves_the_average_of_the_steps(method, digits, tmp_path):
+    config = short(method=method, epochs=2, ema_decay=0.6)
     trainer = compiled.build(config, digits)
     state = trainer.init(0)
     average = runs.snapshot(state.params)
@@ -229,8 +231,9 @@ def test_gamma_is_off_for_the_warmup_epochs_and_the_perturbation_is_not(digits):
     assert all(row["perturbation_norm"] > 0 for row in rows)
 
 
-def test_learning_rate_falls_by_epochs_to_zero():
-    config = short(method="sgd", epochs=4, learning_rate=0.2, weight_decay=0.0)
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_learning_rate_falls_by_epochs_to_its_floor(floor):
+    config = short(method="sgd", epochs=4, learning_rate=0.2, learning_rate_floor=floor, weight_decay=0.0)
     tx = methods.optimizer(config, steps_per_epoch=5)
     state, params, rates = tx.init(jnp.ones(1)), jnp.ones(1), []
     trace = 0.0
@@ -238,7 +241,7 @@ def test_learning_rate_falls_by_epochs_to_zero():
         updates, state = tx.update(jnp.ones(1), state, params)
         trace = 0.9 * trace + 1
         rates.append(-float(updates[0]) / trace)
-    expected = np.repeat(0.2 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2, 5)
+    expected = np.repeat(0.2 * (floor + (1 - floor) * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2), 5)
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 

@@ -122,7 +122,7 @@ class Budget(Checked):
     """How long it is learned."""
 
     epochs: Count
-    """Passes over the training images; the learning rate falls to 0 by a cosine, once per epoch."""
+    """Passes over the training images; the learning rate falls by a cosine, once per epoch."""
     batch_size: Count
     """Images per step. The last, smaller batch of an epoch is left out."""
 
@@ -135,6 +135,8 @@ class Optimizer(Checked):
     """Peak learning rate."""
     weight_decay: NonNegative
     """Coupled weight decay on all parameters, taken at the unperturbed weights."""
+    learning_rate_floor: Fraction = 0.0
+    """Share of the peak that the cosine falls to."""
 
 
 @dataclasses.dataclass(frozen=True)

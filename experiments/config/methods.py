@@ -76,7 +76,13 @@ class Sgd(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightNoise(Method):
+class _Averaged(Method):
+    ema_decay: Fraction | Literal["none"] = "none"
+    """Evaluate and save the exponential average of weights and statistics with this decay per step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightNoise(_Averaged):
     """SGD whose gradient is that at weights with noise."""
 
     label: ClassVar[str] = "Weight noise"
@@ -96,7 +102,7 @@ class Ema(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Nso(Method):
+class Nso(_Averaged):
     """The mean of the gradients at weights with noise of both signs."""
 
     label: ClassVar[str] = "NSO"
@@ -127,7 +133,7 @@ class _Ascent(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Noisy(Method):
+class _Noisy(_Averaged):
     noise_bits: Bits | Literal["none"] = "none"
     """Take every pass of a step around weights with uniform noise, as wide as a bin of the grid channel-narrow of this
     number of bits."""

@@ -3,7 +3,7 @@
 SGD, SAM, ASAM, GRAD L1, HERO, NSO    direction -> + weight decay -> SGD with momentum   (hero_jax's transformations)
 MSAM                     the wrapper around weight decay and SGD; its weights without e are evaluated       (`on_host`)
 Weight noise             SGD whose gradient is that at w + u; a new u in every step                       (`noise`)
-EMA                      SGD; the average of its weights is evaluated                                      (`averaged`)
+EMA                      SGD; the average of its weights is evaluated, as of other methods where asked      (`averaged`)
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ PLAIN = Sgd | WeightNoise | Ema | Msam
 
 
 def optimizer(config: TrainConfig, steps_per_epoch: int, axis_name: str | None = None) -> Transformation:
-    """`direction -> + weight decay -> SGD with momentum 0.9`, cosine to 0 in steps of one epoch.
+    """`direction -> + weight decay -> SGD with momentum 0.9`, the learning rate falling in steps of one epoch.
+
+        rate of an epoch = peak * (floor + (1 - floor) * (1 + cos(pi epoch / epochs)) / 2),   epoch = 0, 1, ...
 
     `axis_name` is the mapped axis that the batch is split over, as in `hero_jax.hero`: what follows the direction is
     the same on every device. With `sync` perturbations are those of the whole batch.
     """
-    cosine = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.budget.epochs)
+    rate = config.optimizer
+    cosine = optax.cosine_decay_schedule(rate.learning_rate, config.budget.epochs, alpha=rate.learning_rate_floor)
     base = (
-        optax.add_decayed_weights(config.optimizer.weight_decay),
+        optax.add_decayed_weights(rate.weight_decay),
         optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9),
     )
     if isinstance(config.method, Msam):
@@ -143,7 +146,7 @@ def noise(config: TrainConfig, key: jax.Array, params: PyTree) -> PyTree | None:
 
 
 def averaged(config: TrainConfig, before: PyTree, variables: PyTree, step: jax.Array) -> PyTree:
-    """Of EMA the exponential average of weights and statistics after a step, counted from 0; of other methods {}.
+    """The exponential average of weights and statistics after a step, counted from 0; {} without `ema_decay`.
 
         average = beta average + (1 - beta) variables,   beta = min(ema_decay, (1 + step) / (10 + step))
 
