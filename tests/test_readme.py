@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiled, curvature, precision, step_cost, throughput
+from benchmarks import compiled, curvature, language_model, precision, step_cost, throughput
 from benchmarks import quantize as sweep
 from experiments import cli, compare, export, hessian, landscape, prepare, quantize, report, reproduce, search, train
 
@@ -27,6 +27,7 @@ MAINS = {
     "experiments.search": search.main,
     "benchmarks.compiled": compiled.main,
     "benchmarks.curvature": curvature.main,
+    "benchmarks.language_model": language_model.main,
     "benchmarks.precision": precision.main,
     "benchmarks.quantize": sweep.main,
     "benchmarks.step_cost": step_cost.main,
