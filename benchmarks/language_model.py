@@ -8,8 +8,8 @@ Python's standard library, by each of
     sam      SAM before AdamW
     hero     HERO before AdamW
 
-Settings are searched per method, as many trials each, by the loss on modules that are held out, in full precision. The
-best are trained with several seeds. Their loss on other modules is measured in full precision and with the kernels at
+Settings are searched per method, as many trials each, by the loss on modules that are held out, in full precision; the
+weight decay that AdamW takes is that of the others too. The best are trained with several seeds. Their loss on other modules is measured in full precision and with the kernels at
 few bits, rounded to nearest and so that the outputs of each layer change least.
 
 Every run is in the record as soon as it ends, and the same command goes on from there.
@@ -54,7 +54,7 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "hero": {"rho": (0.03, 0.1), "gamma": (1.0, 10.0, 100.0)},
 }
 # What is not tried. The perturbation of HERO is SAM's here, so that the two differ by the penalty alone.
-FIXED: Settings = {"learning_rate": 4e-3, "weight_decay": 1e-3}
+FIXED: Settings = {"learning_rate": 4e-3}
 SEARCH_SEED = 100
 
 
@@ -63,7 +63,7 @@ class Arguments:
     """What to train."""
 
     methods: tuple[str, ...] = tuple(TRIED)
-    """Of adamw, msam, sam and hero."""
+    """Of msam, sam and hero, after adamw, whose weight decay they take."""
     seeds: int = 5
     """Runs of each method with the best of its settings."""
     steps: int = 2000
@@ -82,6 +82,8 @@ class Arguments:
             errors.integer(name, getattr(self, name), low=1)
         for method in self.methods:
             errors.one_of("methods", method, TRIED)
+        if self.methods[:1] != ("adamw",):
+            raise ValueError(f"`methods` must begin with adamw, whose weight decay is taken; got {self.methods}.")
 
 
 class Text(NamedTuple):
@@ -216,10 +218,10 @@ def optimizer(method: str, settings: Settings, steps: int) -> optax.GradientTran
     return optax.chain(before[method](), adamw)
 
 
-def trials(method: str) -> list[Settings]:
-    """What is tried of a method: every combination."""
-    tried = TRIED[method]
-    return [FIXED | dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
+def trials(method: str, found: Settings) -> list[Settings]:
+    """What is tried of a method, every combination; `found` for AdamW says the weight decay of the others."""
+    tried, fixed = TRIED[method], FIXED | {"weight_decay": found.get("weight_decay", 0.0)}
+    return [fixed | dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -272,14 +274,16 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
         }
 
     with progress.bar() as display:
-        report = progress.steps(display)
+        report, of_adamw = progress.steps(display), {}
         for method in arguments.methods:
             tried: list[dict[str, Any]] = []
-            for settings in trials(method):
-                report(f"search of {method}", len(tried), len(trials(method)))
+            planned = trials(method, of_adamw)
+            for settings in planned:
+                report(f"search of {method}", len(tried), len(planned))
                 tried.append(run(method, settings, SEARCH_SEED, searched))
             report(f"search of {method}", len(tried), len(tried))
             best = min(tried, key=lambda each: each["held_out"])["settings"]
+            of_adamw = of_adamw or best
             for seed in range(arguments.seeds):
                 report(method, seed, arguments.seeds)
                 run(method, best, seed, tested)
