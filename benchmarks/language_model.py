@@ -9,8 +9,9 @@ Python's standard library, by each of
     hero     HERO before AdamW
 
 Settings are searched per method, as many trials each, by the loss on modules that are held out, in full precision; the
-weight decay that AdamW takes is that of the others too. The best are trained with several seeds. Their loss on other modules is measured in full precision and with the kernels at
-few bits, rounded to nearest and so that the outputs of each layer change least.
+weight decay that AdamW takes is that of the others too. The best are trained with several seeds. Their loss on other
+modules is measured in full precision and with the kernels at few bits, rounded to nearest and so that the outputs of
+each layer change least.
 
 Every run is in the record as soon as it ends, and the same command goes on from there.
 """
