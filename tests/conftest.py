@@ -55,7 +55,7 @@ MOST_MEMORY_MAPS = 40_000
 def pytest_addoption(parser):
     parser.addoption("--share", type=float, default=1.0, help="of the cases of each test, run this share, two at least")
     group = parser.getgroup("attacks", "tests/test_attacks.py")
-    group.addoption("--attacks", type=int, default=300, help="files mutated; a third as many bits and calls, 1 % kills")
+    group.addoption("--attacks", type=int, default=100, help="files mutated; a third as many bits and calls, 1 % kills")
     group.addoption("--attack-seed", type=int, default=0, help="which; 0 is what CI makes")
 
 

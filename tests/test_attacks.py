@@ -302,7 +302,7 @@ def copied(whole, to):
 
 
 def test_mutated_files(whole, tmp_path, attacks, attack_seed):
-    """300 files in CI, each read by one of the commands that read it."""
+    """100 files in CI, each read by one of the commands that read it."""
     names = list(READERS)
 
     def attack(rng, base):

@@ -175,7 +175,7 @@ CALLS = (a_perturbed_gradient, a_penalty, an_absolute_gradient, momentum, noise,
 
 
 def test_random_calls(x64, attacks, attack_seed):
-    """A third as many as there are attacks: 100 in CI."""
+    """A third as many as there are attacks: 33 in CI."""
     made, calls = collections.Counter(), attacks // 3
     for i in range(calls):
         rng = random.Random(f"{attack_seed} {i}")

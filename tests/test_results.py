@@ -1,7 +1,9 @@
 """Tables that are shown are those of the records that are kept beside them."""
 
+import functools
 import json
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pandas
@@ -20,11 +22,12 @@ ROOT = Path(__file__).parent.parent
 AGAINST = ("SGD", "ASAM", "ASAM (rho 0.5)", "GRAD L1")
 
 
-def archived(name, folder):
+@functools.cache
+def archived(name):
     """The rows of the table of the archived runs of a folder of results that are of no ablation."""
-    with tarfile.open(ROOT / "results" / name / "runs.tar.xz") as tar:
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(ROOT / "results" / name / "runs.tar.xz") as tar:
         tar.extractall(folder, filter="data")
-    found = tidy.read([folder]).table
+        found = tidy.read([Path(folder)]).table
     return found[found["section"] == "main"]
 
 
@@ -50,14 +53,14 @@ def table_below(path, header):
         ("digits-cheap", ("results/digits-cheap/README.md",)),
     ],
 )
-def test_shown_tables_are_those_of_the_records(name, pages, tmp_path):
-    (lines,) = in_markdown(summary.summary(archived(name, tmp_path)))
+def test_shown_tables_are_those_of_the_records(name, pages):
+    (lines,) = in_markdown(summary.summary(archived(name)))
     assert len(lines) > 5
     for shown in pages:
         assert table_below(ROOT / shown, lines[0]) == lines, shown
 
 
-def test_shown_cheaper_methods_after_noise_are_those_of_the_records(tmp_path):
+def test_shown_cheaper_methods_after_noise_are_those_of_the_records():
     names = {
         "SGD": "SGD",
         "MSAM": "MSAM",
@@ -67,7 +70,7 @@ def test_shown_cheaper_methods_after_noise_are_those_of_the_records(tmp_path):
         "HERO (ascent_batch_size 16)": "HERO on a quarter",
         "HERO (product difference)": "HERO by differences",
     }
-    rows = archived("cifar10-cheap", tmp_path)
+    rows = archived("cifar10-cheap")
     labels = {"accuracy": "last epoch", "at_best_validation": "chosen epoch", "memorized": "memorized"}
     columns, lines = ["n", *labels.values()], []
     for rate in (0.4, 0.8):
@@ -77,14 +80,13 @@ def test_shown_cheaper_methods_after_noise_are_those_of_the_records(tmp_path):
     made = tables.markdown(["labels altered", "method", *columns], lines, left=2).splitlines()
     assert [line[2] for line in lines] == ["3"] * 14
     assert table_below(ROOT / "results" / "cifar10-cheap" / "README.md", made[0]) == made
-    (tmp_path / "made").write_text("\n".join(made))
 
 
-def test_shown_differences_are_those_of_the_records(tmp_path):
+def test_shown_differences_are_those_of_the_records():
     command = "--against " + " ".join(f'"{name}"' if " " in name else name for name in AGAINST)
     assert command in (ROOT / "docs" / "results.md").read_text()
     text = (ROOT / "results" / "cifar10-small" / "README.md").read_text()
-    made = in_markdown(summary.differences(archived("cifar10-small", tmp_path), AGAINST))
+    made = in_markdown(summary.differences(archived("cifar10-small"), AGAINST))
     # Clean labels and two rates of noise.
     assert len(made) == 3 * len(AGAINST)
     section = text[text.index("\n## Differences") : text.index("\n## Accuracy")]
@@ -92,8 +94,8 @@ def test_shown_differences_are_those_of_the_records(tmp_path):
     assert shown == [line for lines in made for line in lines]
 
 
-def test_shown_accuracies_after_noise_are_those_of_the_records(tmp_path):
-    rows = archived("digits-reproduce", tmp_path)
+def test_shown_accuracies_after_noise_are_those_of_the_records():
+    rows = archived("digits-reproduce")
     symmetric = rows[(rows["noise"] > 0) & (rows["kind"] == "symmetric")]
     rates = [0.2, 0.4, 0.6, 0.8]
     end = sections.at_end(symmetric, {"accuracy": ""})
@@ -243,8 +245,8 @@ def choices(rows, columns):
     return tables.markdown(["method", "gradients", *labels], lines).splitlines()
 
 
-def test_shown_choices_on_digits_are_those_of_the_records(tmp_path):
-    rows = archived("digits-cheap", tmp_path)
+def test_shown_choices_on_digits_are_those_of_the_records():
+    rows = archived("digits-cheap")
     found = []
     for name, (clean, altered) in ON_DIGITS.items():
         here = rows[
@@ -257,8 +259,8 @@ def test_shown_choices_on_digits_are_those_of_the_records(tmp_path):
     assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
 
 
-def test_shown_choices_on_cifar10_are_those_of_the_records(tmp_path):
-    archives = {name: archived(name, tmp_path / name) for name in ("cifar10-small", "cifar10-cheap")}
+def test_shown_choices_on_cifar10_are_those_of_the_records():
+    archives = {name: archived(name) for name in ("cifar10-small", "cifar10-cheap")}
     found = []
     for name, (archive, network) in ON_CIFAR10.items():
         rows = archives[archive]
