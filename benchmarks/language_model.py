@@ -32,12 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import tyro
 from flax import linen as nn
 
 import hero_jax
 from experiments import cli, progress
-from experiments.analysis import tables
+from experiments.analysis import tables, verdict
 from experiments.storage import claims, environment, records
 from hero_jax import errors, quantize
 from hero_jax.quantize import linen, rounding
@@ -57,6 +58,8 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
 # What is not tried. The perturbation of HERO is SAM's here, so that the two differ by the penalty alone.
 FIXED: Settings = {"learning_rate": 4e-3}
 SEARCH_SEED = 100
+LABELS = {"adamw": "AdamW", "msam": "MSAM of AdamW", "sam": "SAM, AdamW", "hero": "HERO, AdamW"}
+FULL = "full"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,22 +228,51 @@ def trials(method: str, found: Settings) -> list[Settings]:
     return [fixed | dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
 
 
-def table(record: dict[str, Any]) -> list[str]:
-    """Loss by method, grid and rounding: mean ± standard deviation over seeds."""
-    runs = [run for run in record["runs"] if "test" in run]
-    bits = record["arguments"]["bits"]
-    lines = []
-    for grid, how, method in itertools.product(GRIDS, ROUNDINGS, record["arguments"]["methods"]):
-        own = [run for run in runs if run["method"] == method]
-        columns = [[run["test"] for run in own]]
-        for width in bits:
-            key = {"grid": grid, "rounding": how, "bits": width}
-            columns.append([row["loss"] for run in own for row in run["low_bits"] if key.items() <= row.items()])
-        spreads = [hero_jax.evaluate.Spread.of(column) for column in columns]
-        cells = [tables.cell(spread.mean, spread.std, (".3f", ".3f")) for spread in spreads]
-        lines.append([grid, how, method, str(len(own)), *cells])
-    header = ["grid", "rounding", "method", "n", "full", *(f"{width} bit" for width in bits)]
+def rows(record: dict[str, Any]) -> tables.Frame:
+    """A row for each run, grid, rounding and width: network, label of the column, seed and loss on the test text."""
+    made = []
+    for run in (run for run in record["runs"] if "test" in run):
+        shared = {"network": LABELS[run["method"]], "seed": run["seed"]}
+        for grid, how in itertools.product(GRIDS, ROUNDINGS):
+            made.append(shared | {"grid": grid, "rounding": how, "label": FULL, "value": run["test"]})
+        for row in run["low_bits"]:
+            where = {"grid": row["grid"], "rounding": row["rounding"], "label": f"{row['bits']} bit"}
+            made.append(shared | where | {"value": row["loss"]})
+    return pd.DataFrame(made)
+
+
+def table(record: dict[str, Any], base: str | None = None) -> list[str]:
+    """Loss by grid, rounding and method, mean ± standard deviation over seeds, in Markdown.
+
+    With `base`, a label, how much more it is than that of this method: paired differences ± standard error.
+    """
+    found = rows(record)
+    networks, labels = found["network"].unique(), list(found["label"].unique())
+    formats, lines = dict.fromkeys(labels, (".3f", ".3f")), []
+    for (grid, how), part in found.groupby(["grid", "rounding"], sort=False):
+        if base is None:
+            counts = part[part["label"] == FULL]["network"].value_counts().to_dict()
+            texts = tables.texts(tables.spreads(part), counts, formats)
+            made = tables.lines(texts, networks, ["n", *labels])
+        else:
+            differences = tables.differences(part, base)
+            counts = {name: part["seed"].nunique() for name in networks}
+            texts = tables.texts(differences, counts, formats, sign="+")
+            made = tables.lines(texts, [name for name in networks if name != base], ["n", *labels])
+        lines += [[grid, how, *line] for line in made]
+    header = ["grid", "rounding", "method" if base is None else f"minus {base}", "n", *labels]
     return tables.markdown(header, lines, left=3).splitlines()
+
+
+def verdicts(record: dict[str, Any]) -> list[str]:
+    """Which method has the lowest loss, and whether that is more than chance: in full precision, and at each width."""
+    found = rows(record)
+    whole = found[(found["label"] == FULL) & (found["grid"] == GRIDS[0]) & (found["rounding"] == ROUNDINGS[0])]
+    ends = {"Full precision": whole}
+    rounded = found[found["label"] != FULL].groupby(["grid", "rounding", "label"], sort=False)
+    ends |= {f"{label}, {grid}, {how}": part for (grid, how, label), part in rounded}
+    formats = dict.fromkeys(ends, (".3f", ".3f"))
+    return verdict.verdicts(ends, list(found["network"].unique()), lowest=ends, formats=formats)
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
@@ -289,7 +321,8 @@ def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
                 report(method, seed, arguments.seeds)
                 run(method, best, seed, tested)
             report(method, arguments.seeds, arguments.seeds)
-    cli.console.print("\n".join(table(made)))
+    for line in [*table(made), *verdicts(made)]:
+        cli.console.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

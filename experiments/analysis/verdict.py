@@ -12,13 +12,19 @@ from experiments.analysis.tables import Frame
 LEVEL = 0.05
 
 
-def verdicts(ends: Mapping[str, Frame], networks: Sequence[str], lowest: Collection[str] = ()) -> list[str]:
+def verdicts(
+    ends: Mapping[str, Frame],
+    networks: Sequence[str],
+    lowest: Collection[str] = (),
+    formats: Mapping[str, tuple[str, str]] = tables.FORMATS,
+) -> list[str]:
     """A sentence for each metric: the best mean, and how far it is from the first network and from the next best.
 
     Args:
       ends: by the name of the metric, the value of each run at the end of training ("network", "seed", "value").
       networks: all that were compared; the first one is what the others are compared to.
       lowest: the metrics of which the lowest mean is the best, not the highest.
+      formats: of means and errors by metric, where they are not fixed.
 
     A difference is paired over the seeds that both networks have: mean +- standard error. It is significant where a
     paired t test gives p < LEVEL, with Bonferroni's correction for all pairs of networks; the last sentence says so.
@@ -31,7 +37,9 @@ def verdicts(ends: Mapping[str, Frame], networks: Sequence[str], lowest: Collect
             continue
         best, following = means.index[:2]
         rivals = [name for name in (networks[0], following) if name != best and name in means.index]
-        told = [_difference(rows, title, (best, rival), pairs) for rival in dict.fromkeys(rivals)]
+        told = [
+            _difference(rows, (best, rival), pairs, formats.get(title, tables.FIXED)) for rival in dict.fromkeys(rivals)
+        ]
         kind = "lowest" if title in lowest else "highest"
         made.append(f"{title}: {best} has the {kind} mean, {' and '.join(told)}.")
     if made:
@@ -40,16 +48,16 @@ def verdicts(ends: Mapping[str, Frame], networks: Sequence[str], lowest: Collect
     return made
 
 
-def _difference(rows: Frame, title: str, networks: tuple[str, str], pairs: int) -> str:
+def _difference(rows: Frame, networks: tuple[str, str], pairs: int, formats: tuple[str, str]) -> str:
     """How far the first of two networks is above the second, or below it, and whether that is significant."""
     from scipy import special  # which takes a quarter of a second of every command's help
 
-    found = tables.differences(rows[rows["network"].isin(networks)].assign(label=title), networks[1])
+    found = tables.differences(rows[rows["network"].isin(networks)].assign(label=""), networks[1])
     if not len(found):
         return f"not to be compared with {networks[1]} (no common seed)"
     ((_, mean, error, n),) = found.itertuples()
     side = f"{'above' if mean > 0 else 'below' if mean < 0 else 'from'} {networks[1]}"
-    amount = tables.cell(abs(mean), error, tables.FORMATS.get(title, tables.FIXED))
+    amount = tables.cell(abs(mean), error, formats)
     if n < 2:
         return f"{amount} {side} (one seed, not tested)"
     if error <= 1e-9 * abs(mean):  # scores come in steps, and those of a few seeds may differ by as many
