@@ -84,10 +84,10 @@ def read(folders: Iterable[Path]) -> Found:
         raise ValueError(f"`folders` must hold run folders (config.json, metrics.jsonl); got none below {named}.")
     landscapes = [p for p in paths.values() if p.name.startswith("landscape") and (p / "landscape.json").exists()]
     searches, exports = ([p for p in paths.values() if (p / f"{name}.json").exists()] for name in ("search", "export"))
-    records: Frame = pd.DataFrame(found, dtype=object)
+    runs_read: Frame = pd.DataFrame(found, dtype=object)
     numbers = [(i, *row) for i, run in enumerate(found) for row in run["values"]]
-    table = _placed(records, searches).merge(_frame(numbers, ["run"]), on="run")
-    return Found(records, table, landscapes, searches, exports)
+    table = _placed(runs_read, searches).merge(_frame(numbers, ["run"]), on="run")
+    return Found(runs_read, table, landscapes, searches, exports)
 
 
 def _frame(rows: list[Any], whose: list[str]) -> Frame:
