@@ -1,7 +1,12 @@
 """Tables that are shown are those of the records that are kept beside them."""
 
 import functools
+import itertools
 import json
+import re
+import shlex
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -10,8 +15,11 @@ import pandas
 import pytest
 
 from benchmarks import compiled
+from experiments import cli, train
 from experiments.analysis import deployment, page, sections, summary, tables, tidy
-from experiments.config import presets
+from experiments.config import METHODS, presets
+from experiments.config.fields import types_of
+from experiments.measure import search
 from experiments.measure.deployment import ExportRecord
 from experiments.storage import records
 
@@ -286,6 +294,41 @@ def test_shown_pilots_are_those_of_the_records():
     header = [*settings, "training loss", "accuracy", "best accuracy", "wrong labels learned"]
     made = tables.markdown(header, [line for _, line in sorted(lines)], left=1).splitlines()
     assert table_below(ROOT / "results" / "cifar10-protocol2" / "README.md", made[0]) == made
+
+
+def test_commands_of_the_second_protocol_are_those_of_its_rows(tmp_path):
+    """No two alike, of the same data; each folder is named after what it is."""
+    page = (ROOT / "results" / "cifar10-protocol2" / "README.md").read_text()
+    searches = re.findall(r"^search (\S+) --method", page, re.MULTILINE)
+    best = {"rho": 0.25, "gamma": 3.5, "suppress": 0.5, "learning_rate": 0.125, "weight_decay": 0.003}
+    settings = {name: set(search.SEARCHED) & set(types_of(METHODS[name.partition("-")[0]])) for name in searches}
+    for label, name in itertools.product(("clean", "noisy"), searches):
+        (tmp_path / "search" / f"{label}-{name}").mkdir(parents=True)
+        taken = {key: best[key] for key in ("learning_rate", "weight_decay", *settings[name])}
+        taken |= {"suppress": 0.5 if name == "sam-suppress" else 0.0} if "suppress" in taken else {}
+        record = {"best": taken | {"weight_decay": 0.003 if label == "clean" else 0.006}}
+        (tmp_path / "search" / f"{label}-{name}" / "search.json").write_text(json.dumps(record))
+    script = [sys.executable, str(ROOT / "results" / "cifar10-protocol2" / "commands.py"), str(tmp_path)]
+    lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    made = {}
+
+    @functools.wraps(train.main)
+    def keep(config, **named):
+        made[named["out"]] = config
+
+    for line in lines:
+        cli.call(keep, shlex.split(line)[3:])
+    assert len(lines) == len(made) == len(set(made.values())) == 13 * 9 + 4 * 4 + 5 * 6 + 12 * 3
+    shared = {(run.task, run.validation_size, run.budget.batch_size, run.watch.eval_every) for run in made.values()}
+    assert len(shared) == 1
+    for out, run in made.items():
+        published = "published" in out.name
+        decay = 5e-4 if published else 0.006 if run.labels.label_noise else 0.003
+        assert (run.optimizer.weight_decay, run.seed) == (decay, int(out.name[-1]))
+        assert run.method.rho in (0.0, 0.5 if published else 0.25)
+        assert (run.optimizer.learning_rate_floor > 0) == ("floor" in out.name)
+        assert (run.method.ema_decay != "none") == ("ema" in out.name or "average" in out.name)
+        assert (run.method.suppress > 0) == ("suppress" in out.name)
 
 
 def exported():
