@@ -53,7 +53,7 @@ TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "adamw": {"learning_rate": (2e-3, 4e-3, 8e-3), "weight_decay": (1e-3, 1e-1)},
     "msam": {"rho": (0.01, 0.03, 0.1), "learning_rate": _RATES},
     "sam": {"rho": (0.01, 0.03, 0.1), "learning_rate": _RATES},
-    "hero": {"rho": (0.03, 0.1), "gamma": (1.0, 10.0, 100.0)},
+    "hero": {"rho": (0.01, 0.03), "gamma": (1.0, 10.0, 100.0)},
 }
 # What is not tried. The perturbation of HERO is SAM's here, so that the two differ by the penalty alone.
 FIXED: Settings = {"learning_rate": 4e-3}
