@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from benchmarks import compiled
+from benchmarks import compiled, language_model
 from experiments import cli, train
 from experiments.analysis import deployment, page, sections, summary, tables, tidy
 from experiments.config import METHODS, presets
@@ -294,6 +294,15 @@ def test_shown_pilots_are_those_of_the_records():
     header = [*settings, "training loss", "accuracy", "best accuracy", "wrong labels learned"]
     made = tables.markdown(header, [line for _, line in sorted(lines)], left=1).splitlines()
     assert table_below(ROOT / "results" / "cifar10-protocol2" / "README.md", made[0]) == made
+
+
+def test_shown_losses_of_the_language_model_are_those_of_the_record():
+    record = records.read(ROOT / "results" / "language-model-cpu.json")
+    for made in (language_model.table(record), language_model.table(record, "AdamW")):
+        assert len(made) > 2 + 4
+        assert table_below(ROOT / "docs" / "language-model.md", made[0]) == made
+    told = [sentence for sentence in language_model.verdicts(record) if "(significant)" in sentence]
+    assert [sentence.partition(":")[0] for sentence in told] == ["4 bit, channel-stretched, optimised"]
 
 
 def test_commands_of_the_second_protocol_are_those_of_its_rows(tmp_path):
