@@ -10,7 +10,6 @@ import jax
 import tyro
 
 from experiments import cli, data, progress
-from experiments.analysis import plots
 from experiments.config import TrainConfig
 from experiments.storage import runs
 from experiments.storage.tensorboard import events
@@ -71,6 +70,8 @@ def main(
         cli.console.print("ended before the first evaluation; the same command continues")
         return
     if config.watch.every != "never" and is_writer:
+        from experiments.analysis import plots  # which takes half a second of every command's help
+
         plots.curvature_along_training(runs.read_metrics(out), out / "curvature.png")
     cli.console.print(
         f"test accuracy {result.metrics['accuracy']:.2%}, loss {result.metrics['loss']:.4f} after the last epoch"
