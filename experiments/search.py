@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from experiments import cli, data, progress
-from experiments.analysis import plots, tables
+from experiments.analysis import tables
 from experiments.config import LABELS
 from experiments.measure import sweep
 from experiments.measure.search import SEARCHED, AllDiverged, SearchConfig, best_of, run
@@ -53,6 +53,8 @@ def main(
     if len(varied) == 2 and config.trials == "grid":
         first, second = varied
         values = {(row[first], row[second]): 100 * row["validation_accuracy"] for row in grid}
+        from experiments.analysis import plots  # which takes half a second of every command's help
+
         plots.heat_map(values, (first, second, "validation accuracy, %"), out / "search.png")
     # rho and gamma also where only one value is tried.
     shown = [x for x in SEARCHED if x in varied or (x in ("rho", "gamma") and grid[0][x] is not None)]
