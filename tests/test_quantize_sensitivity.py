@@ -171,11 +171,8 @@ class TestSensitivityOptions:
         assert [row.layer for row in rows] == ["conv/bias", "mid/kernel"]
 
     def test_one_program_quantizes_all_leaves_at_all_widths(self, monkeypatch):
-        params, traced, on_plan = (
-            {f"layer{i}": jnp.arange(6.0).reshape(2, 3) + i for i in range(5)},
-            [],
-            weights.on_plan,
-        )
+        params = {f"layer{i}": jnp.arange(6.0).reshape(2, 3) + i for i in range(5)}
+        traced, on_plan = [], weights.on_plan
         monkeypatch.setattr(weights, "on_plan", lambda *given: traced.append(given) or on_plan(*given))
         sensitivity._quantized.clear_cache()
         for bits in (2, 3, 4):
