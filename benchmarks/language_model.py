@@ -60,6 +60,7 @@ FIXED: Settings = {"learning_rate": 4e-3}
 SEARCH_SEED = 100
 LABELS = {"adamw": "AdamW", "msam": "MSAM of AdamW", "sam": "SAM, AdamW", "hero": "HERO, AdamW"}
 FULL = "full"
+FORMAT = (".3f", ".3f")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def optimizer(method: str, settings: Settings, steps: int) -> optax.GradientTran
     if method == "msam":
         return hero_jax.msam(adamw, settings["rho"])
     before = {
-        "adamw": lambda: optax.identity(),
+        "adamw": optax.identity,
         "sam": lambda: hero_jax.sam(settings["rho"]),
         "hero": lambda: hero_jax.hero(settings["rho"], settings["gamma"], adaptive=False),
     }
@@ -247,19 +248,12 @@ def table(record: dict[str, Any], base: str | None = None) -> list[str]:
     With `base`, a label, how much more it is than that of this method: paired differences ± standard error.
     """
     found = rows(record)
-    networks, labels = found["network"].unique(), list(found["label"].unique())
-    formats, lines = dict.fromkeys(labels, (".3f", ".3f")), []
+    labels, lines = list(found["label"].unique()), []
     for (grid, how), part in found.groupby(["grid", "rounding"], sort=False):
-        if base is None:
-            counts = part[part["label"] == FULL]["network"].value_counts().to_dict()
-            texts = tables.texts(tables.spreads(part), counts, formats)
-            made = tables.lines(texts, networks, ["n", *labels])
-        else:
-            differences = tables.differences(part, base)
-            counts = {name: part["seed"].nunique() for name in networks}
-            texts = tables.texts(differences, counts, formats, sign="+")
-            made = tables.lines(texts, [name for name in networks if name != base], ["n", *labels])
-        lines += [[grid, how, *line] for line in made]
+        made = tables.spreads(part) if base is None else tables.differences(part, base)
+        counts = made["n"].groupby("network", sort=False).max().to_dict()
+        texts = tables.texts(made, counts, dict.fromkeys(labels, FORMAT), sign="+" * (base is not None))
+        lines += [[grid, how, *line] for line in tables.lines(texts, counts, ["n", *labels])]
     header = ["grid", "rounding", "method" if base is None else f"minus {base}", "n", *labels]
     return tables.markdown(header, lines, left=3).splitlines()
 
@@ -271,8 +265,7 @@ def verdicts(record: dict[str, Any]) -> list[str]:
     ends = {"Full precision": whole}
     rounded = found[found["label"] != FULL].groupby(["grid", "rounding", "label"], sort=False)
     ends |= {f"{label}, {grid}, {how}": part for (grid, how, label), part in rounded}
-    formats = dict.fromkeys(ends, (".3f", ".3f"))
-    return verdict.verdicts(ends, list(found["network"].unique()), lowest=ends, formats=formats)
+    return verdict.verdicts(ends, list(found["network"].unique()), ends, dict.fromkeys(ends, FORMAT))
 
 
 def main(arguments: Annotated[Arguments, tyro.conf.arg(name="")]) -> None:
