@@ -44,17 +44,16 @@ def found(runs: Path, search: str | None, rate: float) -> str:
     """The flags of what a search found, that on clean labels or that at 80 %."""
     if search is None:
         return ""
-    best = json.loads((runs / "search" / f"{'noisy' if rate else 'clean'}-{search}" / "search.json").read_text())[
-        "best"
-    ]
+    folder = runs / "search" / f"{'noisy' if rate else 'clean'}-{search}"
+    best = json.loads((folder / "search.json").read_text())["best"]
     # SGD has no suppression, and of the others a search without it has 0.
     named = {name: best[name] for name in SETTINGS if best.get(name)}
     return " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in named.items())
 
 
-def command(runs: Path, row: str, rate: float, seed: int, epochs: int, out: str) -> str:
-    """One run."""
-    method, search, own = ROWS[row]
+def command(runs: Path, row: tuple[str, str | None, str], rate: float, seed: int, epochs: int, out: str) -> str:
+    """One run of a row, or of what is written as one."""
+    method, search, own = row
     noise = f"--label-noise {rate}" if rate else ""
     flags = [f"--method {method}", f"--epochs {epochs}", found(runs, search, rate), own, noise, f"--seed {seed}"]
     return " ".join([COMMON, *filter(None, flags), f"--out {runs / out}-s{seed}"])
@@ -64,9 +63,9 @@ def protocol(runs: Path) -> Iterator[str]:
     """Seed after seed the rows, then those at equal cost and the factors of low bits."""
     for seed, rate, row in itertools.product(range(5), RATES, ROWS):
         if seed < 3 or (row in FIVE_SEEDS and rate < 0.8):
-            yield command(runs, row, rate, seed, 30, f"rows/{row}-{100 * rate:.0f}")
+            yield command(runs, ROWS[row], rate, seed, 30, f"rows/{row}-{100 * rate:.0f}")
     for seed, rate, (row, epochs) in itertools.product(range(3), (0.0, 0.8), AT_EQUAL_COST.items()):
-        yield command(runs, row, rate, seed, epochs, f"cost/{row}-{100 * rate:.0f}")
+        yield command(runs, ROWS[row], rate, seed, epochs, f"cost/{row}-{100 * rate:.0f}")
     for seed, *chosen in itertools.product(range(3), ("sgd", "sam"), ("", NOISE), ("", AVERAGE), ("", FLOOR)):
         base, noise, average, floor = chosen
         # SGD is another method with noise, and with the average alone.
@@ -74,9 +73,8 @@ def protocol(runs: Path) -> Iterator[str]:
         words = [word for word, on in (("noise", noise), ("average", average), ("floor", floor)) if on]
         if not words or (base == "sgd" and words in (["average"], ["floor"])):
             continue  # a row above
-        flags = [f"--method {method}", "--epochs 30", found(runs, base, 0.0), noise, average, floor, f"--seed {seed}"]
-        name = "-".join([base, *words])
-        yield " ".join([COMMON, *filter(None, flags), f"--out {runs}/factors/{name}-s{seed}"])
+        own = " ".join(filter(None, (noise, average, floor)))
+        yield command(runs, (method, base, own), 0.0, seed, 30, f"factors/{'-'.join([base, *words])}")
 
 
 if __name__ == "__main__":
