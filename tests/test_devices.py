@@ -29,8 +29,8 @@ TRANSFORMATIONS = {
     "sam": functools.partial(hero_jax.sam, 0.3),
     "grad_l1": functools.partial(hero_jax.grad_l1, 0.3),
 }
-# Every transformation on the layout whose types say what varies, and a penalty on the others: a transformation knows its
-# axis alone, whatever the layout, which `test_layout_equals_one_device_with_the_whole_batch` shows for all pairs.
+# Every transformation on the layout whose types say what varies, and a penalty on the others: a transformation knows
+# its axis alone, whatever the layout, as `test_layout_equals_one_device_with_the_whole_batch` shows for all pairs.
 PAIRS = [(name, "shard_map") for name in TRANSFORMATIONS] + [("detached", "pmap"), ("detached", "vmap")]
 # Of directions, where it is not that of rounding.
 RTOL = {"by differences": 1e-6}
