@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pandas
+import PIL.Image
 import pytest
 
 from benchmarks import compiled, language_model
@@ -276,6 +278,15 @@ def test_shown_choices_on_cifar10_are_those_of_the_records():
     made = choices(pandas.concat(found), {"clean labels": ("accuracy", 0)} | WITH_ALTERED_LABELS)
     assert len(made) == 2 + len(ON_CIFAR10)
     assert table_below(ROOT / "docs" / "which-method.md", made[0]) == made
+
+
+def test_figures_of_the_pages_are_of_the_tables_that_are_shown():
+    """`python docs/figures.py` draws them anew; each keeps the table that it was drawn from."""
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for name in figures["DRAWN"]:
+        with PIL.Image.open(figures["FIGURES"] / f"{name}.png") as image:
+            assert json.loads(image.info["Description"]) == figures["shown"](name), name
+    assert {path.stem for path in figures["FIGURES"].iterdir()} == set(figures["DRAWN"])
 
 
 def test_shown_pilots_are_those_of_the_records():
