@@ -1,5 +1,6 @@
 """Eight simulated CPU devices and quick compilation, set before jax is imported, and float64 on request."""
 
+import gc
 import importlib
 import importlib.metadata
 import logging
@@ -11,13 +12,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Two thirds of the tests' time is XLA's: programs that run once are not worth its optimizations. The emitters that the
-# last flag leaves out are tested with newer versions, which always have them.
+# Much of the tests' time is XLA's: programs that run once are not worth its optimizations. The emitters that the last
+# flag leaves out are tested with newer versions, which always have them.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_opt_preset=FAST_COMPILE",
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
     ]
 )
@@ -30,7 +32,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
-import numpy as np
 import pytest
 from jax._src.interpreters import mlir
 from jax.experimental.compilation_cache import compilation_cache
@@ -48,27 +49,30 @@ def mlir_context(make=mlir.make_ir_context):
 
 mlir.make_ir_context = mlir_context
 
+# Tracing makes many objects and few cycles: to look for these as often as Python does takes a twentieth of the time.
+gc.set_threshold(50_000, 10, 20)
+
 # Of the 65,530 that a process may have.
 MOST_MEMORY_MAPS = 40_000
 
 
 def pytest_addoption(parser):
-    parser.addoption("--share", type=float, default=1.0, help="of the cases of each test, run this share, two at least")
+    parser.addoption("--share", type=float, default=1.0, help="of the cases of each test, run this share, one at least")
     group = parser.getgroup("attacks", "tests/test_attacks.py")
     group.addoption("--attacks", type=int, default=100, help="files mutated; a third as many bits and calls, 1 % kills")
     group.addoption("--attack-seed", type=int, default=0, help="which; 0 is what CI makes")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With `--share`, of the cases of each test those that are spread evenly, the first and the last among them."""
+    """With `--share`, of the cases of each test some that are spread evenly."""
     share = config.getoption("--share")
     cases = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set()
     for of_test in cases.values():
-        count = max(min(2, len(of_test)), round(share * len(of_test)))
-        kept.update(of_test[round(i)] for i in np.linspace(0, len(of_test) - 1, count))
+        count = max(1, round(share * len(of_test)))
+        kept.update(of_test[int((i + 0.5) * len(of_test) / count)] for i in range(count))
     left_out = [item for item in items if item not in kept]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
