@@ -312,8 +312,10 @@ def test_shown_losses_of_the_language_model_are_those_of_the_record():
     for made in (language_model.table(record), language_model.table(record, "AdamW")):
         assert len(made) > 2 + 4
         assert table_below(ROOT / "docs" / "language-model.md", made[0]) == made
-    told = [sentence for sentence in language_model.verdicts(record) if "(significant)" in sentence]
-    assert [sentence.partition(":")[0] for sentence in told] == ["4 bit, channel-stretched, optimised"]
+    # The page says that of thirteen columns none has a difference.
+    told = language_model.verdicts(record)
+    assert sum("has the lowest mean" in sentence for sentence in told) == 13
+    assert not [sentence for sentence in told if "(significant)" in sentence]
 
 
 def test_commands_of_the_second_protocol_are_those_of_its_rows(tmp_path):
