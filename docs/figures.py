@@ -18,6 +18,8 @@ Table = list[list[str]]
 PRICES = {"1": ("#000000", "o"), "2": ("#0072B2", "s"), "3": ("#009E73", "^"), "4": ("#D55E00", "v")}
 NETWORKS = (("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#D55E00", "^"), ("#CC79A7", "v"))
 
+LINES = {"nearest": ":", "optimised": "-"}
+
 
 def shown(name: str) -> Table:
     """The table that a figure is drawn from."""
@@ -90,11 +92,35 @@ def deployment(table: Table) -> Figure:
     return figure
 
 
+def language_model(table: Table) -> Figure:
+    """Loss against the bit width for each method, a panel for each grid; solid where rounding is optimised."""
+    header, *rows = table
+    widths = header[header.index("full") :]
+    looks = dict(zip(dict.fromkeys(row[2] for row in rows), NETWORKS, strict=False))
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    grids = list(dict.fromkeys(row[0] for row in rows))
+    for axes, grid in zip(figure.subplots(1, len(grids), sharey=True), grids, strict=True):
+        for _, rounding, method, _, *cells in [row for row in rows if row[0] == grid]:
+            mean, deviation = zip(*[map(float, cell.split(" ± ")) for cell in cells], strict=True)
+            shift = 0.06 * (list(looks).index(method) - (len(looks) - 1) / 2)
+            color, marker = looks[method]
+            line = {"color": color, "marker": marker, "markersize": 4, "linestyle": LINES[rounding]}
+            axes.errorbar([i + shift for i in range(len(widths))], mean, yerr=deviation, **line)
+        axes.set_xticks(range(len(widths)), widths)
+        axes.set(title=grid)
+    figure.axes[0].set_ylabel("nats per character,\nmean ± standard deviation")
+    told = [Line2D([], [], color=color, marker=mark, label=name) for name, (color, mark) in looks.items()]
+    told += [Line2D([], [], color="0.4", linestyle=line, label=name) for name, line in LINES.items()]
+    figure.legend(handles=told, loc="outside right center", frameon=False)
+    return figure
+
+
 # By name: what draws it, the page of its table, and the first columns of that.
 DRAWN = {
     "choices-digits": (choices, "docs/which-method.md", "method | gradients | n | clean labels | 2 bit"),
     "choices-cifar10": (choices, "docs/which-method.md", "method | gradients | n | clean labels | 40 % altered"),
     "cost": (cost, "docs/cost.md", "layout | method | kernels"),
+    "language-model": (language_model, "docs/language-model.md", "grid | rounding | method"),
     "deployment": (deployment, "results/deployment/README.md", "network | layers | bits"),
 }
 STYLE = {"axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True}
