@@ -17,7 +17,6 @@ Table = list[list[str]]
 # Okabe and Ito, Color Universal Design, 2008: by gradients per step, and by network.
 PRICES = {"1": ("#000000", "o"), "2": ("#0072B2", "s"), "3": ("#009E73", "^"), "4": ("#D55E00", "v")}
 NETWORKS = (("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#D55E00", "^"), ("#CC79A7", "v"))
-
 LINES = {"nearest": ":", "optimised": "-"}
 
 
@@ -29,6 +28,16 @@ def shown(name: str) -> Table:
     end = next(i for i in range(start, len(lines)) if not lines[i])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
     return [cells[0], *cells[2:]]
+
+
+def lines(looks: dict[str, tuple[str, str]]) -> list[Line2D]:
+    """What a legend shows of each name."""
+    return [Line2D([], [], color=color, marker=mark, label=name) for name, (color, mark) in looks.items()]
+
+
+def legend(figure: Figure, told: list[Line2D], title: str | None = None) -> None:
+    """Right of all panels."""
+    figure.legend(handles=told, title=title, loc="outside right center", frameon=False)
 
 
 def choices(table: Table) -> Figure:
@@ -47,8 +56,8 @@ def choices(table: Table) -> Figure:
     drawn[0].set_yticks(range(len(rows)), [row[0] for row in rows])
     drawn[0].invert_yaxis()
     figure.supxlabel("accuracy on test images in percent, mean ± standard deviation over seeds", fontsize=9)
-    told = [Line2D([], [], color=color, marker=mark, label=n, linestyle="") for n, (color, mark) in PRICES.items()]
-    figure.legend(handles=told, title="gradients\nper step", loc="outside right center", frameon=False)
+    points = [Line2D([], [], color=color, marker=mark, label=n, linestyle="") for n, (color, mark) in PRICES.items()]
+    legend(figure, points, "gradients\nper step")
     return figure
 
 
@@ -87,8 +96,7 @@ def deployment(table: Table) -> Figure:
                 axes.plot(*zip(*line, strict=True), color=color, marker=marker, markersize=5)
         axes.set(xscale="log", xlabel="size of the file in KiB", title=title, ylim=(0, 102))
     figure.axes[0].set_ylabel("accuracy in percent")
-    told = [Line2D([], [], color=color, marker=mark, label=name) for name, (color, mark) in looks.items()]
-    figure.legend(handles=told, loc="outside right center", frameon=False)
+    legend(figure, lines(looks))
     return figure
 
 
@@ -100,18 +108,17 @@ def language_model(table: Table) -> Figure:
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     grids = list(dict.fromkeys(row[0] for row in rows))
     for axes, grid in zip(figure.subplots(1, len(grids), sharey=True), grids, strict=True):
-        for _, rounding, method, _, *cells in [row for row in rows if row[0] == grid]:
+        for _, how, method, _, *cells in [row for row in rows if row[0] == grid]:
             mean, deviation = zip(*[map(float, cell.split(" ± ")) for cell in cells], strict=True)
             shift = 0.06 * (list(looks).index(method) - (len(looks) - 1) / 2)
             color, marker = looks[method]
-            line = {"color": color, "marker": marker, "markersize": 4, "linestyle": LINES[rounding]}
+            line = {"color": color, "marker": marker, "markersize": 4, "linestyle": LINES[how]}
             axes.errorbar([i + shift for i in range(len(widths))], mean, yerr=deviation, **line)
         axes.set_xticks(range(len(widths)), widths)
         axes.set(title=grid)
     figure.axes[0].set_ylabel("nats per character,\nmean ± standard deviation")
-    told = [Line2D([], [], color=color, marker=mark, label=name) for name, (color, mark) in looks.items()]
-    told += [Line2D([], [], color="0.4", linestyle=line, label=name) for name, line in LINES.items()]
-    figure.legend(handles=told, loc="outside right center", frameon=False)
+    rounding = [Line2D([], [], color="0.4", linestyle=line, label=name) for name, line in LINES.items()]
+    legend(figure, lines(looks) + rounding)
     return figure
 
 

@@ -453,4 +453,4 @@ def test_the_network_of_the_guide_is_that_of_its_records():
         assert f"{size / 1024:.1f} KiB" in text
         assert f"{accuracy[0]:.2f} percent" in text
         assert f"{accuracy.mean():.2f} ± {accuracy.std():.2f}" in text
-    assert {f"the {record['images']} test images" in text for record in found} == {True}
+    assert all(f"the {record['images']} test images" in text for record in found)
