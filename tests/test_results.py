@@ -289,6 +289,24 @@ def test_figures_of_the_pages_are_of_the_tables_that_are_shown():
     assert {path.stem for path in figures["FIGURES"].iterdir()} == set(figures["DRAWN"])
 
 
+def test_figures_of_the_pages_have_every_number_of_their_columns():
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    columns = {"cost": ["x SGD"], "deployment": ["KiB", "accuracy"]}
+    only = {"cost": "one device", "deployment": "floating point"}
+    for name, (draw, _, _) in figures["DRAWN"].items():
+        header, *rows = table = figures["shown"](name)
+        rows = [row for row in rows if only.get(name) in (None, *row[:2])]
+        spreads = [title for title, cell in zip(header, rows[0], strict=True) if " ± " in cell]
+        taken = columns.get(name, [title for title in spreads if title != "chosen epoch"])
+        drawn = set()
+        for axes in draw(table).axes:
+            drawn |= {float(x) for line in axes.lines for x in (*line.get_xdata(), *line.get_ydata())}
+            drawn |= {float(bar.get_width()) for bar in axes.patches}
+        for row in rows:
+            cells = [cell for title, cell in zip(header, row, strict=True) if title in taken]
+            assert {float(cell.split(" ± ")[0].replace(",", "")) for cell in cells} <= drawn, (name, row)
+
+
 def test_shown_pilots_are_those_of_the_records():
     """Where each run ended, and the best of its evaluations."""
     lines = []
